@@ -1,0 +1,70 @@
+#include "dispatch.h"
+
+#include <stdexcept>
+
+namespace mlf {
+namespace {
+
+// One function per table: can this machine run it? The compiler's check covers the operating
+// system's part too (that it saves the wider registers).
+bool runs_scalar() { return true; }
+#if defined(__x86_64__)
+bool runs_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
+}
+bool runs_avx512vnni() {
+  return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+}  // namespace
+
+// MLF_ISAS is the build's list of tables, best first: X(avx2) X(scalar).
+#define X(isa) extern const KernelTable table_##isa;
+MLF_ISAS
+#undef X
+
+namespace {
+
+struct Entry {
+  const KernelTable* table;
+  bool (*runs)();
+};
+
+const Entry kEntries[] = {
+#define X(isa) {&table_##isa, runs_##isa},
+    MLF_ISAS
+#undef X
+};
+
+}  // namespace
+
+std::vector<std::string> compiled_isas() {
+  std::vector<std::string> names;
+  for (const Entry& entry : kEntries) names.push_back(entry.table->name);
+  return names;
+}
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Entry& entry : kEntries)
+    if (entry.runs()) names.push_back(entry.table->name);
+  return names;
+}
+
+const KernelTable& kernel_table(const std::string& name) {
+  std::string known;
+  for (const Entry& entry : kEntries) {
+    const bool wanted = name.empty() || name == entry.table->name;
+    if (wanted && entry.runs()) return *entry.table;
+    if (wanted && !name.empty())
+      throw std::invalid_argument("isa " + name + " cannot run on this machine");
+    known += std::string(known.empty() ? "" : ", ") + entry.table->name;
+  }
+  throw std::invalid_argument("isa must be one of " + known + ", got " + name);
+}
+
+}  // namespace mlf

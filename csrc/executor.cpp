@@ -1,0 +1,283 @@
+#include "executor.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+namespace mlf {
+
+// One run of up to kChunkTokens tokens through all blocks.
+struct Executor::Chunk {
+  KVCache& cache;
+  const int32_t* tokens;
+  const float* cos;    // (rows, head_dim / 2)
+  const float* sin;
+  int64_t start;       // position of the first token in the sequence
+  int64_t rows;        // tokens
+  int64_t logit_rows;  // how many of the last tokens want logits
+  float* logits;       // (logit_rows, vocab)
+
+  int64_t pages() const { return ceil_div(start + rows, kPageTokens); }
+};
+
+// Buffers of one thread, or of all threads together.
+struct Executor::Scratch {
+  std::vector<float> values;     // (rows, widest layer input)
+  std::vector<uint8_t> codes;
+  std::vector<float> scales;
+  std::vector<int32_t> sums, group_sums;
+  std::vector<float> queries;    // (queries, head_dim)
+  std::vector<float> state, page_state;  // AttentionState of those queries
+
+  Activations activations(int64_t cols) {
+    return {values.data(), codes.data(), scales.data(), sums.data(), group_sums.data(), cols};
+  }
+};
+
+namespace {
+
+constexpr int kAttentionRows = 8;  // tokens of a prompt that attend together
+
+// Split one buffer of (queries) x (padded_dim + 2) floats.
+AttentionState attention_state(float* buffer, int64_t queries, int64_t padded_dim) {
+  float* max = buffer + queries * padded_dim;
+  return {buffer, max, max + queries};
+}
+
+}  // namespace
+
+Executor::Executor(Model model, int threads, const KernelTable& kernels)
+    : model_(std::move(model)),
+      kernels_(kernels),
+      pool_(threads),
+      hidden_(kChunkTokens * model_.hidden),
+      qkv_(kChunkTokens * qkv_size()),
+      attention_(kChunkTokens * q_size()),
+      ffn_(kChunkTokens * model_.intermediate),
+      scratch_(threads + 1) {
+  const int64_t widest = std::max({model_.hidden, q_size(), model_.intermediate});
+  const int64_t padded = round_up(widest, kGroup);
+  const int64_t queries = static_cast<int64_t>(kAttentionRows) * group();
+  for (Scratch& scratch : scratch_) {
+    const int64_t rows = &scratch == &scratch_.back() ? kChunkTokens : 1;
+    scratch.values.resize(rows * widest);
+    scratch.codes.resize(rows * 2 * padded);
+    scratch.scales.resize(rows);
+    scratch.sums.resize(rows);
+    scratch.group_sums.resize(rows * padded / kGroup);
+    scratch.queries.resize(queries * model_.head_dim);
+    scratch.state.resize(queries * (padded_dim() + 2));
+    scratch.page_state.resize(queries * (padded_dim() + 2));
+  }
+}
+
+Executor::~Executor() = default;
+
+std::unique_ptr<KVCache> Executor::new_cache() const {
+  return std::make_unique<KVCache>(static_cast<int>(model_.schedule.size()), model_.kv_heads,
+                                   model_.head_dim, model_.half_cache);
+}
+
+void Executor::forward(KVCache& cache, const int32_t* tokens, int64_t count, const float* cos,
+                       const float* sin, bool all_logits, float* logits) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const int64_t start = cache.length(), half = model_.head_dim / 2;
+  cache.reserve(start + count);
+  partials_.resize(ceil_div(start + count, kPageTokens) * model_.heads * (padded_dim() + 2));
+  for (int64_t done = 0; done < count; done += kChunkTokens) {
+    const int64_t rows = std::min(kChunkTokens, count - done);
+    const bool last = done + rows == count;
+    const Chunk chunk{cache, tokens + done, cos + done * half, sin + done * half, start + done, rows,
+                      all_logits ? rows : last ? 1 : 0, logits + (all_logits ? done * model_.vocab : 0)};
+    pool_.run([&](int thread) { run_chunk(thread, chunk); });
+  }
+  cache.set_length(start + count);
+}
+
+// The whole model, as one thread sees it. Linear layers are split by output rows; a barrier follows
+// wherever the next stage reads what other threads have written.
+void Executor::run_chunk(int thread, const Chunk& chunk) {
+  const int64_t rows = chunk.rows, hidden = model_.hidden;
+  const Share mine = share(rows, thread, pool_.size());
+  for (int64_t row = mine.begin; row < mine.end; ++row)
+    kernels_.embed(model_.embedding, chunk.tokens[row], hidden_.data() + row * hidden);
+  pool_.barrier();
+
+  for (size_t position = 0; position < model_.schedule.size(); ++position) {
+    const BlockWeights& block = model_.blocks[model_.schedule[position]];
+
+    const Activations attention_in = prepare(thread, hidden_.data(), block.attention_norm, hidden, rows);
+    project_qkv(thread, attention_in, block, rows);
+    pool_.barrier();
+
+    const float* attended = attention_.data();
+    if (rows == 1) {
+      attend_one(thread, chunk, static_cast<int>(position));
+      pool_.barrier();
+      attended = merge_one(thread, chunk);
+    } else {
+      store_rotated(thread, chunk, static_cast<int>(position));
+      pool_.barrier();
+      attend_many(thread, chunk, static_cast<int>(position));
+      pool_.barrier();
+    }
+    const Activations attention_out = prepare(thread, attended, nullptr, q_size(), rows);
+    project(thread, attention_out, block.o, hidden_.data(), rows, true);
+    pool_.barrier();
+
+    const Activations ffn_in = prepare(thread, hidden_.data(), block.ffn_norm, hidden, rows);
+    const Share tiles = share(block.gate.tiles(), thread, pool_.size());
+    kernels_.swiglu(ffn_in, block.gate, block.up, ffn_.data(), rows, model_.intermediate, tiles.begin, tiles.end);
+    pool_.barrier();
+
+    const Activations ffn_out = prepare(thread, ffn_.data(), nullptr, model_.intermediate, rows);
+    project(thread, ffn_out, block.down, hidden_.data(), rows, true);
+    pool_.barrier();
+  }
+
+  if (chunk.logit_rows == 0) return;
+  const float* last = hidden_.data() + (rows - chunk.logit_rows) * hidden;
+  const Activations head_in = prepare(thread, last, model_.final_norm, hidden, chunk.logit_rows);
+  project(thread, head_in, model_.head, chunk.logits, chunk.logit_rows, false);
+}
+
+// The input of a linear layer: normalised if `norm` is given, rounded if the weights are integers.
+// A single row is prepared by every thread for itself, which is cheaper than waiting for another.
+Activations Executor::prepare(int thread, const float* x, const float* norm, int64_t cols, int64_t rows) {
+  const bool shared = rows > 1;
+  Activations out = scratch_[shared ? pool_.size() : thread].activations(cols);
+  const Share mine = shared ? share(rows, thread, pool_.size()) : Share{0, 1};
+  const int64_t count = mine.end - mine.begin;
+  if (norm) {
+    kernels_.rms_norm(x + mine.begin * cols, norm, out.values + mine.begin * cols, count, cols, model_.norm_eps);
+  } else {
+    out.values = const_cast<float*>(x);
+  }
+  if (model_.activation != ActivationKind::floating) {
+    kernels_.quantize_activations(out.values + mine.begin * cols, out, mine.begin, count,
+                                  max_code(model_.activation, cols));
+  }
+  if (shared) pool_.barrier();
+  return out;
+}
+
+void Executor::project(int thread, const Activations& x, const Weight& weight, float* out, int64_t rows,
+                       bool accumulate) {
+  const Share tiles = share(weight.tiles(), thread, pool_.size());
+  kernels_.linear(x, weight, out, rows, weight.rows, tiles.begin, tiles.end, accumulate);
+}
+
+// Queries, keys and values side by side; the threads share the tiles of all three evenly.
+void Executor::project_qkv(int thread, const Activations& x, const BlockWeights& block, int64_t rows) {
+  const Weight* weights[] = {&block.q, &block.k, &block.v};
+  const int64_t tiles = block.q.tiles() + block.k.tiles() + block.v.tiles();
+  Share left = share(tiles, thread, pool_.size());
+  float* out = qkv_.data();
+  for (const Weight* weight : weights) {
+    const int64_t count = weight->tiles();
+    const int64_t begin = std::max<int64_t>(left.begin, 0), end = std::min(left.end, count);
+    if (begin < end) kernels_.linear(x, *weight, out, rows, qkv_size(), begin, end, false);
+    left = {left.begin - count, left.end - count};
+    out += weight->rows;
+  }
+}
+
+// Decode: each KV head and page is one task. The tasks rotate the queries for themselves, and that
+// of the last page stores the new key and value, so no stage of its own is needed for it.
+void Executor::attend_one(int thread, const Chunk& chunk, int position) {
+  Scratch& scratch = scratch_[thread];
+  const int dim = model_.head_dim;
+  const int64_t pages = chunk.pages(), state_size = group() * (padded_dim() + 2);
+  const int in_last = static_cast<int>(chunk.start % kPageTokens) + 1;
+  for (int64_t task = thread; task < pages * model_.kv_heads; task += pool_.size()) {
+    const int kv_head = static_cast<int>(task % model_.kv_heads);
+    const int64_t page = task / model_.kv_heads;
+    const bool last = page == pages - 1;
+    const PageView view = chunk.cache.view(position, page, kv_head);
+    if (last) {
+      const float* key = qkv_.data() + q_size() + kv_head * dim;
+      kernels_.rope(key, chunk.cos, chunk.sin, scratch.queries.data(), 1, dim);
+      kernels_.kv_store(scratch.queries.data(), key + kv_size(), view, in_last - 1);
+    }
+    const float* q = qkv_.data() + static_cast<int64_t>(kv_head) * group() * dim;
+    kernels_.rope(q, chunk.cos, chunk.sin, scratch.queries.data(), group(), dim);
+    const std::vector<int> tokens(group(), last ? in_last : kPageTokens);
+    float* state = partials_.data() + (kv_head * pages + page) * state_size;
+    kernels_.attend_page(scratch.queries.data(), view, tokens.data(),
+                         attention_state(state, group(), padded_dim()), group(),
+                         1.0f / std::sqrt(static_cast<float>(dim)));
+  }
+}
+
+// Every thread merges the pages for itself: all heads of one token are a few kilobytes.
+const float* Executor::merge_one(int thread, const Chunk& chunk) {
+  Scratch& scratch = scratch_[thread];
+  const int64_t pages = chunk.pages(), state_size = group() * (padded_dim() + 2);
+  const AttentionState state = attention_state(scratch.state.data(), group(), padded_dim());
+  for (int kv_head = 0; kv_head < model_.kv_heads; ++kv_head) {
+    float* partial = partials_.data() + kv_head * pages * state_size;
+    std::copy_n(partial, state_size, scratch.state.data());
+    for (int64_t page = 1; page < pages; ++page)
+      kernels_.attend_merge(state, attention_state(partial + page * state_size, group(), padded_dim()),
+                            group(), padded_dim());
+    kernels_.attend_finish(state, scratch.values.data() + kv_head * group() * model_.head_dim,
+                           group(), model_.head_dim);
+  }
+  return scratch.values.data();
+}
+
+// Prefill: rotate queries in place, rotate and store keys, store values.
+void Executor::store_rotated(int thread, const Chunk& chunk, int position) {
+  const int dim = model_.head_dim;
+  const Share mine = share(chunk.rows, thread, pool_.size());
+  for (int64_t row = mine.begin; row < mine.end; ++row) {
+    float* q = qkv_.data() + row * qkv_size();
+    float* key = q + q_size();
+    const float *cos = chunk.cos + row * dim / 2, *sin = chunk.sin + row * dim / 2;
+    kernels_.rope(q, cos, sin, q, model_.heads, dim);
+    kernels_.rope(key, cos, sin, key, model_.kv_heads, dim);
+    const int64_t at = chunk.start + row;
+    for (int kv_head = 0; kv_head < model_.kv_heads; ++kv_head, key += dim)
+      kernels_.kv_store(key, key + kv_size(), chunk.cache.view(position, at / kPageTokens, kv_head),
+                        static_cast<int>(at % kPageTokens));
+  }
+}
+
+// Prefill: a KV head and a few tokens are one task; it walks the pages that its last token sees.
+void Executor::attend_many(int thread, const Chunk& chunk, int position) {
+  Scratch& scratch = scratch_[thread];
+  const int dim = model_.head_dim;
+  const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
+  const int64_t blocks = ceil_div(chunk.rows, kAttentionRows);
+  std::vector<int> tokens(kAttentionRows * group());
+  for (int64_t task = thread; task < blocks * model_.kv_heads; task += pool_.size()) {
+    const int kv_head = static_cast<int>(task % model_.kv_heads);
+    const int64_t first = task / model_.kv_heads * kAttentionRows;
+    const int64_t rows = std::min<int64_t>(kAttentionRows, chunk.rows - first);
+    const int64_t queries = rows * group();
+    for (int64_t row = 0; row < rows; ++row)
+      std::copy_n(qkv_.data() + (first + row) * qkv_size() + kv_head * group() * dim, group() * dim,
+                  scratch.queries.data() + row * group() * dim);
+
+    const AttentionState state = attention_state(scratch.state.data(), queries, padded_dim());
+    const AttentionState page_state = attention_state(scratch.page_state.data(), queries, padded_dim());
+    const int64_t pages = ceil_div(chunk.start + first + rows, kPageTokens);
+    for (int64_t page = 0; page < pages; ++page) {
+      for (int64_t i = 0; i < queries; ++i) {
+        const int64_t seen = chunk.start + first + i / group() + 1 - page * kPageTokens;
+        tokens[i] = static_cast<int>(std::clamp<int64_t>(seen, 0, kPageTokens));
+      }
+      const PageView view = chunk.cache.view(position, page, kv_head);
+      kernels_.attend_page(scratch.queries.data(), view, tokens.data(), page ? page_state : state, queries, scale);
+      if (page) kernels_.attend_merge(state, page_state, queries, padded_dim());
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t i = row * group();
+      const AttentionState one{state.values + i * padded_dim(), state.max + i, state.sum + i};
+      kernels_.attend_finish(one, attention_.data() + (first + row) * q_size() + kv_head * group() * dim,
+                             group(), dim);
+    }
+  }
+}
+
+}  // namespace mlf

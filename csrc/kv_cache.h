@@ -1,0 +1,45 @@
+// Keys and values of the tokens seen so far, in pages of kPageTokens tokens.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+
+namespace mlf {
+
+// A page holds its tokens for every position of the schedule and every KV head, so growing never
+// moves what is stored.
+class KVCache {
+ public:
+  KVCache(int positions, int kv_heads, int head_dim, bool half);
+
+  int64_t length() const { return length_; }
+  // Make room for `tokens` tokens in all. Throws std::bad_alloc.
+  void reserve(int64_t tokens);
+  // Declare that the first `tokens` tokens are valid; fewer than length() forgets the rest.
+  void set_length(int64_t tokens) { length_ = tokens; }
+  int64_t nbytes() const { return static_cast<int64_t>(pages_.size()) * page_nbytes(); }
+
+  PageView view(int position, int64_t page, int kv_head) const;
+
+  // Was this cache made for a model of these sizes?
+  bool fits(int positions, int kv_heads, int head_dim, bool half) const {
+    return positions == positions_ && kv_heads == kv_heads_ && head_dim == head_dim_ && half == half_;
+  }
+
+ private:
+  int64_t head_nbytes() const;  // keys and values of one position and KV head in one page
+  int64_t page_nbytes() const { return head_nbytes() * positions_ * kv_heads_; }
+
+  struct Free {
+    void operator()(uint8_t* p) const;
+  };
+  int positions_, kv_heads_, head_dim_;
+  bool half_;
+  int64_t length_ = 0;
+  std::vector<std::unique_ptr<uint8_t[], Free>> pages_;
+};
+
+}  // namespace mlf

@@ -1,0 +1,67 @@
+// A pool of worker threads and the barrier between the stages of a step.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace mlf {
+
+// A counter that threads wait on: they spin for a bounded time, then sleep.
+class WaitCounter {
+ public:
+  uint32_t get() const { return value_.load(std::memory_order_acquire); }
+  void increment();
+  // Return once the counter differs from `seen`.
+  void wait_while(uint32_t seen);
+
+ private:
+  std::atomic<uint32_t> value_{0};
+  std::atomic<int> sleepers_{0};
+  std::mutex mutex_;
+  std::condition_variable changed_;
+};
+
+// Runs a function on every thread at once; the calling thread is thread 0. Between calls the
+// workers sleep. Not for concurrent use: the owner serialises calls to run().
+class ThreadPool {
+ public:
+  explicit ThreadPool(int threads);  // >= 1
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const { return size_; }
+  // Call task(thread) on threads 0..size-1 and return when all are done. `task` must not throw.
+  void run(const std::function<void(int)>& task);
+  // Inside run(): wait until every thread has come here.
+  void barrier();
+
+ private:
+  void start();
+  void forget_workers();
+  void work(int thread, uint32_t seen);
+
+  const int size_;
+  std::vector<std::thread> workers_;
+  int owner_process_ = 0;
+  const std::function<void(int)>* task_ = nullptr;
+  bool stop_ = false;
+  alignas(64) WaitCounter started_;
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) WaitCounter passed_;
+};
+
+// The part [begin, end) of `count` items that belongs to `thread`: even, in order.
+struct Share {
+  int64_t begin, end;
+};
+inline Share share(int64_t count, int thread, int threads) {
+  return {count * thread / threads, count * (thread + 1) / threads};
+}
+
+}  // namespace mlf

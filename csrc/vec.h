@@ -1,0 +1,69 @@
+// The vector types of the ISA that this translation unit is compiled for, and what all ISAs share.
+#pragma once
+
+// vec_<isa>.h
+#define MLF_QUOTE_(text) #text
+#define MLF_QUOTE(text) MLF_QUOTE_(text)
+#define MLF_JOIN_(a, b) a##b
+#define MLF_JOIN(a, b) MLF_JOIN_(a, b)
+#include MLF_QUOTE(MLF_JOIN(vec_, MLF_ISA).h)
+
+// e^x, relative error below 2 ulp for x in [-87.3, 88.3]; clamped outside, so never 0, NaN or
+// infinite. x = n ln 2 + r, e^r by a polynomial on |r| <= ln 2 / 2 (Cephes' coefficients).
+inline VecF exp(VecF x) {
+  x = min(max(x, splat(-87.3f)), splat(88.3f));
+  const VecI n = round_to_int(mul(x, splat(1.44269504088896341f)));
+  const VecF nf = to_float(n);
+  VecF r = fma(nf, splat(-0.693359375f), x);
+  r = fma(nf, splat(2.12194440e-4f), r);
+  VecF p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = add(fma(p, mul(r, r), r), splat(1.0f));
+  return mul(p, exp2_int(n));
+}
+
+// x / (1 + e^-x)
+inline VecF silu(VecF x) { return div(x, add(splat(1.0f), exp(sub(splat(0.0f), x)))); }
+
+// Visit 0..n-1 in vectors of 16: body(i, 16) for whole ones, body(i, n - i) for the rest.
+template <class Body>
+inline void for_each_vec(int64_t n, Body body) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) body(i, 16);
+  if (i < n) body(i, static_cast<int>(n - i));
+}
+inline VecF load_upto(const float* p, int n) { return n == 16 ? load(p) : load_first(p, n); }
+inline void store_upto(float* p, VecF v, int n) {
+  if (n == 16) store(p, v); else store_first(p, v, n);
+}
+inline float half_value(uint16_t half) {
+  const uint16_t halves[16] = {half};
+  float lanes[16];
+  store(lanes, load_half(halves));
+  return lanes[0];
+}
+
+// A number that templates can take as an argument.
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
+// Visit 0..n-1 in blocks of Max, then one smaller block: body(Constant<block>(), first).
+template <int M, class Body>
+inline void last_block(int64_t first, int64_t left, Body& body) {
+  if constexpr (M > 0) {
+    if (left == M) return body(Constant<M>(), first);
+    last_block<M - 1>(first, left, body);
+  }
+}
+template <int Max, class Body>
+inline void for_each_block(int64_t n, Body body) {
+  int64_t first = 0;
+  for (; first + Max <= n; first += Max) body(Constant<Max>(), first);
+  last_block<Max - 1>(first, n - first, body);
+}

@@ -1,0 +1,102 @@
+// The vector interface for AVX-512 (F, BW, DQ, VL) with VNNI: a VecF is one 512-bit register.
+#pragma once
+
+struct VecF { __m512 v; };
+struct VecI { __m512i v; };
+
+constexpr int kVecRegisters = 16;  // of 32; the rest hold operands
+
+inline VecF splat(float x) { return {_mm512_set1_ps(x)}; }
+inline VecF load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, VecF a) { _mm512_storeu_ps(p, a.v); }
+inline VecF add(VecF a, VecF b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline VecF sub(VecF a, VecF b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline VecF mul(VecF a, VecF b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline VecF div(VecF a, VecF b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline VecF max(VecF a, VecF b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline VecF min(VecF a, VecF b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline VecF abs(VecF a) { return {_mm512_abs_ps(a.v)}; }
+inline VecF fma(VecF a, VecF b, VecF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+
+inline __m256 add_halves(__m512 v) {
+  return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+}
+inline float sum(VecF a) {
+  const __m256 eight = add_halves(a.v);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+inline float max_lane(VecF a) { return _mm512_reduce_max_ps(a.v); }
+
+inline __mmask16 lanes_below(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline VecF keep_first(VecF a, int n, float fill) {
+  return {_mm512_mask_blend_ps(lanes_below(n), _mm512_set1_ps(fill), a.v)};
+}
+inline VecF load_first(const float* p, int n) { return {_mm512_maskz_loadu_ps(lanes_below(n), p)}; }
+inline void store_first(float* p, VecF a, int n) { _mm512_mask_storeu_ps(p, lanes_below(n), a.v); }
+
+inline VecF load_half(const uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline void store_half(uint16_t* p, VecF a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline VecF load_bf16(const uint16_t* p) {
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
+
+inline VecF to_float(VecI a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline VecI round_to_int(VecF a) { return {_mm512_cvtps_epi32(a.v)}; }
+inline VecI add(VecI a, VecI b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline VecI splat_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline int32_t sum(VecI a) { return _mm512_reduce_add_epi32(a.v); }
+inline VecF exp2_int(VecI n) {
+  const __m512i biased = _mm512_add_epi32(n.v, _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
+}
+
+// --- integer dot products: VNNI multiplies unsigned by signed bytes ----------------------------
+// Weights are made unsigned (int8: +128, taken back through the sum of the inputs); an input code
+// is split into two signed bytes, code = 256 * high + low, each with a sum of its own. The sums may
+// wrap: the whole result fits int32, so arithmetic modulo 2^32 is exact.
+
+constexpr int kDotRows = 8;  // 16 sums; weights and inputs in the other 16 registers
+constexpr int32_t kInt8Offset = 128;
+
+struct DotWeights { __m512i rows; };
+struct DotInputs { __m512i low, high; };
+struct DotSum { __m512i low, high; };
+
+inline DotSum dot_zero() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+inline DotWeights load_step_int8(const uint8_t* p) {
+  return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))};
+}
+inline void load_steps_int4(const uint8_t* p, DotWeights& low, DotWeights& high) {
+  const __m512i mask = _mm512_set1_epi8(15);
+  const __m512i both = _mm512_loadu_si512(p);
+  low.rows = _mm512_and_si512(both, mask);
+  high.rows = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
+}
+inline DotInputs load_inputs(const uint8_t* codes, int step) {
+  int32_t low, high;
+  memcpy(&low, codes + step * 8, 4);
+  memcpy(&high, codes + step * 8 + 4, 4);
+  return {_mm512_set1_epi32(low), _mm512_set1_epi32(high)};
+}
+inline void dot(DotSum& acc, const DotWeights& w, const DotInputs& a) {
+  acc.low = _mm512_dpbusd_epi32(acc.low, w.rows, a.low);
+  acc.high = _mm512_dpbusd_epi32(acc.high, w.rows, a.high);
+}
+inline VecI dot_result(const DotSum& acc) {
+  return {_mm512_add_epi32(acc.low, _mm512_slli_epi32(acc.high, 8))};
+}
+inline void store_inputs(uint8_t* codes, int64_t k, VecI a) {
+  const __m128i low = _mm512_cvtepi32_epi8(a.v);  // keeps the low byte, read as signed
+  const __m512i rest = _mm512_sub_epi32(a.v, _mm512_cvtepi8_epi32(low));
+  const __m128i high = _mm512_cvtepi32_epi8(_mm512_srai_epi32(rest, 8));
+  __m128i* out = reinterpret_cast<__m128i*>(codes + 2 * k);
+  _mm_storeu_si128(out, _mm_unpacklo_epi32(low, high));
+  _mm_storeu_si128(out + 1, _mm_unpackhi_epi32(low, high));
+}

@@ -1,0 +1,1 @@
+"""Triton GPU kernels, one op per file; installed as `mobilellm_fast.kernels`."""

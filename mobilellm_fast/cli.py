@@ -1,0 +1,277 @@
+"""The `mobilellm-fast` command. Subcommands import what they need, so that --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import MobileLLMError
+from .version import __version__
+
+DESCRIPTION = """\
+Run MobileLLM-class language models on this machine.
+
+examples:
+  mobilellm-fast generate "The capital of France is"
+  mobilellm-fast chat --system "Answer in one sentence." --temperature 0.7 --top-p 0.9
+  mobilellm-fast generate - --max-new-tokens 100 < prompt.txt
+  mobilellm-fast score README.md --window 2048
+  mobilellm-fast info --model path/to/model.gguf
+  mobilellm-fast bench -p 512 -n 128 -o json
+
+MODEL is a Hugging Face directory or hub id, or a .gguf file; without one, SmolLM2-135M-Instruct is
+used (fetched once, 98 MB). 'mobilellm-fast COMMAND --help' explains the options of a command.
+"""
+
+CHAT_HELP = """\
+Ctrl-C stops an answer, Ctrl-D or /exit leaves, /clear forgets the conversation.
+When standard input is not a terminal, each of its lines is one message.
+"""
+
+# Option of the generation API -> type, placeholder, help. The command line takes them under the
+# same names and leaves out what is not given, so that the defaults have one home.
+GENERATION_OPTIONS = {
+    "max_new_tokens": (int, "N", "most tokens to generate (default: 256; chat: 1024)"),
+    "temperature": (float, "T", "0 takes the most likely token (default), 1 samples plainly"),
+    "top_k": (int, "K", "sample among the K most likely tokens"),
+    "top_p": (float, "P", "sample among the fewest tokens of total probability P"),
+    "min_p": (float, "P", "sample among tokens at least P times as likely as the likeliest"),
+    "repetition_penalty": (float, "R", "above 1 makes tokens seen before less likely"),
+    "seed": (int, "SEED", "the same seed samples the same text again"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return 0, or 1 after a one-line error, or 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: --help and --version (0), wrong usage (2).
+    """
+    args = _parser().parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know a model's characters
+    try:
+        args.run(args)
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever reads us (`| head`) has seen enough: no failure of ours
+        _discard_unwritable_output()
+        return 0
+    except UnicodeDecodeError as error:
+        _print_error(f"the input is not valid UTF-8: {error.reason} at byte {error.start}")
+    except OSError as error:
+        _discard_unwritable_output()
+        _print_error(": ".join(str(part) for part in (error.filename, error.strerror) if part))
+    except (MobileLLMError, ImportError, MemoryError) as error:
+        _print_error(str(error) or type(error).__name__)
+    return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mobilellm-fast",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run, help: str, epilog: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, epilog=epilog)
+        sub.set_defaults(run=run)
+        model = sub.add_argument_group("model")
+        model.add_argument("--model", metavar="MODEL", help="directory, hub id or .gguf file")
+        model.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+        model.add_argument("--format", default="auto", help="auto, fp32, bf16, int8, w8a8 or int4")
+        model.add_argument("--threads", type=int, metavar="N", help="default: chosen for you")
+        model.add_argument("--isa", metavar="NAME", help="force an instruction set ('info' lists)")
+        return sub
+
+    sub = command("generate", _generate, "continue a prompt")
+    sub.add_argument("prompt", metavar="PROMPT", help="'-' reads standard input")
+    _add_generation_options(sub)
+
+    sub = command("chat", _chat, "talk with an instruction-tuned model", CHAT_HELP)
+    sub.add_argument("--system", metavar="TEXT", help="instructions that precede the conversation")
+    _add_generation_options(sub, max_new_tokens=1024)
+
+    sub = command("score", _score, "print how well the model predicts a text (perplexity)")
+    sub.add_argument("file", metavar="FILE", help="UTF-8 text; '-' reads standard input")
+    sub.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="score a text longer than the context in windows of N tokens, "
+        "each starting with no more than one token of context",
+    )
+
+    command("info", _info, "describe the model and how it would run here")
+
+    sub = command("bench", _bench, "measure prefill and decode speed")
+    sub.add_argument("-p", "--prompt-tokens", type=int, nargs="*", default=[512], metavar="N")
+    sub.add_argument("-n", "--new-tokens", type=int, nargs="*", default=[128], metavar="N")
+    sub.add_argument("-r", "--repetitions", type=int, default=5, metavar="N")
+    sub.add_argument("-o", "--output", choices=("md", "json", "csv"), help="default: a table")
+    return parser
+
+
+def _add_generation_options(sub: argparse.ArgumentParser, **defaults: Any) -> None:
+    group = sub.add_argument_group("generation")
+    for name, (kind, metavar, help) in GENERATION_OPTIONS.items():
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, type=kind, metavar=metavar, help=help, default=defaults.get(name))
+    group.add_argument("--stop", action="append", metavar="TEXT", help="stop before this text")
+    group.add_argument("--verbose", action="store_true", help="print timings to standard error")
+
+
+def _generation_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that were given, checked before a model is loaded for them."""
+    from .generate import Options
+
+    given = {name: getattr(args, name) for name in (*GENERATION_OPTIONS, "stop")}
+    given = {name: value for name, value in given.items() if value is not None}
+    Options(**given)
+    return given
+
+
+def _load(args: argparse.Namespace):
+    from .engine import Engine
+
+    return Engine.load(
+        args.model,
+        format=args.format,
+        threads=args.threads,
+        revision=args.revision,
+        isa=args.isa,
+    )
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from .generate import stream
+
+    options = _generation_options(args)
+    prompt = args.prompt
+    if prompt == "-":  # as typed with `echo`: the newline that ends the input is not meant
+        prompt = _read("-").removesuffix("\n")
+    _show(stream(_load(args), prompt, **options), args.verbose)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from .generate import chat_ids, stream_chat
+
+    options = _generation_options(args)
+    engine = _load(args)
+    beginning = [{"role": "system", "content": args.system}] if args.system else []
+    # A model that cannot chat should say so before the first question, not after it.
+    chat_ids(engine, [*beginning, {"role": "user", "content": "Hello"}])
+    interactive = sys.stdin.isatty()
+    history = list(beginning)
+    for message in _messages(interactive):
+        if message == "/exit":
+            return
+        if message == "/clear":
+            history = list(beginning)
+            continue
+        question = {"role": "user", "content": message}
+        try:
+            answer = stream_chat(engine, [*history, question], **options)
+        except MobileLLMError as error:  # the conversation has outgrown the context
+            if not interactive:
+                raise
+            _print_error(f"{error} (/clear starts a new conversation)")
+            continue
+        with contextlib.suppress(KeyboardInterrupt):  # stops the answer, not the program
+            _show(answer, args.verbose)
+        history += [question, {"role": "assistant", "content": answer.generation.text}]
+
+
+def _messages(interactive: bool) -> Iterator[str]:
+    """Yield what the user says, without blank lines, until the input ends."""
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (gives input() line editing and a history)
+    while True:
+        try:
+            # A prompt would only be noise in redirected output.
+            line = input("> " if interactive and sys.stdout.isatty() else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            print("\nCtrl-D or /exit leaves", file=sys.stderr)
+            continue
+        if line.strip():
+            yield line.strip()
+
+
+def _show(tokens, verbose: bool) -> None:
+    """Print an answer as it comes and end its line, even when it is interrupted."""
+    last = ""
+    try:
+        for token in tokens:
+            sys.stdout.write(token.text)
+            sys.stdout.flush()
+            last = token.text or last
+    finally:
+        if not last.endswith("\n"):
+            print(flush=True)
+    if verbose:
+        done = tokens.generation
+        t = done.timings
+        print(
+            f"prefill: {t.prefill_tokens} tokens in {t.prefill_seconds:.3f} s "
+            f"({t.prefill_tokens_per_s:.1f} tokens/s)\n"
+            f"decode: {t.decode_tokens} tokens in {t.decode_seconds:.3f} s "
+            f"({t.decode_tokens_per_s:.1f} tokens/s)\n"
+            f"finish reason: {done.finish_reason}",
+            file=sys.stderr,
+        )
+
+
+def _score(args: argparse.Namespace) -> None:
+    from .generate import score
+
+    text = _read(args.file)
+    result = score(_load(args), text, window=args.window)
+    print(f"tokens: {len(result.token_ids)}")
+    print(f"nll: {result.nll:.6f}")
+    print(f"perplexity: {result.perplexity:.4f}")
+
+
+def _info(args: argparse.Namespace) -> None:
+    from .cli_info import print_info
+
+    print_info(_load(args))
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from .cli_bench import Plan, measure, print_rows
+
+    plan = Plan(args.prompt_tokens, args.new_tokens, args.repetitions)
+    print_rows(measure(_load(args), plan), args.output)
+
+
+def _read(name: str) -> str:
+    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    return data.decode()
+
+
+def _print_error(message: str) -> None:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+
+
+def _discard_unwritable_output() -> None:
+    """Stop Python from trying, and failing, to write the rest of the output again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):  # there may be no file behind it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,142 @@
+"""A model ready to generate: executor, tokenizer and chat template. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import generate, quant
+from .config import MobileLLMConfig
+from .errors import MobileLLMError
+from .executor import Executor, Weights, check_isa, check_threads
+
+
+class Engine:
+    """Generates text on the CPU from packed weights.
+
+    Use `Engine.load`; `mobilellm_fast.load` returns the same engine inside a `torch.nn` model.
+
+    Args:
+        config: the architecture.
+        weights: what the executor runs, see `Executor`.
+        format: one of `quant.FORMATS`.
+        tokenizer: a `Tokenizer`, or None for token ids only.
+        chat_template: Jinja source, or None.
+        name: for display.
+        threads, isa: see `Executor`.
+    """
+
+    def __init__(
+        self,
+        config: MobileLLMConfig,
+        weights: Weights,
+        format: str,
+        *,
+        tokenizer=None,
+        chat_template: str | None = None,
+        name: str = "model",
+        threads: int | None = None,
+        isa: str | None = None,
+    ) -> None:
+        self.config = config
+        self.weights = weights
+        self.format = format
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.name = name
+        self.executor = Executor(config, weights, format, threads, isa)
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path | None = None,
+        *,
+        format: str = "auto",
+        threads: int | None = None,
+        revision: str | None = None,
+        isa: str | None = None,
+    ) -> Engine:
+        """Load a model from a directory, a hub id, a .gguf file, or by default SmolLM2-135M.
+
+        Args:
+            source: see `checkpoint.open_checkpoint`.
+            format: `fp32`, `bf16`, `int8`, `w8a8` or `int4`; `auto` keeps a GGUF file's own grid
+                where there are kernels for it, and takes `int8` otherwise.
+            threads: how many to use; None means as many as this process may run on.
+            revision: branch, tag or commit of a hub id.
+            isa: name of a kernel table, see `mobilellm-fast info`; None means the best.
+
+        Raises:
+            MobileLLMError: an argument is out of range.
+            CheckpointError: the source cannot be found, read or trusted.
+        """
+        if format not in ("auto", *quant.FORMATS):
+            known = ", ".join(("auto", *quant.FORMATS))
+            raise MobileLLMError(f"[load] format must be one of {known}, got {format!r}")
+        check_threads(threads), check_isa(isa)  # before a long load, not after it
+
+        from .checkpoint import open_checkpoint
+
+        checkpoint = open_checkpoint(source, revision=revision)
+        if format == "auto":
+            format = "int4" if checkpoint.dtype == "int4" else "int8"
+        return cls(
+            checkpoint.config,
+            _pack_all(checkpoint, format),
+            format,
+            tokenizer=checkpoint.tokenizer,
+            chat_template=checkpoint.chat_template,
+            name=checkpoint.name,
+            threads=threads,
+            isa=isa,
+        )
+
+    def new_cache(self):
+        """Return an empty KV cache, see `Executor.new_cache`."""
+        return self.executor.new_cache()
+
+    def forward(self, token_ids: Sequence[int], cache, all_logits: bool = False) -> np.ndarray:
+        """Append tokens to a cache and return logits, see `Executor.forward`."""
+        return self.executor.forward(token_ids, cache, all_logits)
+
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> generate.Generation:
+        """Continue a text or token ids, see `generate.generate`."""
+        return generate.generate(self, prompt, **options)
+
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> generate.Stream:
+        """Continue a text or token ids, token by token, see `generate.stream`."""
+        return generate.stream(self, prompt, **options)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], **options: Any
+    ) -> generate.Generation:
+        """Answer a conversation, see `generate.chat`."""
+        return generate.chat(self, messages, **options)
+
+    def stream_chat(
+        self, messages: Sequence[Mapping[str, Any]], **options: Any
+    ) -> generate.Stream:
+        """Answer a conversation, token by token, see `generate.stream_chat`."""
+        return generate.stream_chat(self, messages, **options)
+
+    def score(
+        self, text_or_ids: str | Sequence[int], *, window: int | None = None
+    ) -> generate.Score:
+        """Measure how likely the model finds a text, see `generate.score`."""
+        return generate.score(self, text_or_ids, window=window)
+
+
+def _pack_all(checkpoint, format: str) -> Weights:
+    """Read and pack tensor by tensor, the largest first, while little else is in memory."""
+    names = sorted(checkpoint.names, key=lambda name: -np.prod(checkpoint.tensors[name].shape))
+    weights = {}
+    for name in names:
+        tensor = checkpoint.read(name)
+        if tensor.ndim == 1:
+            weights[name] = np.array(tensor, np.float32)
+        else:
+            weights[name] = quant.pack(tensor, quant.kind_of(format, name, tensor))
+    return weights

@@ -1,0 +1,174 @@
+"""The step: one call runs a prompt chunk or a decode step through the whole model. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from . import _C, quant
+from .config import MobileLLMConfig
+from .errors import MobileLLMError
+from .quant import PackedWeight
+from .rope import cos_sin
+
+Weights = Mapping[str, PackedWeight | np.ndarray]
+
+
+class Executor:
+    """Runs a model's weights on the CPU.
+
+    Results do not depend on the thread count, on the instruction set, or on how a sequence is
+    split over calls.
+
+    Args:
+        config: the architecture.
+        weights: one entry per name of `expected_shapes(config)`: float32 arrays for norms, packed
+            weights for matrices. They are read where they lie and must not move.
+        format: one of `quant.FORMATS`; says what inputs of quantized layers are rounded to.
+        threads: how many to use; None means as many as this process may run on.
+        isa: name of a kernel table; None takes the environment's `MLF_ISA`, or else the best.
+
+    Raises:
+        MobileLLMError: `threads` or `isa` is not possible here.
+    """
+
+    def __init__(
+        self,
+        config: MobileLLMConfig,
+        weights: Weights,
+        format: str,
+        threads: int | None = None,
+        isa: str | None = None,
+    ) -> None:
+        self.config = config
+        self.num_parameters = config.num_parameters
+        self.weight_nbytes = sum(weight.nbytes for weight in weights.values())
+        self._rotary = np.empty((2, 0, config.head_dim // 2), np.float32)
+
+        def block(index: int) -> dict:
+            prefix = f"model.layers.{index}."
+            projections = {
+                name: weights[f"{prefix}{path}_proj.weight"].as_tuple()
+                for name, path in _PROJECTIONS.items()
+            }
+            return projections | {
+                "attention_norm": weights[f"{prefix}input_layernorm.weight"],
+                "ffn_norm": weights[f"{prefix}post_attention_layernorm.weight"],
+            }
+
+        embedding = weights["model.embed_tokens.weight"]
+        head = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
+        self._executor = _C.Executor(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            vocab_size=config.vocab_size,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            rms_norm_eps=config.rms_norm_eps,
+            activation=quant.activation_of(format),
+            half_cache=format not in ("fp32", "bf16"),
+            schedule=list(config.schedule),
+            blocks=[block(index) for index in range(config.num_hidden_layers)],
+            final_norm=weights["model.norm.weight"],
+            embedding=embedding.as_tuple(),
+            head=head.as_tuple(),
+            threads=check_threads(threads),
+            isa=check_isa(isa),
+        )
+
+    @property
+    def threads(self) -> int:
+        return self._executor.threads
+
+    @property
+    def isa(self) -> str:
+        return self._executor.isa
+
+    def new_cache(self) -> _C.KVCache:
+        """Return an empty KV cache; it has `.length`, `.nbytes` and `.truncate(tokens)`."""
+        return self._executor.new_cache()
+
+    def forward(
+        self, token_ids: Sequence[int], cache: _C.KVCache, all_logits: bool = False
+    ) -> np.ndarray:
+        """Append tokens to the cache and return the logits that follow them.
+
+        Args:
+            token_ids: one or more, each in [0, vocab_size).
+            cache: from `new_cache`; grows by as many tokens.
+            all_logits: return those of every token, not of the last alone.
+
+        Returns:
+            float32 (1, vocab_size), or (tokens, vocab_size).
+
+        Raises:
+            MobileLLMError: no token, an id out of range, or more tokens than the context holds.
+        """
+        ids = np.asarray(token_ids)
+        if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
+            raise MobileLLMError(
+                f"[forward] token_ids must be a non-empty list of integers, got {ids.dtype} "
+                f"{ids.shape}"
+            )
+        bad = ids[(ids < 0) | (ids >= self.config.vocab_size)]
+        if len(bad):
+            raise MobileLLMError(
+                f"[forward] token_ids must be in [0, {self.config.vocab_size}), got {bad[0]}"
+            )
+        start, end = cache.length, cache.length + len(ids)
+        if end > self.config.context_length:
+            raise MobileLLMError(
+                f"[forward] the context holds {self.config.context_length} tokens, got {end}"
+            )
+        if end > self._rotary.shape[1]:  # in steps, so that decoding rarely stops for it
+            positions = np.arange(min(end + 1024, self.config.context_length))
+            self._rotary = np.stack(cos_sin(self.config, positions))
+        cos, sin = self._rotary[:, start:end]
+        return self._executor.forward(cache, ids.astype(np.int32), cos, sin, all_logits)
+
+
+_PROJECTIONS = {
+    "q": "self_attn.q",
+    "k": "self_attn.k",
+    "v": "self_attn.v",
+    "o": "self_attn.o",
+    "gate": "mlp.gate",
+    "up": "mlp.up",
+    "down": "mlp.down",
+}
+
+
+def check_threads(threads: int | None) -> int:
+    """Return a thread count: `threads`, or for None what this process may use."""
+    if threads is None:
+        return available_cpus()
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
+        raise MobileLLMError(f"[load] threads must be an integer in 1..1024, got {threads!r}")
+    return threads
+
+
+def check_isa(isa: str | None) -> str:
+    """Return the name of a kernel table: `isa`, or for None the environment's, or the best."""
+    supported = _C.supported_isas()
+    isa = isa or os.environ.get("MLF_ISA") or supported[0]
+    if isa not in supported:
+        fault = "cannot run on this machine" if isa in _C.compiled_isas() else "is unknown"
+        raise MobileLLMError(
+            f"[load] isa must be one of {', '.join(supported)}, got {isa!r}, which {fault}"
+        )
+    return isa
+
+
+def available_cpus() -> int:
+    """Count the processors that this process may use: its affinity and its container's limit."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return min(cpus, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no cgroup v2, or no limit ("max")
+        return cpus

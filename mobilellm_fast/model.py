@@ -1,0 +1,277 @@
+"""MobileLLM as `torch.nn` modules: the Llama architecture, run over a schedule of its blocks.
+
+Modules and parameters carry Hugging Face's Llama names, so `state_dict`s interchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops, packed, quant
+from .config import MobileLLMConfig, expected_shapes
+from .errors import MobileLLMError
+from .quant import PackedWeight
+from .rope import cos_sin
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+class MobileLLM(nn.Module):
+    """A MobileLLM-class causal language model.
+
+    `lm(input_ids)` gives logits and gradients; `lm.generate`, `lm.stream`, `lm.chat` and
+    `lm.score` run on the same weights without torch, see `mobilellm_fast.engine`.
+
+    Args:
+        config: the architecture.
+        dtype: of the freshly initialised parameters; None means torch's default.
+        device: where they live; None means torch's default.
+    """
+
+    def __init__(
+        self,
+        config: MobileLLMConfig,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        options = {"dtype": dtype, "device": device}
+        self.model = Decoder(config, **options)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **options)
+        self._engine: Engine | None = None
+        self.reset_parameters()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Return the logits of the token after each position.
+
+        Args:
+            input_ids: (batch, seq) int64 or int32 in [0, vocab_size).
+
+        Returns:
+            (batch, seq, vocab_size), dtype of the parameters (float32 for quantized ones).
+
+        Raises:
+            MobileLLMError: wrong shape or dtype, an id out of range, or a sequence that is empty
+                or longer than `config.context_length`.
+        """
+        self._check(input_ids)
+        return self.head(self.model(input_ids))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Map hidden states (..., hidden_size) to logits (..., vocab_size)."""
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.project(hidden)
+        return self.lm_head(hidden)
+
+    def _check(self, input_ids: Tensor) -> None:
+        if input_ids.ndim != 2 or input_ids.dtype not in ops.INTEGERS:
+            got = f"{tuple(input_ids.shape)} {input_ids.dtype}"
+            raise MobileLLMError(f"[forward] input_ids must be (batch, seq) integers, got {got}")
+        seq, limit = input_ids.shape[1], self.config.context_length
+        if not 1 <= seq <= limit:
+            raise MobileLLMError(f"[forward] input_ids must have 1 to {limit} tokens, got {seq}")
+        # a look at the values would break a compiled graph, or wait for the GPU
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            bad = input_ids[(input_ids < 0) | (input_ids >= self.config.vocab_size)]
+            if len(bad):
+                raise MobileLLMError(
+                    f"[forward] input_ids must be in [0, {self.config.vocab_size}), "
+                    f"got {int(bad[0])}"
+                )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw fresh weights: normal with `config.initializer_range`, norms at one."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+
+    # --- the same weights, without torch ---
+
+    @classmethod
+    def from_weights(
+        cls,
+        config: MobileLLMConfig,
+        weights: Mapping[str, PackedWeight | np.ndarray],
+        format: str = "fp32",
+    ) -> MobileLLM:
+        """Build a model around weights that are already in memory, without copying them.
+
+        Args:
+            config: the architecture.
+            weights: one entry per name of `expected_shapes(config)`: float32 arrays for norms,
+                packed weights for matrices.
+            format: says what the inputs of quantized layers are rounded to, see
+                `quant.activation_of`.
+
+        Raises:
+            MobileLLMError: a weight is missing, unexpected or has a wrong shape.
+        """
+        model = cls(config, device="meta")
+        packed.install(model, expected_shapes(config), weights, quant.activation_of(format))
+        return model
+
+    def weights(self) -> dict[str, PackedWeight | np.ndarray]:
+        """Return what `from_weights` takes: views of this model's own memory, not copies.
+
+        Raises:
+            MobileLLMError: a parameter is not on the CPU, or neither float32 nor bfloat16.
+        """
+        return packed.collect(self, expected_shapes(self.config))
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that generates, on this model's weights."""
+        if self._engine is None:
+            from .engine import Engine
+
+            self._engine = Engine.from_weights(self.config, self.weights())
+        return self._engine
+
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Any:
+        """Continue a text or token ids; see `mobilellm_fast.generate.generate`."""
+        return self.engine.generate(prompt, **options)
+
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> Any:
+        """Continue a text or token ids, token by token; see `mobilellm_fast.generate.stream`."""
+        return self.engine.stream(prompt, **options)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Any:
+        """Answer a conversation; see `mobilellm_fast.generate.chat`."""
+        return self.engine.chat(messages, **options)
+
+    def score(self, text_or_ids: str | Sequence[int]) -> Any:
+        """Measure how likely the model finds a text; see `mobilellm_fast.generate.score`."""
+        return self.engine.score(text_or_ids)
+
+    # --- state_dict: a tied head is the embedding under a second name, as in transformers ---
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.config.tie_word_embeddings and isinstance(self.model.embed_tokens, nn.Embedding):
+            weight = self.model.embed_tokens.weight
+            destination[f"{prefix}lm_head.weight"] = weight if keep_vars else weight.detach()
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        head = f"{prefix}lm_head.weight"
+        if self.config.tie_word_embeddings and head in state_dict:
+            weight = state_dict.pop(head)
+            embedding = state_dict.get(f"{prefix}model.embed_tokens.weight", weight)
+            if weight.data_ptr() != embedding.data_ptr() and not torch.equal(weight, embedding):
+                error_msgs = args[-1]
+                error_msgs.append(f"{head} differs from the embedding that the model ties it to")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Decoder(nn.Module):
+    """Embed, run every block of the schedule, normalise."""
+
+    def __init__(self, config: MobileLLMConfig, **options: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **options)
+        self.layers = nn.ModuleList(
+            Block(config, **options) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(batch, seq) token ids -> (batch, seq, hidden_size)."""
+        seq = input_ids.shape[1]
+        cos, sin = (
+            torch.from_numpy(table).to(input_ids.device)  # (seq, head_dim / 2)
+            for table in cos_sin(self.config, np.arange(seq), seq_len=seq)
+        )
+        hidden = self.embed_tokens(input_ids)
+        for block in self.config.schedule:
+            hidden = self.layers[block](hidden, cos, sin)
+        return self.norm(hidden)
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each on the normalised residual stream and added to it."""
+
+    def __init__(self, config: MobileLLMConfig, **options: Any) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
+        self.self_attn = Attention(config, **options)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
+        self.mlp = FeedForward(config, **options)
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(batch, seq, hidden_size) -> the same shape."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Attention(nn.Module):
+    """Causal self-attention in which groups of query heads share a key/value head."""
+
+    def __init__(self, config: MobileLLMConfig, **options: Any) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False, **options)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False, **options)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False, **options)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False, **options)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(batch, seq, hidden_size) -> the same shape; cos and sin are (seq, head_dim / 2)."""
+        per_head = (-1, self.head_dim)
+        q = self.q_proj(x).unflatten(-1, per_head)  # (batch, seq, heads, head_dim)
+        k = self.k_proj(x).unflatten(-1, per_head)  # (batch, seq, kv_heads, head_dim)
+        v = self.v_proj(x).unflatten(-1, per_head)
+        out = ops.gqa_attention(ops.rope(q, cos, sin), ops.rope(k, cos, sin), v)
+        return self.o_proj(out.flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: a projection gated by another, then one back to the residual stream."""
+
+    def __init__(self, config: MobileLLMConfig, **options: Any) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, inner, bias=False, **options)
+        self.up_proj = nn.Linear(hidden, inner, bias=False, **options)
+        self.down_proj = nn.Linear(inner, hidden, bias=False, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, seq, hidden_size) -> the same shape."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Embedding(nn.Embedding):
+    """A token embedding that can serve as the output head too."""
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """(..., hidden_size) -> (..., vocab_size)."""
+        return F.linear(hidden, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Scale each row to unit root mean square, then by a learned weight."""
+
+    def __init__(self, size: int, eps: float, **options: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size, **options))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., size) -> the same shape."""
+        return ops.rms_norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, eps={self.eps}"

@@ -1,0 +1,110 @@
+"""Modules over packed weights, and the way between a torch model and the engine's weights."""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import ops, quant
+from .errors import MobileLLMError
+from .quant import PackedWeight
+
+Weights = dict[str, PackedWeight | np.ndarray]
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with quantized weights, in the memory that the C++ kernels read.
+
+    Gradients reach its input, not its weights.
+
+    Args:
+        weight: of a quantized kind; not copied.
+        activation: what the input is rounded to, see `ops.linear`.
+    """
+
+    def __init__(self, weight: PackedWeight, activation: str) -> None:
+        super().__init__()
+        self.weight, self.activation = weight, activation
+        # Not part of a state_dict: it would only load into the same format and layout.
+        self.register_buffer("packed", torch.from_numpy(weight.data), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., cols) -> (..., rows)."""
+        weight = self.weight
+        return ops.linear(x, self.packed, weight.kind, weight.rows, weight.cols, self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.cols}, {self.weight.rows}, {self.weight.kind}, {self.activation}"
+
+
+class PackedEmbedding(PackedLinear):
+    """An embedding with quantized rows, which may serve as the output head too."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(...) token ids -> (..., cols) float32."""
+        weight = self.weight
+        return ops.embed(ids, self.packed, weight.kind, weight.rows, weight.cols)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """(..., cols) -> (..., rows)."""
+        return super().forward(hidden)
+
+
+def install(
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: Mapping[str, PackedWeight | np.ndarray],
+    activation: str,
+) -> None:
+    """Put weights into a model without copying them; layers of quantized ones become packed.
+
+    Raises:
+        MobileLLMError: a weight is missing, unexpected or has a wrong shape.
+    """
+    for name in sorted(shapes.keys() ^ weights.keys()):
+        fault = "lack" if name in shapes else "have an unexpected"
+        raise MobileLLMError(f"[from_weights] weights {fault} {name}")
+    for name, weight in weights.items():
+        is_matrix = isinstance(weight, PackedWeight)
+        got = (weight.rows, weight.cols) if is_matrix else weight.shape
+        if got != shapes[name]:
+            raise MobileLLMError(f"[from_weights] {name} must have shape {shapes[name]}, got {got}")
+        path = name.removesuffix(".weight")
+        layer = model.get_submodule(path)
+        if is_matrix and weight.kind in quant.QUANTIZED_KINDS:
+            kind = PackedEmbedding if isinstance(layer, nn.Embedding) else PackedLinear
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, kind(weight, activation))
+        else:
+            tensor = torch.from_numpy(weight.data if is_matrix else weight)
+            if tensor.dtype == torch.uint16:
+                tensor = tensor.view(torch.bfloat16)
+            layer.weight = nn.Parameter(tensor)
+
+
+def collect(model: nn.Module, names: Iterable[str]) -> Weights:
+    """Return a model's weights as `install` takes them, sharing the memory of matrices.
+
+    Raises:
+        MobileLLMError: a parameter is not on the CPU, or neither float32 nor bfloat16.
+    """
+    weights: Weights = {}
+    for name in names:
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        if isinstance(layer, PackedLinear):
+            weights[name] = layer.weight
+            continue
+        tensor = layer.weight.detach()
+        if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16):
+            got = f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+            raise MobileLLMError(f"[weights] {name} must be float32 or bfloat16 on cpu, got {got}")
+        tensor = tensor.contiguous()
+        if tensor.ndim == 1:
+            weights[name] = tensor.float().numpy()
+        elif tensor.dtype == torch.float32:
+            weights[name] = PackedWeight("fp32", *tensor.shape, tensor.numpy())
+        else:
+            bits = tensor.view(torch.uint16).numpy()
+            weights[name] = PackedWeight("bf16", *tensor.shape, bits)
+    return weights

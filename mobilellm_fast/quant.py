@@ -1,0 +1,311 @@
+"""Weight formats: how numbers become codes, and how codes lie in memory.
+
+A weight matrix has ``rows`` output channels and ``cols`` inputs. Its *kind* says how it is stored:
+
+============  =======================================================  ===================
+kind          value of an element                                      bits per weight
+============  =======================================================  ===================
+``fp32``      itself, float32, row-major                               32
+``bf16``      itself, upper half of a float32 as uint16, row-major     16
+``int8``      ``scale[row] * code``, code in [-127, 127]               8 + 32 / cols
+``int8_g32``  ``scale[row, group] * code`` (GGUF Q8_0)                 8.5
+``int4_g32``  ``scale[row, group] * code + min[row, group]``,          5
+              code in [0, 15] (GGUF Q4_0, Q4_1)
+============  =======================================================  ===================
+
+Groups are 32 consecutive inputs of one row, because MobileLLM's widths (576, 960, 1152, 1600)
+are multiples of 32 but not of 128. Quantized kinds are packed into *tiles* of 16 rows; inside a
+tile the order is input-major, 4 inputs of each of the 16 rows at a time (64 bytes, one cache
+line), so that one dot-product instruction serves 4 (NEON), 8 (AVX2) or 16 (AVX-512) rows and no
+horizontal sum is ever needed. The layout is the same on every machine; ``csrc/quant.h`` states it
+for C++.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import MobileLLMError
+
+FORMATS = ("fp32", "bf16", "int8", "w8a8", "int4")
+GROUP = 32  # inputs that share a scale in the *_g32 kinds; inputs are padded to a multiple of it
+TILE_ROWS = 16  # rows of a packed tile: the int32 lanes of one 512-bit register
+STEP = 4  # inputs of one row that lie next to each other: one lane of a dot-product instruction
+ALIGNMENT = 64  # bytes: one cache line, one 512-bit load
+ROWS_PER_BLOCK = 4096  # rows converted at a time: 9 MB of float32 at 576 columns
+QUANTIZED_KINDS = ("int8", "int8_g32", "int4_g32")
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """A weight matrix on a quantization grid, not yet packed.
+
+    Args:
+        kind: ``"int8"``, ``"int8_g32"`` or ``"int4_g32"``.
+        codes: ``(rows, cols)`` int8, or uint8 in 0..15 for ``int4_g32``.
+        scales: ``(rows,)`` float32 for ``int8``, else ``(rows, cols / 32)`` float16.
+        mins: ``(rows, cols / 32)`` float16 for ``int4_g32``, else ``None``.
+    """
+
+    kind: str
+    codes: np.ndarray
+    scales: np.ndarray
+    mins: np.ndarray | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape
+
+    def take_rows(self, index: np.ndarray) -> QuantizedTensor:
+        """Return the rows ``index`` (a permutation or a selection) in that order."""
+        mins = None if self.mins is None else self.mins[index]
+        return QuantizedTensor(self.kind, self.codes[index], self.scales[index], mins)
+
+    def dequantize(self) -> np.ndarray:
+        """Return the values, ``(rows, cols)`` float32."""
+        if self.kind == "int8":
+            return self.codes * self.scales[:, None]
+        rows, cols = self.codes.shape
+        groups = -(-cols // GROUP)
+        codes = np.zeros((rows, groups * GROUP), np.float32)
+        codes[:, :cols] = self.codes
+        values = codes.reshape(rows, groups, GROUP) * self.scales.astype(np.float32)[..., None]
+        if self.mins is not None:
+            values += self.mins.astype(np.float32)[..., None]
+        return np.ascontiguousarray(values.reshape(rows, -1)[:, :cols])
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A weight matrix in the memory layout that the kernels read.
+
+    Args:
+        kind: one of the kinds of this module.
+        rows: output channels.
+        cols: inputs.
+        data: ``(rows, cols)`` float32 (``fp32``) or uint16 (``bf16``), else flat uint8 tiles,
+            64-byte aligned.
+    """
+
+    kind: str
+    rows: int
+    cols: int
+    data: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def dequantize(self) -> np.ndarray:
+        """Return the values, ``(rows, cols)`` float32."""
+        if self.kind == "fp32":
+            return self.data
+        if self.kind == "bf16":
+            return from_bf16(self.data)
+        return unpack(self).dequantize()
+
+    def as_tuple(self) -> tuple[str, int, int, np.ndarray]:
+        """Return ``(kind, rows, cols, data)``, the form that the C++ extension takes."""
+        return self.kind, self.rows, self.cols, self.data
+
+
+def to_bf16(values: np.ndarray) -> np.ndarray:
+    """Round float32 to bfloat16 (nearest, ties to even); returns the bits as uint16."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    quiet_nan = (bits >> 16) | 0x40
+    return np.where(np.isnan(values), quiet_nan, rounded).astype(np.uint16)
+
+
+def from_bf16(bits: np.ndarray) -> np.ndarray:
+    """Widen bfloat16 bits (uint16) to float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def quantize(weight: np.ndarray, kind: str) -> QuantizedTensor:
+    """Round a float matrix to the nearest codes of ``kind``.
+
+    Args:
+        weight: ``(rows, cols)`` float32, finite.
+        kind: ``"int8"``, ``"int8_g32"`` or ``"int4_g32"``.
+
+    Raises:
+        MobileLLMError: unknown kind, or a weight that is not finite.
+    """
+    weight = np.ascontiguousarray(weight, np.float32)
+    if not np.isfinite(weight).all():
+        raise MobileLLMError("[quantize] weight must be finite, got NaN or infinity")
+    if kind == "int8":
+        scales = np.abs(weight).max(axis=1, initial=0.0) / np.float32(127)
+        codes = np.rint(weight * _reciprocal(scales)[:, None])
+        return QuantizedTensor(kind, np.clip(codes, -127, 127).astype(np.int8), scales)
+    if kind not in QUANTIZED_KINDS:
+        raise MobileLLMError(f"[quantize] kind must be one of {QUANTIZED_KINDS}, got {kind!r}")
+
+    rows, cols = weight.shape
+    # Pad with the row's last value: it widens no group's range.
+    padded = np.pad(weight, ((0, 0), (0, -cols % GROUP)), mode="edge")
+    groups = padded.reshape(rows, -1, GROUP)
+    if kind == "int8_g32":
+        mins = None
+        scales = (np.abs(groups).max(axis=2) / np.float32(127)).astype(np.float16)
+        offset, low, high, code_type = np.float32(0), -127, 127, np.int8
+    else:
+        mins = groups.min(axis=2).astype(np.float16)
+        offset, low, high, code_type = mins.astype(np.float32)[..., None], 0, 15, np.uint8
+        scales = ((groups.max(axis=2) - offset[..., 0]) / np.float32(15)).astype(np.float16)
+    if not np.isfinite(scales).all() or (mins is not None and not np.isfinite(mins).all()):
+        raise MobileLLMError(f"[quantize] weight exceeds the float16 scales of {kind}")
+    # Divide by the scale as stored, so that rounding it to float16 costs no second error.
+    codes = np.rint((groups - offset) * _reciprocal(scales.astype(np.float32))[..., None])
+    codes = np.clip(codes, low, high).astype(code_type).reshape(rows, -1)[:, :cols]
+    return QuantizedTensor(kind, np.ascontiguousarray(codes), scales, mins)
+
+
+def _reciprocal(scales: np.ndarray) -> np.ndarray:
+    """1 / scale, and 0 where the scale is 0 (a row or group of zeros)."""
+    return np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
+
+
+def pack(tensor: QuantizedTensor | np.ndarray, kind: str | None = None) -> PackedWeight:
+    """Lay a matrix out for the kernels.
+
+    Args:
+        tensor: codes on a grid, or float32 ``(rows, cols)``.
+        kind: the kind to store; ``None`` keeps a quantized tensor's own grid (float32: ``fp32``).
+            A quantized tensor of another kind is dequantized and rounded again.
+    """
+    own = tensor.kind if isinstance(tensor, QuantizedTensor) else "fp32"
+    kind = kind or own
+    rows, cols = tensor.shape
+    if kind in ("fp32", "bf16"):
+        data = aligned_empty((rows, cols), np.float32 if kind == "fp32" else np.uint16)
+    else:
+        data = aligned_empty(_ceil_div(rows, TILE_ROWS) * tile_nbytes(kind, cols), np.uint8)
+    # In blocks of rows, so that the float32 copies of an embedding never exist at once.
+    for start in range(0, rows, ROWS_PER_BLOCK):
+        block = slice(start, min(start + ROWS_PER_BLOCK, rows))
+        part = tensor.take_rows(block) if isinstance(tensor, QuantizedTensor) else tensor[block]
+        if isinstance(part, QuantizedTensor) and part.kind != kind:
+            part = part.dequantize()
+        if kind == "fp32":
+            data[block] = part
+        elif kind == "bf16":
+            data[block] = to_bf16(part)
+        else:
+            if not isinstance(part, QuantizedTensor):
+                part = quantize(part, kind)
+            nbytes = tile_nbytes(kind, cols)
+            tiles = data.reshape(-1, nbytes)[start // TILE_ROWS :]
+            _write_tiles(part, tiles[: _ceil_div(part.shape[0], TILE_ROWS)])
+    return PackedWeight(kind, rows, cols, data)
+
+
+def unpack(weight: PackedWeight) -> QuantizedTensor:
+    """Undo :func:`pack` for a quantized kind; codes, scales and mins come back bit for bit."""
+    rows, cols, kind = weight.rows, weight.cols, weight.kind
+    tiles, groups = _ceil_div(rows, TILE_ROWS), _ceil_div(cols, GROUP)
+    header_nbytes = _header_nbytes(kind, groups)
+    body = weight.data.reshape(tiles, tile_nbytes(kind, cols))
+    header, quants = body[:, :header_nbytes], body[:, header_nbytes:]
+
+    if kind == "int4_g32":
+        both = quants.reshape(tiles, groups, 1, 4, TILE_ROWS, STEP)
+        quants = np.concatenate([both & 15, both >> 4], axis=2)
+    steps = quants.reshape(tiles, groups * GROUP // STEP, TILE_ROWS, STEP)
+    codes = steps.swapaxes(1, 2).reshape(tiles * TILE_ROWS, groups * GROUP)[:rows, :cols]
+    codes = np.ascontiguousarray(codes)
+
+    if kind == "int8":
+        scales = np.ascontiguousarray(header).view(np.float32).reshape(-1)[:rows]
+        return QuantizedTensor(kind, codes.view(np.int8), scales)
+    per_group = 2 if kind == "int4_g32" else 1
+    used = np.ascontiguousarray(header[:, : groups * per_group * TILE_ROWS * 2])
+    fields = used.view(np.float16).reshape(tiles, groups, per_group, TILE_ROWS)
+    fields = fields.transpose(2, 0, 3, 1).reshape(per_group, tiles * TILE_ROWS, groups)[:, :rows]
+    if kind == "int8_g32":
+        return QuantizedTensor(kind, codes.view(np.int8), fields[0].copy())
+    return QuantizedTensor(kind, codes, fields[0].copy(), fields[1].copy())
+
+
+def _write_tiles(tensor: QuantizedTensor, body: np.ndarray) -> None:
+    """Write the codes and scales of ``tensor`` into ``body``, ``(tiles, tile_nbytes)`` uint8."""
+    (rows, cols), kind = tensor.shape, tensor.kind
+    tiles, groups = len(body), _ceil_div(cols, GROUP)
+    header_nbytes = _header_nbytes(kind, groups)
+    header, quants = body[:, :header_nbytes], body[:, header_nbytes:]
+
+    codes = np.zeros((tiles * TILE_ROWS, groups * GROUP), np.uint8)
+    codes[:rows, :cols] = tensor.codes.view(np.uint8)
+    # Four codes of one row travel together, so move them as one uint32.
+    words = codes.view(np.uint32).reshape(tiles, TILE_ROWS, -1).swapaxes(1, 2)
+    steps = np.ascontiguousarray(words).view(np.uint8).reshape(tiles, groups, 2, -1)
+    if kind == "int4_g32":  # steps 0..3 of a group in the low nibbles, 4..7 in the high ones
+        quants[:] = (steps[:, :, 0] | (steps[:, :, 1] << 4)).reshape(tiles, -1)
+    else:
+        quants[:] = steps.reshape(tiles, -1)
+
+    header[:] = 0
+    if kind == "int8":
+        scales = np.zeros(tiles * TILE_ROWS, np.float32)
+        scales[:rows] = tensor.scales
+        header[:] = scales.reshape(tiles, TILE_ROWS).view(np.uint8)
+        return
+    fields = [tensor.scales] if tensor.mins is None else [tensor.scales, tensor.mins]
+    padded = np.zeros((len(fields), tiles * TILE_ROWS, groups), np.float16)
+    padded[:, :rows] = fields
+    ordered = padded.reshape(len(fields), tiles, TILE_ROWS, groups).transpose(1, 3, 0, 2)
+    flat = np.ascontiguousarray(ordered).reshape(tiles, -1).view(np.uint8)
+    header[:, : flat.shape[1]] = flat
+
+
+def tile_nbytes(kind: str, cols: int) -> int:
+    """Bytes of one tile (16 rows): its scales, padded to a cache line, then its codes."""
+    groups = _ceil_div(cols, GROUP)
+    code_bits = 4 if kind == "int4_g32" else 8
+    return _header_nbytes(kind, groups) + groups * GROUP * TILE_ROWS * code_bits // 8
+
+
+def _header_nbytes(kind: str, groups: int) -> int:
+    if kind == "int8":
+        return TILE_ROWS * 4
+    halves = 2 if kind == "int4_g32" else 1
+    return _ceil_div(groups * TILE_ROWS * 2 * halves, ALIGNMENT) * ALIGNMENT
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def aligned_empty(shape: int | tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
+    """Allocate an uninitialised array whose first byte is 64-byte aligned."""
+    dtype = np.dtype(dtype)
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def activation_of(format: str) -> str:
+    """What a linear layer's input is rounded to in ``format``: ``float``, ``int16`` or ``int8``."""
+    return {"fp32": "float", "bf16": "float", "w8a8": "int8"}.get(format, "int16")
+
+
+def kind_of(format: str, name: str, tensor: QuantizedTensor | np.ndarray) -> str:
+    """Choose the kind that ``format`` stores matrix ``name`` in.
+
+    A grid that the file brought along is kept where the format allows it; ``int4`` stores the
+    embedding and the head of a float checkpoint in int8, where four bits cost the most quality.
+    """
+    own = tensor.kind if isinstance(tensor, QuantizedTensor) else None
+    if format in ("fp32", "bf16"):
+        return format
+    if format == "w8a8":  # the paper's scheme, exactly
+        return "int8"
+    if format == "int8":
+        return "int8_g32" if own == "int8_g32" else "int8"
+    if own is not None:
+        return own
+    return "int8" if name.endswith(("embed_tokens.weight", "lm_head.weight")) else "int4_g32"

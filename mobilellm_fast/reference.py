@@ -1,0 +1,195 @@
+"""Every op in plain PyTorch: the specification that kernels are tested against.
+
+Sums and transcendental functions run in float32 (in float64 where an input is float64) and are
+rounded once to the dtype of the result, so the same code gives the truth in float64 and shows what
+float32 rounding costs. Nothing here is fast, and nothing checks its arguments: `ops` does.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import quant
+from .quant import GROUP, TILE_ROWS, PackedWeight, tile_nbytes
+
+# Rows that stay below this count as zeros when rounded: the reciprocal of a scale must be finite.
+TINY = 2.0**-100
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Scale each row to unit root mean square: `x / sqrt(mean(x^2) + eps) * weight`.
+
+    Args:
+        x: (..., n) float.
+        weight: (n,) float.
+        eps: added to the mean square.
+
+    Returns:
+        (..., n), dtype of `x`.
+
+    Reference: Zhang and Sennrich, https://arxiv.org/abs/1910.07467
+    """
+    wide = _wide(x)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed * weight).to(x.dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pair (x[i], x[i + head_dim / 2]) of every head by its position's angle.
+
+    Args:
+        x: (batch, seq, heads, head_dim) float.
+        cos, sin: (seq, head_dim / 2) or (batch, seq, head_dim / 2), see `mobilellm_fast.rope`.
+
+    Returns:
+        (batch, seq, heads, head_dim), dtype of `x`.
+
+    Reference: Su et al., https://arxiv.org/abs/2104.09864, in the half-split order of Llama
+    """
+    first, second = _wide(x).chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # broadcast over heads
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x.dtype)
+
+
+def gqa_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Attend causally, query heads sharing key/value heads: `softmax(q k^T scale + mask) v`.
+
+    Query i is the (kv_seq - seq + i)-th token: it sees the keys up to and including its own.
+    Query head h reads key/value head `h // (heads / kv_heads)`.
+
+    Args:
+        q: (batch, seq, heads, head_dim) float.
+        k, v: (batch, kv_seq, kv_heads, head_dim) float, kv_seq >= seq.
+        scale: factor of the scores; None means `head_dim ** -0.5`.
+
+    Returns:
+        (batch, seq, heads, head_dim), dtype of `q`.
+
+    Reference: Ainslie et al., https://arxiv.org/abs/2305.13245
+    """
+    batch, seq, heads, head_dim = q.shape
+    kv_seq, kv_heads = k.shape[1:3]
+    grouped = _wide(q).reshape(batch, seq, kv_heads, heads // kv_heads, head_dim)
+    scores = torch.einsum("bskgd,btkd->bkgst", grouped, _wide(k))
+    scores = scores * (head_dim**-0.5 if scale is None else scale)
+    visible = torch.ones(seq, kv_seq, dtype=torch.bool, device=q.device).tril(kv_seq - seq)
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    out = torch.einsum("bkgst,btkd->bskgd", weights, _wide(v))
+    return out.reshape(q.shape).to(q.dtype)
+
+
+def swiglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
+    """Gate one projection with another: `silu(x gate^T) * (x up^T)`, `silu(t) = t / (1 + e^-t)`.
+
+    Args:
+        x: (..., n) float.
+        gate_weight, up_weight: (m, n) float.
+
+    Returns:
+        (..., m), dtype of `x`.
+
+    Reference: Shazeer, https://arxiv.org/abs/2002.05202
+    """
+    gate = F.linear(_wide(x), _wide(gate_weight))
+    up = F.linear(_wide(x), _wide(up_weight))
+    return (F.silu(gate) * up).to(x.dtype)
+
+
+def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row to int8 on its own scale: `code = round(x / scale)`, halves to even.
+
+    Args:
+        x: (..., n) float32.
+
+    Returns:
+        codes: (..., n) int8 in [-127, 127].
+        scales: (...) float32, `max|x| / 127`; 0 where `max|x|` is below `TINY`.
+    """
+    codes, scales = _quantize(x, 127)
+    return codes.to(torch.int8), scales
+
+
+def linear(
+    x: Tensor, packed: Tensor, kind: str, rows: int, cols: int, activation: str = "float"
+) -> Tensor:
+    """Multiply by a packed weight matrix: `x W^T`, with `x` rounded per token as asked.
+
+    Args:
+        x: (..., cols) float.
+        packed: the data of a `quant.PackedWeight`: flat uint8 tiles, or (rows, cols) float32, or
+            the bits of (rows, cols) bfloat16 as a 16-bit integer.
+        kind: "fp32", "bf16", "int8", "int8_g32" or "int4_g32", see `mobilellm_fast.quant`.
+        rows, cols: output and input features.
+        activation: "float" leaves `x` as it is; "int16" and "int8" round every row of it
+            symmetrically to integers of at most `max_code(activation, cols)`.
+
+    Returns:
+        (..., rows), dtype of `x`.
+
+    Numerics: products and sums in float64, in which those of integers are exact.
+    """
+    if activation == "float":
+        weight = dequantize(packed, kind, rows, cols)
+        return F.linear(x.to(torch.float64), weight.to(torch.float64)).to(x.dtype)
+    codes, scales = _quantize(x.to(torch.float32), max_code(activation, cols))
+    codes, scales = codes.to(torch.float64), scales.unsqueeze(-1)
+    if kind == "int8":  # no float sum: an exact integer, scaled in float32
+        weight = quant.unpack(PackedWeight(kind, rows, cols, packed.cpu().numpy()))
+        total = F.linear(codes, torch.from_numpy(weight.codes).to(codes)).to(torch.float32)
+        out = total * (torch.from_numpy(weight.scales).to(scales) * scales)
+    else:
+        weight = dequantize(packed, kind, rows, cols).to(torch.float64)
+        out = F.linear(codes, weight) * scales
+    return out.to(x.dtype)
+
+
+def embed(ids: Tensor, packed: Tensor, kind: str, rows: int, cols: int) -> Tensor:
+    """Look rows of a packed matrix up.
+
+    Args:
+        ids: (...) int64 in [0, rows).
+        packed, kind, rows, cols: as for `linear`.
+
+    Returns:
+        (..., cols) float32, or bfloat16 for kind "bf16".
+    """
+    if kind in ("fp32", "bf16"):
+        return F.embedding(ids, dequantize(packed, kind, rows, cols))
+    # only the tiles that hold the wanted rows are unpacked
+    tiles, place = torch.unique(ids // TILE_ROWS, return_inverse=True)
+    wanted = packed.view(-1, tile_nbytes(kind, cols))[tiles]
+    table = dequantize(wanted.flatten(), kind, len(tiles) * TILE_ROWS, cols)
+    return F.embedding(place * TILE_ROWS + ids % TILE_ROWS, table)
+
+
+def dequantize(packed: Tensor, kind: str, rows: int, cols: int) -> Tensor:
+    """Return the values of a packed matrix: (rows, cols) float32, or bfloat16 for kind "bf16"."""
+    if kind == "fp32":
+        return packed.clone()
+    if kind == "bf16":
+        return packed.view(torch.bfloat16).clone()
+    weight = PackedWeight(kind, rows, cols, packed.cpu().numpy())
+    return torch.from_numpy(weight.dequantize()).to(packed.device)
+
+
+def max_code(activation: str, cols: int) -> int:
+    """Largest activation code: an int32 must hold `cols` products with an int8 weight code.
+
+    `csrc/quant.h` has the same rule for C++.
+    """
+    if activation == "int8":
+        return 127
+    padded = -(-cols // GROUP) * GROUP
+    return min((2**31 - 1) // (127 * padded), 127 * 256)
+
+
+def _quantize(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    peak = x.abs().amax(-1)
+    inverse = torch.where(peak >= TINY, largest / peak, 0)
+    codes = torch.round(x * inverse.unsqueeze(-1))
+    return codes, torch.where(peak >= TINY, peak / largest, 0)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

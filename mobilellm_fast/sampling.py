@@ -1,0 +1,213 @@
+"""From logits to the next token: filters, seeded sampling, log-probabilities. numpy only."""
+
+from __future__ import annotations
+
+import math
+import operator
+import reprlib
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from .errors import MobileLLMError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen. The steps run in the order of the fields.
+
+    Args:
+        repetition_penalty: tokens of the prompt and of the answer so far have positive logits
+            divided by it and negative ones multiplied; 1.0 changes nothing.
+        temperature: logits are divided by it; 0 takes the most likely token (the first on ties).
+        top_k: keep the k most likely tokens (more if the last ones tie); None keeps all.
+        top_p: keep the smallest set of most likely tokens whose probabilities sum to at least
+            this, in (0, 1]; None keeps all.
+        min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1]; None
+            keeps all.
+        seed: integer >= 0; the same seed gives the same tokens again. None draws a fresh one.
+
+    Raises:
+        MobileLLMError: a value is of the wrong type or out of range.
+    """
+
+    repetition_penalty: float = 1.0
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        self._check("repetition_penalty", check_number, above=0)
+        self._check("temperature", check_number, at_least=0)
+        if self.top_k is not None:
+            self._check("top_k", check_integer, at_least=1)
+        if self.top_p is not None:
+            self._check("top_p", check_number, above=0, at_most=1)
+        if self.min_p is not None:
+            self._check("min_p", check_number, at_least=0, at_most=1)
+        if self.seed is not None:
+            self._check("seed", check_integer, at_least=0)
+
+    def _check(self, name: str, check, **bounds: float) -> None:
+        # the way into a frozen dataclass: a checked value is kept as a plain int or float
+        object.__setattr__(self, name, check(f"[generate] {name}", getattr(self, name), **bounds))
+
+
+class Sampler:
+    """Chooses the tokens of one sequence; knows the tokens seen and the state of the generator."""
+
+    def __init__(self, sampling: Sampling, prompt_ids: list[int], vocab_size: int) -> None:
+        self._sampling = sampling
+        self._seen = None
+        self._random = None
+        if sampling.repetition_penalty != 1:
+            self._seen = np.zeros(vocab_size, bool)
+            self._seen[prompt_ids] = True
+        if sampling.temperature > 0:
+            self._random = np.random.Generator(np.random.PCG64(sampling.seed))
+
+    def pick(self, logits: np.ndarray) -> int:
+        """Choose the next token from float32 logits (vocab,), which are left unchanged.
+
+        Raises:
+            MobileLLMError: the largest logit is not finite, so the model's numbers are broken.
+        """
+        if self._seen is not None:
+            logits = penalise(logits, self._seen, self._sampling.repetition_penalty)
+        if not np.isfinite(logits.max()):
+            raise MobileLLMError("[generate] the model's logits must be finite, got nan or inf")
+        token_id = int(logits.argmax()) if self._random is None else self._draw(logits)
+        if self._seen is not None:
+            self._seen[token_id] = True
+        return token_id
+
+    def _draw(self, logits: np.ndarray) -> int:
+        token_ids, probabilities = distribution(logits, self._sampling)
+        cumulative = probabilities.cumsum()
+        # In (0, total]: the first token to reach it exists and has a probability above zero.
+        target = cumulative[-1] * (1 - self._random.random())
+        return int(token_ids[cumulative.searchsorted(target)])
+
+
+def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """Apply temperature > 0, top_k, top_p and min_p.
+
+    Args:
+        logits: (vocab,), the largest finite.
+    Returns:
+        Token ids (n,) int64, ascending, and their probabilities (n,) float64, which sum to 1.
+    """
+    # Dividing what is at most 0 cannot overflow upwards, however small the temperature.
+    with np.errstate(over="ignore"):
+        scaled = (logits.astype(np.float64) - logits.max()) / sampling.temperature
+    token_ids = np.arange(scaled.size)
+    for filter_mask, limit in (
+        (top_k_mask, sampling.top_k),
+        (top_p_mask, sampling.top_p),
+        (min_p_mask, sampling.min_p),
+    ):
+        if limit is not None:
+            kept = filter_mask(scaled, limit)
+            token_ids, scaled = token_ids[kept], scaled[kept]
+    return token_ids, softmax(scaled)
+
+
+def penalise(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
+    """Return logits (vocab,) with those marked in `seen` (vocab,) bool made less likely.
+
+    Reference: Keskar et al. 2019 (CTRL), with transformers' rule for negative logits.
+    """
+    return np.where(seen, np.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def top_k_mask(logits: np.ndarray, k: int) -> np.ndarray:
+    """Mark the k largest of logits (n,), and whatever ties with the smallest of them."""
+    k = min(k, logits.size)
+    return logits >= np.partition(logits, -k)[-k]
+
+
+def top_p_mask(logits: np.ndarray, p: float) -> np.ndarray:
+    """Mark the smallest set of largest logits (n,) whose probabilities sum to at least p."""
+    if p >= 1:
+        return np.ones(logits.size, bool)
+    probabilities = softmax(logits)
+    # Sorting a whole vocabulary would cost more than the model. Tokens less likely than (1-p)/n
+    # together weigh less than 1-p, so the set lies among the others: usually a few hundred.
+    likely = np.flatnonzero(probabilities >= (1 - p) / logits.size)
+    likely = likely[np.argsort(-probabilities[likely], kind="stable")]
+    count = 1 + np.searchsorted(probabilities[likely].cumsum(), p)
+    mask = np.zeros(logits.size, bool)
+    mask[likely[:count]] = True
+    return mask
+
+
+def min_p_mask(logits: np.ndarray, p: float) -> np.ndarray:
+    """Mark logits (n,) whose probability is at least p times the largest one."""
+    return np.exp(logits - logits.max()) >= p
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Return the probabilities of logits (n,)."""
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def logprob(logits: np.ndarray, token_id: int) -> float:
+    """Return the natural log of a token's probability under softmax(logits).
+
+    Args:
+        logits: (vocab,) float32.
+    Numerics: exponentials in float32, their sum in float64: one pass over the vocabulary each,
+        within 1e-6 of a float64 log-softmax.
+    """
+    weights = logits - logits.max()
+    centred = float(weights[token_id])
+    return centred - math.log(np.exp(weights, out=weights).sum(dtype=np.float64))
+
+
+def check_integer(name: str, value: Any, *, at_least: int) -> int:
+    """Return an argument as an int; `name` is what an error calls it: "[operation] argument".
+
+    Raises:
+        MobileLLMError: it is no integer (a bool is none), or too small.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < at_least:
+        raise _argument_error(name, f"an integer >= {at_least}", value)
+    return number
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    at_most: float = math.inf,
+) -> float:
+    """Return an argument as a float; `name` is what an error calls it: "[operation] argument".
+
+    Raises:
+        MobileLLMError: it is no number (a bool is none), not finite, or out of bounds.
+    """
+    try:
+        number = float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:
+        number = math.inf
+    good = math.isfinite(number) and not isinstance(value, bool)
+    if not (good and at_least <= number <= at_most and number > above):
+        bounds = ((">=", at_least), (">", above), ("<=", at_most))
+        wanted = " and ".join(f"{sign} {bound}" for sign, bound in bounds if math.isfinite(bound))
+        raise _argument_error(name, f"a finite number {wanted}", value)
+    return number
+
+
+def _argument_error(name: str, expected: str, value: Any) -> MobileLLMError:
+    return MobileLLMError(f"{name} must be {expected}, got {reprlib.repr(value)}")

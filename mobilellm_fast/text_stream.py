@@ -1,0 +1,108 @@
+"""Text from tokens as they come: whole characters only, and nothing past a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are not (yet) UTF-8
+CONTEXT_TOKENS = 16  # the longest character is 4 bytes; the rest allows for invisible tokens
+
+
+class TextStream:
+    """Turns one sequence's tokens into text that can be shown at once.
+
+    Args:
+        tokenizer: anything with `decode(ids) -> str`, or None: then all text is empty.
+        context: tokens the text continues, so that a first word keeps the space before it.
+        stop: strings to stop at; the text ends before the one that is complete first.
+    """
+
+    def __init__(self, tokenizer, context: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, context)
+        self._scanner = StopScanner(stop)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string came."""
+        return self._scanner.found
+
+    def push(self, token_id: int) -> str:
+        """Take the next token, return the text that is certain now (often, but not always, its)."""
+        return self._scanner.push(self._detokenizer.push(token_id)) if self._detokenizer else ""
+
+    def finish(self) -> str:
+        """Return what was still held back, when no more tokens will come."""
+        rest = self._detokenizer.finish() if self._detokenizer else ""
+        return self._scanner.push(rest) + self._scanner.finish()
+
+
+class Detokenizer:
+    """Decodes tokens one by one; the pieces join to the text of all tokens decoded together.
+
+    A token alone cannot be decoded: it may end inside a character, and SentencePiece drops the
+    space before the first word. So each new token is decoded together with a few before it, and
+    what is not shown yet of that text is shown, but for an unfinished character at its end.
+    """
+
+    def __init__(self, tokenizer, context: Sequence[int] = ()) -> None:
+        self._decode = tokenizer.decode
+        self._window: list[int] = []  # shown tokens, beginning with a whole character, then new ones
+        self._shown_tokens = 0
+        self._shown_characters = 0
+        for length in range(1, min(len(context), CONTEXT_TOKENS) + 1):
+            text = self._decode(list(context[-length:]))
+            if text and REPLACEMENT not in text:
+                self._window = list(context[-length:])
+                self._shown_tokens, self._shown_characters = length, len(text)
+                break
+
+    def push(self, token_id: int) -> str:
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        new = text.rstrip(REPLACEMENT)[self._shown_characters :]
+        self._shown_characters += len(new)
+        # Where no character is open the window moves on, unless to invisible tokens only: they
+        # would make the next word the first of its text.
+        if new and not text.endswith(REPLACEMENT):
+            del self._window[: self._shown_tokens]
+            self._shown_tokens = len(self._window)
+            self._shown_characters = len(self._decode(self._window))
+        return new
+
+    def finish(self) -> str:
+        return self._decode(self._window)[self._shown_characters :]
+
+
+class StopScanner:
+    """Passes text on up to the first stop string, holding back what may be the start of one.
+
+    Where stop strings overlap, the one that is complete first wins: the result does not depend
+    on how the text was cut into pieces.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = stop
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        if self.found:
+            return ""
+        text = self._held + text
+        matches = [(at + len(s), at) for s in self._stop if (at := text.find(s)) >= 0]
+        self.found = bool(matches)
+        safe = min(matches)[1] if matches else len(text) - self._longest_start(text)
+        self._held = "" if matches else text[safe:]
+        return text[:safe]
+
+    def finish(self) -> str:
+        rest, self._held = self._held, ""
+        return rest
+
+    def _longest_start(self, text: str) -> int:
+        """Return how many characters at the end of the text could begin a stop string."""
+        longest = max((len(s) for s in self._stop), default=1) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(s.startswith(text[-length:]) for s in self._stop):
+                return length
+        return 0

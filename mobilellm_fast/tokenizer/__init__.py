@@ -1,0 +1,157 @@
+"""Text to token ids and back, whatever form the model's tokenizer comes in."""
+
+import json
+import operator
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import MobileLLMError
+from .backends import BACKENDS, Backend
+from .gguf_vocabulary import backend_from_metadata, end_token_ids
+from .huggingface import backend_from_directory, backend_from_json, backend_from_sentencepiece
+
+__all__ = ["Tokenizer", "end_token_ids"]
+
+
+class Tokenizer:
+    """Turn text into token ids and back.
+
+    Attributes:
+        vocab_size: one more than the largest id.
+        bos_token_id: id of the token that begins a text, or None.
+        eos_token_ids: ids of the tokens that end a text or an answer; may be empty.
+        special_ids: ids of the control tokens, which `decode` leaves out by default.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        bos_token_id: int | None = None,
+        eos_token_ids: Iterable[int] = (),
+    ) -> None:
+        self._backend = backend
+        self.bos_token_id = bos_token_id
+        self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
+        self.vocab_size: int = backend.vocab_size
+        self.special_ids: frozenset[int] = backend.special_ids
+        for token_id in (bos_token_id, *self.eos_token_ids):
+            if token_id is not None and not 0 <= token_id < self.vocab_size:
+                raise MobileLLMError(
+                    f"[tokenizer] token id {token_id} is not in the vocabulary "
+                    f"(0 to {self.vocab_size - 1})"
+                )
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of `text`.
+
+        The text of a special token, such as "<|im_start|>", becomes that token.
+
+        Args:
+            text: any valid Unicode.
+            add_special_tokens: whether to add what the model expects around a text; for most
+                models its first token, for some nothing.
+
+        Raises:
+            MobileLLMError: `text` is not a string, or has lone surrogates.
+        """
+        if not isinstance(text, str):
+            raise MobileLLMError(f"[encode] text must be a str, got {type(text).__name__}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise MobileLLMError(
+                f"[encode] text must be valid Unicode, got a lone surrogate at {error.start}"
+            ) from None
+        return self._backend.encode(text, add_special_tokens)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of token ids; bytes that are not UTF-8 become U+FFFD.
+
+        Ids beyond the vocabulary, which a model with padded rows can produce, have no text.
+
+        Raises:
+            MobileLLMError: an id is not an integer, or is negative.
+        """
+        known = []
+        for token_id in ids:
+            try:
+                index = operator.index(token_id)
+            except TypeError:
+                index = -1
+            if index < 0:
+                raise MobileLLMError(f"[decode] ids must be integers from 0, got {token_id!r}")
+            if index < self.vocab_size:
+                known.append(index)
+        return self._backend.decode(known, skip_special_tokens)
+
+    @classmethod
+    def from_directory(
+        cls, folder: str | Path, eos_token_ids: Iterable[int] = ()
+    ) -> "Tokenizer | None":
+        """Read the tokenizer of a Hugging Face directory, or return None if it has none.
+
+        Args:
+            folder: has `tokenizer.json` or `tokenizer.model`, and maybe `tokenizer_config.json`.
+            eos_token_ids: further ids that end a text, from the model's configuration.
+
+        Raises:
+            CheckpointError: a file is damaged or asks for what is not supported.
+        """
+        found = backend_from_directory(Path(folder))
+        if found is None:
+            return None
+        backend, bos, eos = found
+        return cls(backend, bos, (*eos_token_ids, *eos))
+
+    @classmethod
+    def from_tokenizer_json(
+        cls, path: str | Path, settings: Mapping[str, Any] | None = None
+    ) -> "Tokenizer":
+        """Read a `tokenizer.json`; `settings` is the content of `tokenizer_config.json`."""
+        backend, bos, eos = backend_from_json(Path(path).read_bytes(), settings or {})
+        return cls(backend, bos, eos)
+
+    @classmethod
+    def from_sentencepiece(
+        cls, model: str | Path | bytes, settings: Mapping[str, Any] | None = None
+    ) -> "Tokenizer":
+        """Read a SentencePiece model, its path or its bytes; `settings` as above."""
+        data = model if isinstance(model, bytes) else Path(model).read_bytes()
+        backend, bos, eos = backend_from_sentencepiece(data, settings or {})
+        return cls(backend, bos, eos)
+
+    @classmethod
+    def from_gguf(cls, metadata) -> "Tokenizer":
+        """Rebuild the tokenizer that a GGUF file's `tokenizer.ggml.*` metadata describes.
+
+        Raises:
+            CheckpointError: a needed key is missing or wrong, or its kind is not supported.
+        """
+        backend, bos = backend_from_metadata(metadata)
+        return cls(backend, bos, end_token_ids(metadata))
+
+    def serialize(self) -> bytes:
+        """Return the tokenizer as bytes: one line of JSON, then the vocabulary."""
+        head = {
+            "backend": self._backend.name,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_ids": self.eos_token_ids,
+            "options": self._backend.options(),
+        }
+        return json.dumps(head).encode() + b"\n" + self._backend.vocabulary()
+
+    @classmethod
+    def deserialize(cls, data: bytes) -> "Tokenizer":
+        """Undo `serialize`.
+
+        Raises:
+            MobileLLMError: the bytes did not come from `serialize`.
+        """
+        head, _, vocabulary = data.partition(b"\n")
+        try:
+            fields = json.loads(head)
+            backend = BACKENDS[fields["backend"]](vocabulary, **fields["options"])
+            return cls(backend, fields["bos_token_id"], fields["eos_token_ids"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise MobileLLMError(f"[tokenizer] not a serialized tokenizer ({error})") from None

@@ -1,0 +1,193 @@
+"""Sampling: each filter against transformers' own, the draws against the distribution."""
+
+import numpy as np
+import pytest
+
+from mobilellm_fast import sampling as s
+from mobilellm_fast.errors import MobileLLMError
+from mobilellm_fast.sampling import Sampler, Sampling, distribution, logprob
+
+VOCAB = 2000
+
+
+def random_logits(seed, spread=3.0):
+    return np.random.default_rng(seed).standard_normal(VOCAB).astype(np.float32) * spread
+
+
+def warped(warper, logits, ids=()):
+    """Return logits as float64 (vocab,) after one of transformers' logits processors."""
+    torch = pytest.importorskip("torch")
+    ids = torch.tensor([list(ids)], dtype=torch.long)
+    return warper(ids, torch.from_numpy(np.array(logits))[None].double())[0].numpy()
+
+
+def kept(warper, logits):
+    return np.isfinite(warped(warper, logits))
+
+
+@pytest.fixture(scope="module")
+def hf():
+    return pytest.importorskip("transformers.generation.logits_process")
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("spread", [0.1, 3.0, 10.0])
+class TestFiltersAgreeWithTransformers:
+    @pytest.mark.parametrize("k", [1, 2, 50, VOCAB, VOCAB + 7])
+    def test_top_k(self, hf, seed, spread, k):
+        logits = random_logits(seed, spread)
+        mask = s.top_k_mask(logits, k)
+        assert mask.sum() == min(k, VOCAB)
+        np.testing.assert_array_equal(mask, kept(hf.TopKLogitsWarper(k), logits))
+
+    @pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 0.999, 1.0])
+    def test_top_p(self, hf, seed, spread, p):
+        logits = random_logits(seed, spread).astype(np.float64)
+        mask = s.top_p_mask(logits, p)
+        np.testing.assert_array_equal(mask, kept(hf.TopPLogitsWarper(p), logits))
+
+    @pytest.mark.parametrize("p", [0.0, 1e-4, 0.05, 0.5, 1.0])
+    def test_min_p(self, hf, seed, spread, p):
+        logits = random_logits(seed, spread).astype(np.float64)
+        np.testing.assert_array_equal(s.min_p_mask(logits, p), kept(hf.MinPLogitsWarper(p), logits))
+
+    @pytest.mark.parametrize("penalty", [0.8, 1.3])
+    def test_repetition_penalty(self, hf, seed, spread, penalty):
+        logits = random_logits(seed, spread)
+        ids = [5, 9, 5, VOCAB - 1]
+        seen = np.zeros(VOCAB, bool)
+        seen[ids] = True
+        expected = warped(hf.RepetitionPenaltyLogitsProcessor(penalty), logits, ids)
+        np.testing.assert_allclose(s.penalise(logits, seen, penalty), expected, rtol=1e-6)
+
+    def test_all_in_order(self, hf, seed, spread):
+        """The order matters: each filter sees what the one before it left."""
+        logits = random_logits(seed, spread)
+        options = Sampling(temperature=0.7, top_k=40, top_p=0.8, min_p=0.05)
+        expected = warped(hf.TemperatureLogitsWarper(0.7), logits)
+        expected = warped(hf.TopKLogitsWarper(40), expected)
+        expected = warped(hf.TopPLogitsWarper(0.8), expected)
+        expected = warped(hf.MinPLogitsWarper(0.05), expected)
+        weights = np.exp(expected - expected.max())
+        ids, probabilities = distribution(logits, options)
+        np.testing.assert_array_equal(ids, np.flatnonzero(weights))
+        np.testing.assert_allclose(probabilities, (weights / weights.sum())[ids], rtol=1e-9)
+
+
+def test_top_p_is_the_smallest_set_that_reaches_p():
+    logits = np.log([0.1, 0.4, 0.2, 0.3])
+    for p, expected in ((0.39, [1]), (0.41, [1, 3]), (0.69, [1, 3]), (0.71, [1, 2, 3]), (0.95, 4)):
+        expected = range(4) if expected == 4 else expected
+        assert list(np.flatnonzero(s.top_p_mask(logits, p))) == list(expected)
+    # 0.5 and 0.25 are exact in binary: reaching p exactly is enough
+    exact = np.log2([0.25, 0.5, 0.25]) * np.log(2)
+    assert list(np.flatnonzero(s.top_p_mask(exact, 0.5))) == [1]
+
+
+def test_top_p_prefers_the_first_of_equals():
+    assert list(np.flatnonzero(s.top_p_mask(np.zeros(10), 0.25))) == [0, 1, 2]
+
+
+def test_greedy_takes_the_first_of_equals_and_leaves_logits_alone():
+    logits = np.array([1, 7, 7, 3], np.float32)
+    logits.flags.writeable = False
+    assert Sampler(Sampling(repetition_penalty=1.1), [3], 4).pick(logits) == 1
+
+
+def test_repetition_penalty_counts_prompt_and_answer():
+    logits = np.array([4.0, 3.9, 3.8, -1.0], np.float32)
+    sampler = Sampler(Sampling(repetition_penalty=2.0), [0], 4)
+    assert [sampler.pick(logits) for _ in range(4)] == [1, 2, 0, 0]
+
+
+def test_draws_follow_the_distribution():
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    sampler = Sampler(Sampling(temperature=1.0, seed=3), [], 4)
+    counts = np.bincount([sampler.pick(logits) for _ in range(20_000)], minlength=4)
+    # 4 standard deviations of a binomial count
+    bound = 4 * np.sqrt(20_000 * np.exp(logits) * (1 - np.exp(logits)))
+    assert (np.abs(counts - 20_000 * np.exp(logits)) < bound).all()
+
+
+def test_a_seed_repeats_and_another_differs():
+    def draw(seed):
+        sampler = Sampler(Sampling(temperature=1.0, seed=seed), [], VOCAB)
+        return [sampler.pick(random_logits(step)) for step in range(20)]
+
+    assert draw(7) == draw(7)
+    assert draw(7) != draw(8)
+    assert draw(None) != draw(None)
+
+
+def test_impossible_tokens_are_never_drawn():
+    logits = np.full(100, -np.inf, np.float32)
+    logits[[0, 50, 99]] = 0
+    logits[[0, 99]] = -1e4  # exp underflows to zero
+    sampler = Sampler(Sampling(temperature=1.0, seed=0), [], 100)
+    assert {sampler.pick(logits) for _ in range(200)} == {50}
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-30, 1e300, 10**200])
+def test_extreme_temperatures_neither_warn_nor_fail(temperature, recwarn):
+    sampler = Sampler(Sampling(temperature=temperature, top_k=5, top_p=0.9, seed=1), [], VOCAB)
+    token_id = sampler.pick(random_logits(1))
+    assert temperature > 1 or token_id == random_logits(1).argmax()
+    assert not recwarn
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_broken_logits_are_an_error(temperature, bad):
+    logits = random_logits(0)
+    logits[17] = bad
+    with pytest.raises(MobileLLMError, match="must be finite"):
+        Sampler(Sampling(temperature=temperature), [], VOCAB).pick(logits)
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0, 30.0])
+def test_logprob_is_the_log_softmax(spread):
+    logits = np.random.default_rng(5).standard_normal(49152).astype(np.float32) * spread
+    exact = logits.astype(np.float64) - logits.max()
+    exact -= np.log(np.exp(exact).sum())
+    for token_id in (0, 100, int(logits.argmax()), int(logits.argmin())):
+        # the float32 difference from the maximum is rounded once
+        bound = 1e-6 + 2.0**-24 * abs(exact[token_id])
+        assert abs(logprob(logits, token_id) - exact[token_id]) <= bound
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("temperature", -0.1, ">= 0"),
+        ("temperature", float("nan"), "finite"),
+        ("temperature", float("inf"), "finite"),
+        ("temperature", 10**400, "finite"),
+        ("temperature", True, "number"),
+        ("temperature", "hot", "number"),
+        ("temperature", None, "number"),
+        ("top_k", 0, "integer >= 1"),
+        ("top_k", 2.0, "integer"),
+        ("top_k", True, "integer"),
+        ("top_p", 0, "> 0"),
+        ("top_p", 1.1, "<= 1"),
+        ("min_p", -0.1, ">= 0"),
+        ("min_p", 1.5, "<= 1"),
+        ("min_p", float("nan"), "finite"),
+        ("repetition_penalty", 0, "> 0"),
+        ("seed", -1, "integer >= 0"),
+        ("seed", 1.5, "integer"),
+    ],
+)
+def test_bad_values_are_named(name, value, expected):
+    with pytest.raises(MobileLLMError) as caught:
+        Sampling(**{name: value})
+    message = str(caught.value)
+    assert name in message
+    assert expected in message
+    assert "\n" not in message
+    assert len(message) < 200
+
+
+def test_numpy_numbers_are_numbers():
+    options = Sampling(temperature=np.float32(0.5), top_k=np.int64(3), seed=np.uint8(4))
+    assert (options.temperature, options.top_k, options.seed) == (0.5, 3, 4)
