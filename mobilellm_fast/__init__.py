@@ -22,7 +22,7 @@ _HOME = {
     "CheckpointError": "errors",
     "Score": "generate",
     "Token": "generate",
-    "load": "load",
+    "load": "loading",
 }
 __all__ = ["__version__", *_HOME]
 
@@ -31,7 +31,7 @@ def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value  # the function `load` takes the place of its module
+    globals()[name] = value
     return value
 
 

@@ -164,7 +164,8 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    from .generate import chat_ids, stream_chat
+    from .generate import stream_chat
+    from .prompt import chat_ids
 
     options = _generation_options(args)
     engine = _load(args)

@@ -317,7 +317,10 @@ def _rope_scaling(value: Any, head_dim: int) -> dict[str, Any] | None:
     for name in ROPE_SCALINGS[kind]:
         if name not in given:
             raise _error(f"rope_scaling of type {kind!r} needs {name!r}")
-        scaling[name] = _number(f"rope_scaling {name!r}", given.pop(name))
+        if name == "original_max_position_embeddings":
+            scaling[name] = _integer(f"rope_scaling {name!r}", given.pop(name), minimum=1)
+        else:
+            scaling[name] = _number(f"rope_scaling {name!r}", given.pop(name))
     if given:
         raise _error(f"rope_scaling {sorted(given)[0]!r} is not supported with type {kind!r}")
     if scaling["factor"] < 1:

@@ -135,7 +135,7 @@ def _pack_all(checkpoint, format: str) -> Weights:
     weights = {}
     for name in names:
         tensor = checkpoint.read(name)
-        if tensor.ndim == 1:
+        if len(tensor.shape) == 1:  # a norm
             weights[name] = np.array(tensor, np.float32)
         else:
             weights[name] = quant.pack(tensor, quant.kind_of(format, name, tensor))

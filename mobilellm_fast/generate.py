@@ -8,16 +8,13 @@ which appends to the cache.
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-
-from . import chat_template
 from .errors import MobileLLMError
+from .prompt import chat_ids, prompt_ids, token_ids
 from .sampling import Sampler, Sampling, check_integer, logprob
 from .text_stream import TextStream
 
@@ -236,7 +233,7 @@ def stream(engine, prompt: str | Sequence[int], **options: Any) -> Stream:
         MobileLLMError: a bad argument; nothing was computed.
     """
     checked = Options(**options)
-    return Stream(engine, _prompt_ids(engine, prompt, "[generate] prompt"), checked)
+    return Stream(engine, prompt_ids(engine, prompt, "[generate] prompt"), checked)
 
 
 def generate(engine, prompt: str | Sequence[int], **options: Any) -> Generation:
@@ -265,31 +262,6 @@ def chat(engine, messages: Sequence[Mapping[str, Any]], **options: Any) -> Gener
     return _run_to_end(stream_chat(engine, messages, **options))
 
 
-def chat_ids(engine, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return the token ids of a chat, up to where the assistant's answer begins.
-
-    Raises:
-        MobileLLMError: see `stream_chat`.
-    """
-    tokenizer = engine.tokenizer
-    if engine.chat_template is None or tokenizer is None:
-        missing = "tokenizer" if tokenizer is None else "chat template"
-        raise MobileLLMError(f"[chat] this model has no {missing}; use generate")
-
-    def spelling(token_id: int | None) -> str:
-        return "" if token_id is None else tokenizer.decode([token_id], skip_special_tokens=False)
-
-    text = chat_template.render(
-        engine.chat_template,
-        messages,
-        bos_token=spelling(tokenizer.bos_token_id),
-        eos_token=spelling(next(iter(tokenizer.eos_token_ids), None)),
-    )
-    # The template has written the special tokens itself.
-    ids = _encode(engine, text, "[chat] messages", add_special_tokens=False)
-    return _prompt_ids(engine, ids, "[chat] messages")
-
-
 def score(engine, text_or_ids: str | Sequence[int], *, window: int | None = None) -> Score:
     """Compute the log-probability of each token of a text given those before it.
 
@@ -305,7 +277,7 @@ def score(engine, text_or_ids: str | Sequence[int], *, window: int | None = None
     limit = engine.config.context_length
     if window is not None and check_integer("[score] window", window, at_least=2) > limit:
         raise MobileLLMError(f"[score] window must be at most the context, {limit}, got {window}")
-    ids = _token_ids(engine, text_or_ids, "[score] text")
+    ids = token_ids(engine, text_or_ids, "[score] text")
     if len(ids) < 2:
         raise MobileLLMError(f"[score] text must have at least 2 tokens, got {len(ids)}")
     if window is None and len(ids) > limit:
@@ -347,50 +319,3 @@ def _end_ids(engine) -> frozenset[int]:
         configured = (configured,)
     own = () if engine.tokenizer is None else engine.tokenizer.eos_token_ids
     return frozenset((*configured, *own))
-
-
-def _prompt_ids(engine, prompt: Any, name: str) -> list[int]:
-    ids = _token_ids(engine, prompt, name)
-    limit = engine.config.context_length
-    if len(ids) >= limit:
-        raise MobileLLMError(
-            f"{name} must be shorter than the context of {limit} tokens, got {len(ids)} tokens"
-        )
-    return ids
-
-
-def _token_ids(engine, value: Any, name: str) -> list[int]:
-    """Return a text or a sequence of ids as a checked, non-empty list of ids."""
-    if isinstance(value, str):
-        # An empty text stays empty, even where the tokenizer would begin it with a token.
-        value = _encode(engine, value, name) if value else []
-    try:
-        ids = np.asarray(value)
-    except ValueError:  # rows of different lengths
-        ids = np.empty((0, 0))
-    if ids.shape == (0,):
-        raise MobileLLMError(f"{name} must not be empty")
-    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise MobileLLMError(
-            f"{name} must be a string or a flat sequence of token ids, got {reprlib.repr(value)}"
-        )
-    vocab_size = engine.config.vocab_size
-    wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
-    if wrong.size:
-        raise MobileLLMError(
-            f"{name} token ids must be in 0..{vocab_size - 1}, "
-            f"got {ids[wrong[0]]} at position {wrong[0]}"
-        )
-    return ids.tolist()
-
-
-def _encode(engine, text: str, name: str, **how: bool) -> list[int]:
-    if engine.tokenizer is None:
-        raise MobileLLMError(f"{name} must be token ids: this model has no tokenizer")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise MobileLLMError(
-            f"{name} must be valid Unicode, got a lone surrogate at character {error.start}"
-        ) from None
-    return engine.tokenizer.encode(text, **how)

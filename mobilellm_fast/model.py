@@ -21,6 +21,7 @@ from .rope import cos_sin
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .generate import Generation, Score, Stream
 
 
 class MobileLLM(nn.Module):
@@ -48,6 +49,7 @@ class MobileLLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **options)
         self._engine: Engine | None = None
+        self._engine_options: dict[str, Any] = {}
         self.reset_parameters()
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -120,10 +122,27 @@ class MobileLLM(nn.Module):
         """
         model = cls(config, device="meta")
         packed.install(model, expected_shapes(config), weights, quant.activation_of(format))
+        model._engine_options["format"] = format
+        return model
+
+    @classmethod
+    def from_engine(cls, engine: Engine) -> MobileLLM:
+        """Build a model around the weights of an engine, which then generates for the model."""
+        model = cls.from_weights(engine.config, engine.weights, engine.format)
+        model._engine_options |= {
+            "tokenizer": engine.tokenizer,
+            "chat_template": engine.chat_template,
+            "name": engine.name,
+            "threads": engine.executor.threads,
+            "isa": engine.executor.isa,
+        }
+        model._engine, model._engine_state = engine, model._parameters_state()
         return model
 
     def weights(self) -> dict[str, PackedWeight | np.ndarray]:
-        """Return what `from_weights` takes: views of this model's own memory, not copies.
+        """Return what `from_weights` takes: views of this model's own memory.
+
+        Only norms that are not float32 are copies.
 
         Raises:
             MobileLLMError: a parameter is not on the CPU, or neither float32 nor bfloat16.
@@ -132,28 +151,44 @@ class MobileLLM(nn.Module):
 
     @property
     def engine(self) -> Engine:
-        """The engine that generates, on this model's weights."""
-        if self._engine is None:
+        """The engine that generates, on this model's weights; a new one after they changed."""
+        state = self._parameters_state()
+        if self._engine is None or state != self._engine_state:
             from .engine import Engine
 
-            self._engine = Engine.from_weights(self.config, self.weights())
+            weights = self.weights()
+            kind = weights["model.embed_tokens.weight"].kind
+            float_format = {"format": kind} if kind in ("fp32", "bf16") else {}
+            options = self._engine_options | float_format
+            self._engine, self._engine_state = Engine(self.config, weights, **options), state
         return self._engine
 
-    def generate(self, prompt: str | Sequence[int], **options: Any) -> Any:
-        """Continue a text or token ids; see `mobilellm_fast.generate.generate`."""
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
+        """Continue a text or token ids, see `mobilellm_fast.generate.generate`."""
         return self.engine.generate(prompt, **options)
 
-    def stream(self, prompt: str | Sequence[int], **options: Any) -> Any:
-        """Continue a text or token ids, token by token; see `mobilellm_fast.generate.stream`."""
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> Stream:
+        """Continue a text or token ids, token by token, see `mobilellm_fast.generate.stream`."""
         return self.engine.stream(prompt, **options)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], **options: Any) -> Any:
-        """Answer a conversation; see `mobilellm_fast.generate.chat`."""
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
+        """Answer a conversation, see `mobilellm_fast.generate.chat`."""
         return self.engine.chat(messages, **options)
 
-    def score(self, text_or_ids: str | Sequence[int]) -> Any:
-        """Measure how likely the model finds a text; see `mobilellm_fast.generate.score`."""
-        return self.engine.score(text_or_ids)
+    def stream_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Stream:
+        """Answer a conversation, token by token, see `mobilellm_fast.generate.stream_chat`."""
+        return self.engine.stream_chat(messages, **options)
+
+    def score(self, text_or_ids: str | Sequence[int], **options: Any) -> Score:
+        """Measure how likely the model finds a text, see `mobilellm_fast.generate.score`."""
+        return self.engine.score(text_or_ids, **options)
+
+    def _parameters_state(self) -> list[tuple[int, int]]:
+        """What changes when a parameter is replaced, moved or written to."""
+        return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_engine": None}  # holds threads: not for copies or pickles
 
     # --- state_dict: a tied head is the embedding under a second name, as in transformers ---
 

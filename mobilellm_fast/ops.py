@@ -8,14 +8,13 @@ takes the inputs (other dtypes, other devices) the reference runs.
 import functools
 import math
 from collections.abc import Callable, Iterable
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import quant, reference
+from . import _C, quant, reference
 from .errors import MobileLLMError
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -47,7 +46,7 @@ def register(
 
     def run_cpu(*args: Any) -> Any:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        if cpu is None or kernels() is None or any(t.dtype in FLOATS[1:] for t in tensors):
+        if cpu is None or any(t.dtype in FLOATS[1:] for t in tensors):
             return run_reference(*args)
         return cpu(*(a.detach().contiguous() if isinstance(a, Tensor) else a for a in args))
 
@@ -85,16 +84,6 @@ def register(
         return op(*args, **kwargs)
 
     return checked
-
-
-@functools.cache
-def kernels() -> ModuleType | None:
-    """Return the C++ extension, or None where it is not built."""
-    try:
-        from . import _C
-    except ImportError:
-        return None
-    return _C
 
 
 def _contiguous(out: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
@@ -216,7 +205,7 @@ def _check_packed(stem: str, packed: Tensor, kind: str, rows: int, cols: int) ->
 
 def _rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x)
-    kernels().rms_norm(_rows(x), weight.numpy(), eps, _rows(out))
+    _C.rms_norm(_rows(x), weight.numpy(), eps, _rows(out))
     return out
 
 
@@ -224,7 +213,7 @@ def _rope_cpu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out = torch.empty_like(x)
     batch = x.shape[0]
     cos, sin = (t.expand(batch, *t.shape[-2:]).flatten(0, 1).contiguous() for t in (cos, sin))
-    kernels().rope(x.flatten(0, 1).numpy(), cos.numpy(), sin.numpy(), out.flatten(0, 1).numpy())
+    _C.rope(x.flatten(0, 1).numpy(), cos.numpy(), sin.numpy(), out.flatten(0, 1).numpy())
     return out
 
 
@@ -232,34 +221,31 @@ def _gqa_attention_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float | None = No
     out = torch.empty_like(q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     for i in range(q.shape[0]):
-        kernels().gqa_attention(q[i].numpy(), k[i].numpy(), v[i].numpy(), scale, out[i].numpy())
+        _C.gqa_attention(q[i].numpy(), k[i].numpy(), v[i].numpy(), scale, out[i].numpy())
     return out
 
 
 def _swiglu_cpu(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
     out = x.new_empty(*x.shape[:-1], gate_weight.shape[0])
     gate, up = (("fp32", *w.shape, w.numpy()) for w in (gate_weight, up_weight))
-    kernels().swiglu(_rows(x), gate, up, _rows(out), "float", threads=torch.get_num_threads())
+    _C.swiglu(_rows(x), gate, up, _rows(out), "float", threads=torch.get_num_threads())
     return out
 
 
 def _quantize_per_token_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
     codes, scales = torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[:-1])
-    kernels().quantize_per_token(_rows(x), _rows(codes), scales.reshape(-1).numpy())
+    _C.quantize_per_token(_rows(x), _rows(codes), scales.reshape(-1).numpy())
     return codes, scales
 
 
 def _linear_cpu(
     x: Tensor, packed: Tensor, kind: str, rows: int, cols: int, activation: str = "float"
 ) -> Tensor:
+    if (kind in quant.QUANTIZED_KINDS) != (activation != "float"):
+        return reference.linear(x, packed, kind, rows, cols, activation)
     out = x.new_empty(*x.shape[:-1], rows)
-    weight = (
-        kind,
-        rows,
-        cols,
-        packed.view(torch.uint16 if kind == "bf16" else packed.dtype).numpy(),
-    )
-    kernels().linear(_rows(x), weight, _rows(out), activation, threads=torch.get_num_threads())
+    weight = (kind, rows, cols, packed.numpy())
+    _C.linear(_rows(x), weight, _rows(out), activation, threads=torch.get_num_threads())
     return out
 
 

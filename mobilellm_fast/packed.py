@@ -25,17 +25,22 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: PackedWeight, activation: str) -> None:
         super().__init__()
-        self.weight, self.activation = weight, activation
+        self.kind, self.rows, self.cols = weight.kind, weight.rows, weight.cols
+        self.activation = activation
         # Not part of a state_dict: it would only load into the same format and layout.
         self.register_buffer("packed", torch.from_numpy(weight.data), persistent=False)
 
+    @property
+    def weight(self) -> PackedWeight:
+        """The matrix, for code without torch; shares the memory of a buffer on the CPU."""
+        return PackedWeight(self.kind, self.rows, self.cols, self.packed.cpu().numpy())
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., cols) -> (..., rows)."""
-        weight = self.weight
-        return ops.linear(x, self.packed, weight.kind, weight.rows, weight.cols, self.activation)
+        return ops.linear(x, self.packed, self.kind, self.rows, self.cols, self.activation)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.cols}, {self.weight.rows}, {self.weight.kind}, {self.activation}"
+        return f"{self.cols}, {self.rows}, {self.kind}, activation={self.activation}"
 
 
 class PackedEmbedding(PackedLinear):
@@ -43,8 +48,7 @@ class PackedEmbedding(PackedLinear):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) token ids -> (..., cols) float32."""
-        weight = self.weight
-        return ops.embed(ids, self.packed, weight.kind, weight.rows, weight.cols)
+        return ops.embed(ids, self.packed, self.kind, self.rows, self.cols)
 
     def project(self, hidden: Tensor) -> Tensor:
         """(..., cols) -> (..., rows)."""

@@ -145,6 +145,8 @@ def quantize(weight: np.ndarray, kind: str) -> QuantizedTensor:
         raise MobileLLMError(f"[quantize] kind must be one of {QUANTIZED_KINDS}, got {kind!r}")
 
     rows, cols = weight.shape
+    if np.abs(weight).max(initial=0) > np.finfo(np.float16).max:
+        raise MobileLLMError(f"[quantize] weight exceeds the float16 scales of {kind}")
     # Pad with the row's last value: it widens no group's range.
     padded = np.pad(weight, ((0, 0), (0, -cols % GROUP)), mode="edge")
     groups = padded.reshape(rows, -1, GROUP)
@@ -156,8 +158,6 @@ def quantize(weight: np.ndarray, kind: str) -> QuantizedTensor:
         mins = groups.min(axis=2).astype(np.float16)
         offset, low, high, code_type = mins.astype(np.float32)[..., None], 0, 15, np.uint8
         scales = ((groups.max(axis=2) - offset[..., 0]) / np.float32(15)).astype(np.float16)
-    if not np.isfinite(scales).all() or (mins is not None and not np.isfinite(mins).all()):
-        raise MobileLLMError(f"[quantize] weight exceeds the float16 scales of {kind}")
     # Divide by the scale as stored, so that rounding it to float16 costs no second error.
     codes = np.rint((groups - offset) * _reciprocal(scales.astype(np.float32))[..., None])
     codes = np.clip(codes, low, high).astype(code_type).reshape(rows, -1)[:, :cols]

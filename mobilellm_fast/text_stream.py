@@ -46,7 +46,9 @@ class Detokenizer:
 
     def __init__(self, tokenizer, context: Sequence[int] = ()) -> None:
         self._decode = tokenizer.decode
-        self._window: list[int] = []  # shown tokens, beginning with a whole character, then new ones
+        self._window: list[
+            int
+        ] = []  # shown tokens, beginning with a whole character, then new ones
         self._shown_tokens = 0
         self._shown_characters = 0
         for length in range(1, min(len(context), CONTEXT_TOKENS) + 1):

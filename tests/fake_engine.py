@@ -9,7 +9,7 @@ from mobilellm_fast.config import MobileLLMConfig
 
 SPECIALS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")  # ids 256, 257, ...
 BOS, EOS = 256, 257
-VOCAB = 256 + len(SPECIALS) + 40  # the last 40 are bytes again, so that one text has many spellings
+VOCAB = 256 + len(SPECIALS)
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -44,7 +44,7 @@ class ByteTokenizer:
                 spelling = SPECIALS[token_id - 256].encode()
                 pieces.append(b"" if skip_special_tokens else spelling)
             else:
-                pieces.append(bytes([token_id if token_id < 256 else token_id - len(SPECIALS)]))
+                pieces.append(bytes([token_id]))
         return b"".join(pieces).decode("utf-8", errors="replace")
 
 

@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+
 from helpers import (
     MODEL_CONFIGS,
     SHARING,
@@ -17,7 +18,6 @@ from helpers import (
     transformers_logits,
     transformers_model,
 )
-
 from mobilellm_fast.config import PRESETS
 from mobilellm_fast.errors import MobileLLMError
 from mobilellm_fast.model import MobileLLM

@@ -80,7 +80,9 @@ def sentencepiece_like():
     model = tokenizers.models.WordLevel({p: i for i, p in enumerate(pieces)}, unk_token="<unk>")
     tokenizer = tokenizers.Tokenizer(model)
     d = tokenizers.decoders
-    tokenizer.decoder = d.Sequence([d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
+    tokenizer.decoder = d.Sequence(
+        [d.Replace("▁", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)]
+    )
     tokenizer.add_special_tokens(["<s>"])
     return tokenizer
 
@@ -107,7 +109,9 @@ def ids_of(tokenizer, *pieces):
 def test_sentencepiece_keeps_its_spaces(sentencepiece_like, pieces):
     ids = ids_of(sentencepiece_like, *pieces)
     detokenizer = Detokenizer(sentencepiece_like)
-    assert "".join(map(detokenizer.push, ids)) + detokenizer.finish() == sentencepiece_like.decode(ids)
+    assert "".join(map(detokenizer.push, ids)) + detokenizer.finish() == sentencepiece_like.decode(
+        ids
+    )
     # and as the continuation of a prompt: prompt + text reads as everything decoded at once
     for border in range(1, len(ids)):
         prompt, rest = ids[:border], ids[border:]

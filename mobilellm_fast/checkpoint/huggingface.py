@@ -1,0 +1,115 @@
+"""Opens directories in Hugging Face's layout: config.json, weights, tokenizer."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..config import MobileLLMConfig
+from ..errors import CheckpointError, MobileLLMError
+from ..tokenizer import Tokenizer
+from ..tokenizer.huggingface import read_json
+from .checkpoint import Checkpoint, StoredTensor
+from .safetensors_file import safetensors_tensors
+from .torch_file import torch_tensors
+
+# The first of these that is there holds the weights; an index names the files they are split over.
+WEIGHT_FILES: dict[str, Callable[[Path], dict[str, StoredTensor]]] = {
+    "model.safetensors": safetensors_tensors,
+    "pytorch_model.bin": torch_tensors,
+}
+INDEX_SUFFIX = ".index.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+
+
+def open_directory(folder: Path, name: str | None = None) -> Checkpoint:
+    """Open a model directory, such as `save_pretrained` writes and the hub serves.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or says something that is not implemented.
+    """
+    config = _config(folder)
+    end = config.eos_token_id
+    end_ids = end if isinstance(end, tuple) else () if end is None else (end,)
+    try:
+        tokenizer = Tokenizer.from_directory(folder, end_ids)
+    except CheckpointError:
+        raise
+    except MobileLLMError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    return Checkpoint(
+        name=name or folder.resolve().name,
+        path=folder,
+        config=config,
+        tensors=_tensors(folder),
+        tokenizer=tokenizer,
+        chat_template=_chat_template(folder),
+    )
+
+
+def _config(folder: Path) -> MobileLLMConfig:
+    """Read config.json; generation_config.json may name further tokens that end a text."""
+    path = folder / "config.json"
+    if not path.is_file():
+        hint = next((f"; name the file itself: {f}" for f in sorted(folder.glob("*.gguf"))), "")
+        raise CheckpointError(f"{folder}: there is no config.json in this directory{hint}")
+    raw = read_json(path)
+    generation = read_json(folder / "generation_config.json")
+    try:
+        config = MobileLLMConfig.from_hf(raw)
+        end = _as_tuple(config.eos_token_id) + _as_tuple(generation.get("eos_token_id"))
+        return replace(config, eos_token_id=tuple(dict.fromkeys(end))) if end else config
+    except (MobileLLMError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _as_tuple(ids: Any) -> tuple:
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+
+
+def _tensors(folder: Path) -> dict[str, StoredTensor]:
+    for name, list_tensors in WEIGHT_FILES.items():
+        if (folder / (name + INDEX_SUFFIX)).is_file():
+            paths = _shards(folder / (name + INDEX_SUFFIX))
+        elif (folder / name).is_file():
+            paths = [folder / name]
+        else:
+            continue
+        tensors: dict[str, StoredTensor] = {}
+        for path in paths:
+            for tensor_name, tensor in list_tensors(path).items():
+                if tensor_name in tensors:
+                    raise CheckpointError(f"{path}: tensor {tensor_name} is in another file too")
+                tensors[tensor_name] = tensor
+        return tensors
+    raise CheckpointError(f"{folder}: there is no {' and no '.join(WEIGHT_FILES)}")
+
+
+def _shards(index: Path) -> list[Path]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
+        raise CheckpointError(f"{index}: weight_map must map tensor names to file names")
+    for name in names.values():
+        # A shard lies beside its index; "../" or an absolute path would read someone else's file.
+        if Path(name).name != name or "\\" in name:
+            raise CheckpointError(f"{index}: shard {name!r} is outside of the directory")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index}: shard {name!r} is missing")
+    return [index.parent / name for name in sorted(set(names.values()))]
+
+
+def _chat_template(folder: Path) -> str | None:
+    """A template file wins over `tokenizer_config.json`, as in transformers."""
+    path = folder / CHAT_TEMPLATE_FILE
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: not readable ({error})") from None
+    template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None

@@ -1,0 +1,152 @@
+"""Tokenizers of Hugging Face directories: `tokenizer.json`, or SentencePiece `tokenizer.model`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from .backends import HuggingFaceBackend, SentencePieceBackend, load_tokenizer_json, parse_model
+
+Found = tuple[HuggingFaceBackend | SentencePieceBackend, int | None, list[int]]
+
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+NAMED_LISTS = ("additional_special_tokens", "extra_special_tokens")
+
+
+def backend_from_directory(folder: Path) -> Found | None:
+    """Return backend, first-token id and end-token ids; None if there is no tokenizer file."""
+    settings = read_json(folder / "special_tokens_map.json")
+    settings |= read_json(folder / "tokenizer_config.json")
+    for name, read in (
+        ("tokenizer.json", backend_from_json),
+        ("tokenizer.model", backend_from_sentencepiece),
+    ):
+        path = folder / name
+        if path.is_file():
+            added = read_json(folder / "added_tokens.json")
+            try:
+                return read(path.read_bytes(), settings | {"added_tokens": added})
+            except (CheckpointError, OSError) as error:
+                raise CheckpointError(f"{path}: {error}") from None
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a file that does not exist is an empty one.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds something else.
+    """
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def backend_from_json(data: bytes, settings: Mapping[str, Any]) -> Found:
+    """Read a `tokenizer.json` with the settings of `tokenizer_config.json`."""
+    from tokenizers import AddedToken
+
+    tokenizer = load_tokenizer_json(data)
+    for text, (token_id, special) in sorted(_added_tokens(settings).items(), key=lambda i: i[1]):
+        tokenizer.add_tokens([AddedToken(text, special=special, normalized=False)])
+        if tokenizer.token_to_id(text) != token_id:
+            raise CheckpointError(
+                f"added token {text!r} must have id {token_id}, got {tokenizer.token_to_id(text)}"
+            )
+    known = {text: tokenizer.token_to_id(text) for text in _named_tokens(settings)}
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(text, special=True, normalized=False)
+            for text, token_id in known.items()
+            if token_id is not None and text not in added
+        ]
+    )
+    bos, eos = _token_id(settings, "bos_token", known), _token_id(settings, "eos_token", known)
+    if settings.get("add_bos_token") is not None or settings.get("add_eos_token") is not None:
+        set_template(
+            tokenizer,
+            bos if settings.get("add_bos_token") else None,
+            eos if settings.get("add_eos_token") else None,
+        )
+    return HuggingFaceBackend(tokenizer), bos, [] if eos is None else [eos]
+
+
+def set_template(tokenizer, first: int | None, last: int | None) -> None:
+    """Make a `tokenizers.Tokenizer` put token `first` before a text and `last` after it."""
+    from tokenizers.processors import TemplateProcessing
+
+    before = [] if first is None else [(tokenizer.id_to_token(first), first)]
+    after = [] if last is None else [(tokenizer.id_to_token(last), last)]
+    single = [f"{t}:0" for t, _ in before] + ["$A:0"] + [f"{t}:0" for t, _ in after]
+    pair = single + [part.replace("$A", "$B")[:-1] + "1" for part in single]
+    tokenizer.post_processor = TemplateProcessing(
+        single=single, pair=pair, special_tokens=before + after
+    )
+
+
+def backend_from_sentencepiece(model: bytes, settings: Mapping[str, Any]) -> Found:
+    """Read a SentencePiece model; where the settings are silent, those of Llama hold."""
+    pieces = {piece.piece: (i, piece.type) for i, piece in enumerate(parse_model(model).pieces)}
+    texts = {text: i for text, (i, kind) in pieces.items() if kind in (2, 3)}  # unknown, control
+    special = set(texts.values())
+    for text, (token_id, is_special) in _added_tokens(settings).items():
+        texts[text] = token_id
+        if is_special:
+            special.add(token_id)
+    for text in _named_tokens(settings):
+        if text in pieces:
+            texts.setdefault(text, pieces[text][0])
+        if text in texts:
+            special.add(texts[text])
+    defaults = {"bos_token": "<s>", "eos_token": "</s>"}
+    bos = _token_id(defaults | dict(settings), "bos_token", texts)
+    eos = _token_id(defaults | dict(settings), "eos_token", texts)
+    backend = SentencePieceBackend(
+        model,
+        added=texts,
+        special_ids=special,
+        prefix=[bos] if bos is not None and settings.get("add_bos_token", True) else [],
+        suffix=[eos] if eos is not None and settings.get("add_eos_token", False) else [],
+        space_after_special=bool(settings.get("legacy", False)),
+    )
+    return backend, bos, [] if eos is None else [eos]
+
+
+def _text(token: Any) -> str | None:
+    """A token is written as its text, or as an object with its text and how it is matched."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) and token else None
+
+
+def _named_tokens(settings: Mapping[str, Any]) -> list[str]:
+    tokens = [settings.get(name) for name in NAMED]
+    for name in NAMED_LISTS:
+        value = settings.get(name) or []
+        tokens += value.values() if isinstance(value, dict) else value
+    return [text for text in map(_text, tokens) if text]
+
+
+def _token_id(settings: Mapping[str, Any], name: str, ids: Mapping[str, int]) -> int | None:
+    return ids.get(_text(settings.get(name)) or "")
+
+
+def _added_tokens(settings: Mapping[str, Any]) -> dict[str, tuple[int, bool]]:
+    """Return text -> (id, whether special) of `added_tokens.json` and `added_tokens_decoder`."""
+    found: dict[str, tuple[int, bool]] = {}
+    try:
+        for text, token_id in (settings.get("added_tokens") or {}).items():
+            found[text] = (int(token_id), False)
+        for token_id, token in (settings.get("added_tokens_decoder") or {}).items():
+            found[token["content"]] = (int(token_id), bool(token.get("special")))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise CheckpointError("added_tokens must map each token's text to its id") from None
+    return found

@@ -1,0 +1,225 @@
+"""C++ kernels of every ISA: exact integers, saturation, tails, and no access out of bounds."""
+
+import ctypes
+import mmap
+
+import numpy as np
+import pytest
+
+from mobilellm_fast import _C, quant
+
+ISAS = _C.supported_isas()
+ROWS = (*range(1, 10), 16, 33)
+WEIGHT_SHAPES = [(1, 1), (15, 31), (16, 32), (17, 33), (33, 100), (192, 576), (576, 1536), (40, 4352)]
+
+
+def matrix(rows, cols, seed):
+    return np.random.default_rng(seed).normal(size=(rows, cols)).astype(np.float32)
+
+
+def max_code(activation: str, cols: int) -> int:
+    padded = -(-cols // 32) * 32
+    return 127 if activation == "int8" else min(127 * 256, (2**31 - 1) // (127 * padded))
+
+
+def quantized_rows(x, limit):
+    """What the kernels do to activations: codes (int64) and scales (float32), per row."""
+    largest = np.abs(x).max(axis=1, keepdims=True)
+    inverse = np.divide(np.float32(limit), largest, out=np.zeros_like(largest), where=largest > 0)
+    return np.rint(x * inverse).astype(np.int64), (largest / np.float32(limit))[:, 0]
+
+
+def exact_linear(x, tensor, activation):
+    """The integer kernels' result, operation by operation."""
+    codes, scale = quantized_rows(x, max_code(activation, x.shape[1]))
+    weights = tensor.codes.astype(np.int64)
+    if tensor.kind == "int8":
+        total = codes @ weights.T
+        assert np.abs(total).max() < 2**31
+        return total.astype(np.float32) * (tensor.scales[None] * scale[:, None])
+    # Groups: one fused multiply-add each; 64 bits of mantissa hold its exact sum.
+    acc = np.zeros((len(x), len(weights)), np.float32)
+    for group in range(tensor.scales.shape[1]):
+        part = slice(32 * group, 32 * group + 32)
+        total = (codes[:, part] @ weights[:, part].T).astype(np.float32).astype(np.longdouble)
+        acc = (total * tensor.scales[:, group].astype(np.longdouble) + acc).astype(np.float32)
+        if tensor.mins is not None:
+            sums = codes[:, part].sum(axis=1, keepdims=True).astype(np.float32)
+            mins = tensor.mins[:, group].astype(np.longdouble)
+            acc = (mins * sums.astype(np.longdouble) + acc).astype(np.float32)
+    return acc * scale[:, None]
+
+
+def linear(x, weight, activation, isa, threads=1):
+    out = np.full((len(x), weight.rows), np.nan, np.float32)
+    _C.linear(x, weight.as_tuple(), out, activation, isa, threads)
+    return out
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", quant.QUANTIZED_KINDS)
+@pytest.mark.parametrize("activation", ["int16", "int8"])
+@pytest.mark.parametrize("shape", WEIGHT_SHAPES, ids=str)
+def test_linear_is_exact(isa, kind, activation, shape):
+    tensor = quant.quantize(matrix(*shape, 0), kind)
+    weight = quant.pack(tensor)
+    x = matrix(33, shape[1], 1)
+    want = exact_linear(x, tensor, activation)
+    for rows in ROWS:
+        assert np.array_equal(linear(x[:rows], weight, activation, isa), want[:rows])
+    for threads in (2, 5, 8):
+        assert np.array_equal(linear(x, weight, activation, isa, threads), want)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("activation", ["int16", "int8"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_linear_does_not_saturate(isa, activation, sign):
+    """Every product at its largest, all of one sign, over the longest row of any model."""
+    cols = 4352
+    x = np.full((3, cols), np.float32(sign))
+    for code in (127, -127):
+        codes = np.full((16, cols), code, np.int8)
+        tensor = quant.QuantizedTensor("int8", codes, np.ones(16, np.float32))
+        want = exact_linear(x, tensor, activation)
+        assert np.abs(want - sign * code * cols).max() <= cols * 127 * 1e-6
+        assert np.array_equal(linear(x, quant.pack(tensor), activation, isa), want)
+    for kind, code, mins in (("int8_g32", -127, None), ("int4_g32", 15, -1.0)):
+        codes = np.full((16, cols), code, np.int8 if mins is None else np.uint8)
+        scales = np.ones((16, cols // 32), np.float16)
+        mins = None if mins is None else np.full_like(scales, mins)
+        tensor = quant.QuantizedTensor(kind, codes, scales, mins)
+        assert np.array_equal(
+            linear(x, quant.pack(tensor), activation, isa), exact_linear(x, tensor, activation)
+        )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("code", [-128, -1, 0, 1, 127])
+def test_every_weight_byte(isa, code):
+    """GGUF files may hold -128, which our own rounding never makes."""
+    codes = np.full((16, 64), code, np.int8)
+    tensor = quant.QuantizedTensor("int8_g32", codes, np.ones((16, 2), np.float16))
+    x = matrix(5, 64, 2)
+    assert np.array_equal(linear(x, quant.pack(tensor), "int16", isa), exact_linear(x, tensor, "int16"))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", WEIGHT_SHAPES, ids=str)
+def test_float_linear_and_swiglu(isa, kind, shape):
+    gate, up = (quant.pack(matrix(*shape, seed), kind) for seed in (0, 1))
+    x = matrix(33, shape[1], 2)
+    exact = [x.astype(np.float64) @ w.dequantize().astype(np.float64).T for w in (gate, up)]
+    absolute = [np.abs(x).astype(np.float64) @ np.abs(w.dequantize()).astype(np.float64).T for w in (gate, up)]
+    # A sum of n products in 16 lanes: n / 16 + 4 additions and one product, 2^-24 each.
+    bound = [total * (shape[1] / 16 + 6) * 2**-24 for total in absolute]
+    want = linear(x, gate, "float", isa)
+    assert (np.abs(want - exact[0]) <= bound[0]).all()
+    for rows in ROWS:
+        assert np.array_equal(linear(x[:rows], gate, "float", isa), want[:rows])
+
+    out = np.full((33, shape[0]), np.nan, np.float32)
+    _C.swiglu(x, gate.as_tuple(), up.as_tuple(), out, "float", isa)
+    silu = exact[0] / (1 + np.exp(-exact[0]))
+    # |silu'| <= 1.1; exp, division and product add a few units in the last place.
+    bound = 1.1 * bound[0] * np.abs(exact[1]) + np.abs(silu) * bound[1] + 8 * 2**-24 * np.abs(silu * exact[1])
+    assert (np.abs(out - silu * exact[1]) <= bound + 1e-12).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_silu_over_its_whole_range(isa):
+    x = np.concatenate([np.linspace(-110, 110, 4001), [0, -0.0, 1e-30, -1e-30]]).astype(np.float32)[:, None]
+    one = quant.pack(np.ones((1, 1), np.float32)).as_tuple()
+    out = np.full_like(x, np.nan)
+    _C.swiglu(x, one, one, out, "float", isa)
+    exact = x.astype(np.float64) / (1 + np.exp(-x.astype(np.float64))) * x
+    # Below -88 the result is a denormal's square away from 0; above it, exp is good to 2 ulp.
+    assert (np.abs(out - exact) <= 6 * 2**-24 * np.abs(exact) + 1e-33).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", quant.QUANTIZED_KINDS)
+def test_swiglu_of_integer_weights(isa, kind):
+    gate, up = (quant.pack(matrix(40, 96, seed), kind) for seed in (0, 1))
+    x = matrix(9, 96, 2)
+    out = np.full((9, 40), np.nan, np.float32)
+    _C.swiglu(x, gate.as_tuple(), up.as_tuple(), out, "int16", isa)
+    g, u = (linear(x, w, "int16", isa).astype(np.float64) for w in (gate, up))
+    want = g / (1 + np.exp(-g)) * u
+    assert (np.abs(out - want) <= 8 * 2**-24 * np.abs(want) + 1e-30).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_quantize_per_token(isa):
+    x = matrix(7, 45, 0)
+    x[3] = 0
+    x[4] = np.arange(-22, 23) + 0.5  # ties
+    q, scale = np.full((7, 45), 99, np.int8), np.full(7, np.nan, np.float32)
+    _C.quantize_per_token(x, q, scale, isa)
+    codes, scales = quantized_rows(x, 127)
+    assert np.array_equal(q, codes)
+    assert np.array_equal(scale, scales)
+
+
+class Guarded:
+    """Arrays whose last byte is followed by a page that faults when touched."""
+
+    def __init__(self):
+        self.maps = []
+
+    def copy(self, array):
+        array = np.ascontiguousarray(array)
+        page = mmap.PAGESIZE
+        size = -(-max(array.nbytes, 1) // page) * page
+        memory = mmap.mmap(-1, size + page)
+        self.maps.append(memory)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.mprotect(ctypes.c_void_p(address + size), ctypes.c_size_t(page), 0) == 0
+        guarded = np.frombuffer(memory, np.uint8, array.nbytes, size - array.nbytes).view(array.dtype)
+        guarded = guarded.reshape(array.shape)
+        guarded[:] = array
+        return guarded
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_nothing_is_touched_beyond_the_arrays(isa):
+    guarded = Guarded()
+    for rows, cols in [(1, 1), (15, 31), (17, 33), (33, 100)]:
+        for kind in ("fp32", "bf16", *quant.QUANTIZED_KINDS):
+            weight = quant.pack(matrix(rows, cols, 0), kind)
+            weight = quant.PackedWeight(kind, rows, cols, guarded.copy(weight.data))
+            activation = "float" if kind in ("fp32", "bf16") else "int16"
+            for m in (1, 2, 5, 9):
+                x, out = guarded.copy(matrix(m, cols, 1)), guarded.copy(matrix(m, rows, 2))
+                _C.linear(x, weight.as_tuple(), out, activation, isa)
+                _C.swiglu(x, weight.as_tuple(), weight.as_tuple(), out, activation, isa)
+        x, out, w = guarded.copy(matrix(3, cols, 1)), guarded.copy(matrix(3, cols, 2)), guarded.copy(matrix(1, cols, 3)[0])
+        _C.rms_norm(x, w, 1e-5, out, isa)
+        q, scale = guarded.copy(np.zeros((3, cols), np.int8)), guarded.copy(np.zeros(3, np.float32))
+        _C.quantize_per_token(x, q, scale, isa)
+    for heads, dim in [(1, 2), (3, 10), (2, 64)]:
+        x = guarded.copy(np.ones((4, heads, dim), np.float32))
+        angles = guarded.copy(np.ones((4, dim // 2), np.float32))
+        _C.rope(x, angles, angles, guarded.copy(x), isa)
+        _C.gqa_attention(x, guarded.copy(x[:, :1]), guarded.copy(x[:, :1]), 1.0, guarded.copy(x), isa)
+
+
+def test_bad_arguments_are_refused():
+    weight = quant.pack(matrix(4, 8, 0))
+    x, out = matrix(2, 8, 0), matrix(2, 4, 0)
+    for arguments, message in [
+        ((x[:, :7].copy(), weight.as_tuple(), out, "float"), r"x must be .* of shape \(any, 8\), got float32 \(2, 7\)"),
+        ((x.astype(np.float64), weight.as_tuple(), out, "float"), "x must be C-contiguous float32"),
+        ((x.T.copy().T, weight.as_tuple(), out, "float"), "x must be C-contiguous float32"),
+        ((x, weight.as_tuple(), out[:1], "float"), r"out must be .* of shape \(2, 4\)"),
+        ((x, weight.as_tuple(), out, "int16"), "float weights float ones"),
+        ((x, weight.as_tuple(), out, "int5"), "activation must be float, int16 or int8, got int5"),
+        ((x, ("int3", 4, 8, weight.data), out, "float"), "unknown weight kind int3"),
+        ((x, ("fp32", 5, 8, weight.data), out, "float"), r"weight must hold 160 contiguous bytes .* got 128"),
+        ((x, weight.as_tuple(), out, "float", "sse9"), "isa must be one of .* got sse9"),
+        ((x, weight.as_tuple(), out, "float", "", 0), r"threads must be in 1\.\.1024, got 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            _C.linear(*arguments)
