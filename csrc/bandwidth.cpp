@@ -1,13 +1,11 @@
 #include "bandwidth.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <new>
 
+#include "memory.h"
 #include "threads.h"
 
 namespace mlf {
@@ -32,12 +30,8 @@ uint64_t read_all(const uint64_t* words, int64_t count) {
 }  // namespace
 
 double read_bandwidth(int threads) {
-  void* memory = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-  madvise(memory, kBytes, MADV_HUGEPAGE);
-#endif
-  uint64_t* words = static_cast<uint64_t*>(memory);
+  const Pages memory = allocate_pages(kBytes);
+  uint64_t* words = reinterpret_cast<uint64_t*>(memory.get());
   std::fill_n(words, kBytes / 8, 1);
   ThreadPool pool(threads);
   std::atomic<uint64_t> total{0};
@@ -51,7 +45,6 @@ double read_bandwidth(int threads) {
     const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
     best = std::max(best, kBytes / seconds);
   }
-  munmap(memory, kBytes);
   // Using the sum keeps the reads: every word is 1, so a wrong total means a broken probe.
   return total == uint64_t{kPasses} * (kBytes / 8) ? best : 0;
 }

@@ -11,6 +11,7 @@
 #include "dispatch.h"
 #include "executor.h"
 #include "gqa_attention.h"
+#include "memory.h"
 
 namespace py = pybind11;
 using namespace mlf;
@@ -86,7 +87,7 @@ struct BoundExecutor {
 BoundExecutor make_executor(int64_t hidden, int64_t intermediate, int64_t vocab, int heads, int kv_heads, int head_dim,
                             float norm_eps, const std::string& activation, bool half_cache,
                             std::vector<int> schedule, std::vector<py::dict> blocks, Floats final_norm,
-                            WeightTuple embedding, WeightTuple head, int threads, const std::string& isa) {
+                            WeightTuple embedding, WeightTuple head, int threads, const std::string& isa, int64_t cache_nbytes) {
   if (hidden < 1 || intermediate < 1 || vocab < 1 || kv_heads < 1 || heads < 1 || heads % kv_heads || head_dim < 2 || head_dim % 2)
     throw py::value_error("sizes must be positive, heads a multiple of kv_heads, head_dim even");
   BoundExecutor bound;
@@ -127,7 +128,7 @@ BoundExecutor make_executor(int64_t hidden, int64_t intermediate, int64_t vocab,
   model.final_norm = norm(final_norm, "final_norm");
   model.embedding = weight(embedding, "embedding", vocab, hidden, model.activation);
   model.head = weight(head, "head", vocab, hidden, model.activation);
-  bound.executor = std::make_unique<Executor>(std::move(model), check_threads(threads), kernel_table(isa));
+  bound.executor = std::make_unique<Executor>(std::move(model), check_threads(threads), kernel_table(isa), cache_nbytes);
   return bound;
 }
 
@@ -231,7 +232,7 @@ void bind_operators(py::module_& m) {
     py::gil_scoped_release release;
     const PreparedRows prepared(kernels, in, rows, w.cols, kind);
     over_tiles(w.tiles(), threads, [&](int64_t begin, int64_t end) {
-      kernels.linear(prepared.activations, w, y, rows, w.rows, begin, end, false);
+      kernels.linear(prepared.activations, w, y, rows, w.rows, {begin, end}, false);
     });
   }, "x"_a, "weight"_a, "out"_a, "activation"_a, "isa"_a = "", "threads"_a = 1);
 
@@ -249,7 +250,7 @@ void bind_operators(py::module_& m) {
     py::gil_scoped_release release;
     const PreparedRows prepared(kernels, in, rows, g.cols, kind);
     over_tiles(g.tiles(), threads, [&](int64_t begin, int64_t end) {
-      kernels.swiglu(prepared.activations, g, u, y, rows, g.rows, begin, end);
+      kernels.swiglu(prepared.activations, g, u, y, rows, g.rows, {begin, end});
     });
   }, "x"_a, "gate"_a, "up"_a, "out"_a, "activation"_a, "isa"_a = "", "threads"_a = 1);
 
@@ -277,6 +278,14 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("read_bandwidth", &read_bandwidth, "threads"_a, "Bytes per second that `threads` threads read from memory together.",
         py::call_guard<py::gil_scoped_release>());
+  m.def("allocate", [](int64_t nbytes) {
+    if (nbytes < 0) throw py::value_error("nbytes must not be negative, got " + std::to_string(nbytes));
+    auto memory = std::make_unique<Pages>(allocate_pages(nbytes));
+    uint8_t* data = memory->get();
+    py::capsule owner(memory.release(), [](void* p) { delete static_cast<Pages*>(p); });
+    return py::array_t<uint8_t>(nbytes, data, owner);
+  }, "nbytes"_a, "A zeroed uint8 array in huge pages where the system gives them.");
+  m.def("last_level_cache_nbytes", &last_level_cache_nbytes);
   bind_operators(m);
 
   py::class_<KVCache>(m, "KVCache")
@@ -290,9 +299,11 @@ PYBIND11_MODULE(_C, m) {
   py::class_<BoundExecutor>(m, "Executor")
       .def(py::init(&make_executor), py::kw_only(), "hidden_size"_a, "intermediate_size"_a, "vocab_size"_a, "num_attention_heads"_a,
            "num_key_value_heads"_a, "head_dim"_a, "rms_norm_eps"_a, "activation"_a, "half_cache"_a,
-           "schedule"_a, "blocks"_a, "final_norm"_a, "embedding"_a, "head"_a, "threads"_a, "isa"_a)
+           "schedule"_a, "blocks"_a, "final_norm"_a, "embedding"_a, "head"_a, "threads"_a, "isa"_a, "cache_nbytes"_a)
       .def_property_readonly("threads", [](const BoundExecutor& self) { return self.executor->threads(); })
       .def_property_readonly("isa", [](const BoundExecutor& self) { return self.executor->isa(); })
+      .def_property_readonly("memory_nbytes_per_token", [](const BoundExecutor& self) { return self.executor->plan().memory_nbytes; })
+      .def_property_readonly("cache_nbytes_per_token", [](const BoundExecutor& self) { return self.executor->plan().cache_nbytes; })
       .def("new_cache", [](const BoundExecutor& self) { return self.executor->new_cache(); })
       .def("forward", &forward, "cache"_a, "tokens"_a, "cos"_a, "sin"_a, "all_logits"_a = false);
 }

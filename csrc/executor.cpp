@@ -44,11 +44,18 @@ AttentionState attention_state(float* buffer, int64_t queries, int64_t padded_di
   return {buffer, max, max + queries};
 }
 
+Plan plan_of(const Model& model, int64_t cache_nbytes) {
+  std::vector<int64_t> block_nbytes;
+  for (const BlockWeights& block : model.blocks) block_nbytes.push_back(block.nbytes());
+  return make_plan(model.schedule, block_nbytes, model.head.nbytes(), cache_nbytes);
+}
+
 }  // namespace
 
-Executor::Executor(Model model, int threads, const KernelTable& kernels)
+Executor::Executor(Model model, int threads, const KernelTable& kernels, int64_t cache_nbytes)
     : model_(std::move(model)),
       kernels_(kernels),
+      plan_(plan_of(model_, cache_nbytes)),
       pool_(threads),
       hidden_(kChunkTokens * model_.hidden),
       qkv_(kChunkTokens * qkv_size()),
@@ -103,42 +110,58 @@ void Executor::run_chunk(int thread, const Chunk& chunk) {
     kernels_.embed(model_.embedding, chunk.tokens[row], hidden_.data() + row * hidden);
   pool_.barrier();
 
-  for (size_t position = 0; position < model_.schedule.size(); ++position) {
+  for (int position = 0; position < static_cast<int>(model_.schedule.size()); ++position) {
     const BlockWeights& block = model_.blocks[model_.schedule[position]];
 
     const Activations attention_in = prepare(thread, hidden_.data(), block.attention_norm, hidden, rows);
-    project_qkv(thread, attention_in, block, rows);
+    project_qkv(thread, attention_in, position, rows);
     pool_.barrier();
 
     const float* attended = attention_.data();
     if (rows == 1) {
-      attend_one(thread, chunk, static_cast<int>(position));
+      attend_one(thread, chunk, position);
       pool_.barrier();
       attended = merge_one(thread, chunk);
     } else {
-      store_rotated(thread, chunk, static_cast<int>(position));
+      store_rotated(thread, chunk, position);
       pool_.barrier();
-      attend_many(thread, chunk, static_cast<int>(position));
+      attend_many(thread, chunk, position);
       pool_.barrier();
     }
     const Activations attention_out = prepare(thread, attended, nullptr, q_size(), rows);
-    project(thread, attention_out, block.o, hidden_.data(), rows, true);
+    kernels_.linear(attention_out, block.o, hidden_.data(), rows, hidden, tiles(thread, position, &BlockWeights::o), true);
     pool_.barrier();
 
     const Activations ffn_in = prepare(thread, hidden_.data(), block.ffn_norm, hidden, rows);
-    const Share tiles = share(block.gate.tiles(), thread, pool_.size());
-    kernels_.swiglu(ffn_in, block.gate, block.up, ffn_.data(), rows, model_.intermediate, tiles.begin, tiles.end);
+    kernels_.swiglu(ffn_in, block.gate, block.up, ffn_.data(), rows, model_.intermediate,
+                    tiles(thread, position, &BlockWeights::gate));
     pool_.barrier();
 
     const Activations ffn_out = prepare(thread, ffn_.data(), nullptr, model_.intermediate, rows);
-    project(thread, ffn_out, block.down, hidden_.data(), rows, true);
+    kernels_.linear(ffn_out, block.down, hidden_.data(), rows, hidden, tiles(thread, position, &BlockWeights::down), true);
     pool_.barrier();
   }
 
   if (chunk.logit_rows == 0) return;
   const float* last = hidden_.data() + (rows - chunk.logit_rows) * hidden;
   const Activations head_in = prepare(thread, last, model_.final_norm, hidden, chunk.logit_rows);
-  project(thread, head_in, model_.head, chunk.logits, chunk.logit_rows, false);
+  const Share head = share(model_.head.tiles(), thread, pool_.size());
+  kernels_.linear(head_in, model_.head, chunk.logits, chunk.logit_rows, model_.vocab, {head.begin, head.end}, false);
+}
+
+// The thread's share of a block's matrix, and how much of the same matrix in a later block to fetch
+// meanwhile. All blocks of a model lay their matrices out alike, so one distance serves gate and up.
+Tiles Executor::tiles(int thread, int position, const Weight BlockWeights::*weight) const {
+  const Weight& here = model_.blocks[model_.schedule[position]].*weight;
+  const Share mine = share(here.tiles(), thread, pool_.size());
+  Tiles tiles{mine.begin, mine.end};
+  const Ahead& ahead = plan_.ahead[position];
+  if (ahead.block >= 0) {
+    tiles.ahead = (model_.blocks[ahead.block].*weight).data - here.data;
+    tiles.stride = ahead.passes;
+    tiles.phase = ahead.pass;
+  }
+  return tiles;
 }
 
 // The input of a linear layer: normalised if `norm` is given, rounded if the weights are integers.
@@ -161,24 +184,20 @@ Activations Executor::prepare(int thread, const float* x, const float* norm, int
   return out;
 }
 
-void Executor::project(int thread, const Activations& x, const Weight& weight, float* out, int64_t rows,
-                       bool accumulate) {
-  const Share tiles = share(weight.tiles(), thread, pool_.size());
-  kernels_.linear(x, weight, out, rows, weight.rows, tiles.begin, tiles.end, accumulate);
-}
-
 // Queries, keys and values side by side; the threads share the tiles of all three evenly.
-void Executor::project_qkv(int thread, const Activations& x, const BlockWeights& block, int64_t rows) {
-  const Weight* weights[] = {&block.q, &block.k, &block.v};
-  const int64_t tiles = block.q.tiles() + block.k.tiles() + block.v.tiles();
-  Share left = share(tiles, thread, pool_.size());
+void Executor::project_qkv(int thread, const Activations& x, int position, int64_t rows) {
+  const BlockWeights& block = model_.blocks[model_.schedule[position]];
+  const Share mine = share(block.q.tiles() + block.k.tiles() + block.v.tiles(), thread, pool_.size());
   float* out = qkv_.data();
-  for (const Weight* weight : weights) {
-    const int64_t count = weight->tiles();
-    const int64_t begin = std::max<int64_t>(left.begin, 0), end = std::min(left.end, count);
-    if (begin < end) kernels_.linear(x, *weight, out, rows, qkv_size(), begin, end, false);
-    left = {left.begin - count, left.end - count};
-    out += weight->rows;
+  int64_t before = 0;  // tiles of the matrices so far
+  for (const auto weight : {&BlockWeights::q, &BlockWeights::k, &BlockWeights::v}) {
+    const Weight& matrix = block.*weight;
+    Tiles part = tiles(thread, position, weight);
+    part.begin = std::max<int64_t>(mine.begin - before, 0);
+    part.end = std::min(mine.end - before, matrix.tiles());
+    if (part.begin < part.end) kernels_.linear(x, matrix, out, rows, qkv_size(), part, false);
+    before += matrix.tiles();
+    out += matrix.rows;
   }
 }
 

@@ -8,6 +8,7 @@
 
 #include "kernels.h"
 #include "kv_cache.h"
+#include "plan.h"
 #include "threads.h"
 
 namespace mlf {
@@ -16,6 +17,10 @@ struct BlockWeights {
   const float* attention_norm;  // (hidden)
   const float* ffn_norm;        // (hidden)
   Weight q, k, v, o, gate, up, down;
+
+  int64_t nbytes() const {
+    return q.nbytes() + k.nbytes() + v.nbytes() + o.nbytes() + gate.nbytes() + up.nbytes() + down.nbytes();
+  }
 };
 
 struct Model {
@@ -38,12 +43,14 @@ constexpr int64_t kChunkTokens = 128;
 // every output is computed by one thread in one order.
 class Executor {
  public:
-  // `model` points to weights that outlive the executor.
-  Executor(Model model, int threads, const KernelTable& kernels);
+  // `model` points to weights that outlive the executor; `cache_nbytes` is the size of the
+  // last-level cache.
+  Executor(Model model, int threads, const KernelTable& kernels, int64_t cache_nbytes);
   ~Executor();
 
   const Model& model() const { return model_; }
   int threads() const { return pool_.size(); }
+  const Plan& plan() const { return plan_; }
   const char* isa() const { return kernels_.name; }
   std::unique_ptr<KVCache> new_cache() const;
 
@@ -59,8 +66,8 @@ class Executor {
 
   void run_chunk(int thread, const Chunk& chunk);
   Activations prepare(int thread, const float* x, const float* norm, int64_t cols, int64_t rows);
-  void project(int thread, const Activations& x, const Weight& weight, float* out, int64_t rows, bool accumulate);
-  void project_qkv(int thread, const Activations& x, const BlockWeights& block, int64_t rows);
+  void project_qkv(int thread, const Activations& x, int position, int64_t rows);
+  Tiles tiles(int thread, int position, const Weight BlockWeights::*weight) const;
   void attend_one(int thread, const Chunk& chunk, int position);
   const float* merge_one(int thread, const Chunk& chunk);
   void attend_many(int thread, const Chunk& chunk, int position);
@@ -74,6 +81,7 @@ class Executor {
 
   const Model model_;
   const KernelTable& kernels_;
+  const Plan plan_;
   ThreadPool pool_;
   std::mutex mutex_;
   std::vector<float> hidden_;     // (chunk, hidden): the residual stream

@@ -30,6 +30,14 @@ struct AttentionState {
   float* sum;     // (queries): sum of exp(score - max)
 };
 
+// The part of a weight matrix that one thread multiplies, and what it fetches meanwhile.
+struct Tiles {
+  int64_t begin, end;     // tiles [begin, end)
+  int64_t ahead = 0;      // distance in bytes to weights wanted later, 0 for none; every `stride`th
+  int stride = 1;         // tile, those with index `phase`, fetches the same tile there
+  int phase = 0;
+};
+
 // clang-format off
 //   name                 signature
 #define MLF_KERNELS(X)                                                                              \
@@ -41,13 +49,12 @@ struct AttentionState {
                               int64_t rows, int32_t max_code))                                      \
   /* q = round(x * 127 / max|x|), scale = max|x| / 127, per row */                                  \
   X(quantize_per_token,  void(const float* x, int8_t* q, float* scale, int64_t rows, int64_t cols)) \
-  /* out[m][n] = (+=, if accumulate) x[m] . w[n], for the weight rows of tiles [begin, end) */      \
+  /* out[m][n] = (+=, if accumulate) x[m] . w[n], for the weight rows of some tiles */               \
   X(linear,              void(const Activations& x, const Weight& weight, float* out, int64_t rows, \
-                              int64_t out_stride, int64_t begin, int64_t end, bool accumulate))     \
-  /* out[m][n] = silu(x[m] . gate[n]) * (x[m] . up[n]), for tiles [begin, end) */                   \
+                              int64_t out_stride, const Tiles& tiles, bool accumulate))             \
+  /* out[m][n] = silu(x[m] . gate[n]) * (x[m] . up[n]), for the weight rows of some tiles */        \
   X(swiglu,              void(const Activations& x, const Weight& gate, const Weight& up,           \
-                              float* out, int64_t rows, int64_t out_stride, int64_t begin,          \
-                              int64_t end))                                                         \
+                              float* out, int64_t rows, int64_t out_stride, const Tiles& tiles))    \
   /* out = one row of an embedding table, as floats */                                              \
   X(embed,               void(const Weight& table, int64_t row, float* out))                        \
   /* Rotate the two halves of each head: x, out (heads, head_dim); cos, sin (head_dim / 2). */      \

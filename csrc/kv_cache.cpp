@@ -1,14 +1,9 @@
 #include "kv_cache.h"
 
-#include <cstdlib>
-#include <new>
-
 namespace mlf {
 
 KVCache::KVCache(int positions, int kv_heads, int head_dim, bool half)
     : positions_(positions), kv_heads_(kv_heads), head_dim_(head_dim), half_(half) {}
-
-void KVCache::Free::operator()(uint8_t* p) const { std::free(p); }
 
 int64_t KVCache::head_nbytes() const {
   const int64_t element = half_ ? 2 : 4;
@@ -16,11 +11,7 @@ int64_t KVCache::head_nbytes() const {
 }
 
 void KVCache::reserve(int64_t tokens) {
-  while (static_cast<int64_t>(pages_.size()) * kPageTokens < tokens) {
-    void* page = std::aligned_alloc(64, static_cast<size_t>(round_up(page_nbytes(), 64)));
-    if (!page) throw std::bad_alloc();
-    pages_.emplace_back(static_cast<uint8_t*>(page));
-  }
+  while (static_cast<int64_t>(pages_.size()) * kPageTokens < tokens) pages_.push_back(allocate_pages(page_nbytes()));
 }
 
 PageView KVCache::view(int position, int64_t page, int kv_head) const {

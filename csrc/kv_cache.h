@@ -2,10 +2,10 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "kernels.h"
+#include "memory.h"
 
 namespace mlf {
 
@@ -33,13 +33,10 @@ class KVCache {
   int64_t head_nbytes() const;  // keys and values of one position and KV head in one page
   int64_t page_nbytes() const { return head_nbytes() * positions_ * kv_heads_; }
 
-  struct Free {
-    void operator()(uint8_t* p) const;
-  };
   int positions_, kv_heads_, head_dim_;
   bool half_;
   int64_t length_ = 0;
-  std::vector<std::unique_ptr<uint8_t[], Free>> pages_;
+  std::vector<Pages> pages_;
 };
 
 }  // namespace mlf

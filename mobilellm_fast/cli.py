@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
         _print_error(f"the input is not valid UTF-8: {error.reason} at byte {error.start}")
     except OSError as error:
         _discard_unwritable_output()
-        _print_error(": ".join(str(part) for part in (error.filename, error.strerror) if part))
+        reason = error.strerror or str(error)
+        _print_error(f"{error.filename}: {reason}" if error.filename else reason)
     except (MobileLLMError, ImportError, MemoryError) as error:
         _print_error(str(error) or type(error).__name__)
     return 1

@@ -12,6 +12,7 @@ from . import generate, quant
 from .config import MobileLLMConfig
 from .errors import MobileLLMError
 from .executor import Executor, Weights, check_isa, check_threads
+from .weights import read_weights
 
 
 class Engine:
@@ -85,7 +86,7 @@ class Engine:
             format = "int4" if checkpoint.dtype == "int4" else "int8"
         return cls(
             checkpoint.config,
-            _pack_all(checkpoint, format),
+            read_weights(checkpoint, format),
             format,
             tokenizer=checkpoint.tokenizer,
             chat_template=checkpoint.chat_template,
@@ -110,15 +111,11 @@ class Engine:
         """Continue a text or token ids, token by token, see `generate.stream`."""
         return generate.stream(self, prompt, **options)
 
-    def chat(
-        self, messages: Sequence[Mapping[str, Any]], **options: Any
-    ) -> generate.Generation:
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> generate.Generation:
         """Answer a conversation, see `generate.chat`."""
         return generate.chat(self, messages, **options)
 
-    def stream_chat(
-        self, messages: Sequence[Mapping[str, Any]], **options: Any
-    ) -> generate.Stream:
+    def stream_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> generate.Stream:
         """Answer a conversation, token by token, see `generate.stream_chat`."""
         return generate.stream_chat(self, messages, **options)
 
@@ -127,16 +124,3 @@ class Engine:
     ) -> generate.Score:
         """Measure how likely the model finds a text, see `generate.score`."""
         return generate.score(self, text_or_ids, window=window)
-
-
-def _pack_all(checkpoint, format: str) -> Weights:
-    """Read and pack tensor by tensor, the largest first, while little else is in memory."""
-    names = sorted(checkpoint.names, key=lambda name: -np.prod(checkpoint.tensors[name].shape))
-    weights = {}
-    for name in names:
-        tensor = checkpoint.read(name)
-        if len(tensor.shape) == 1:  # a norm
-            weights[name] = np.array(tensor, np.float32)
-        else:
-            weights[name] = quant.pack(tensor, quant.kind_of(format, name, tensor))
-    return weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,8 @@ import numpy as np
 from . import _C, quant
 from .config import MobileLLMConfig
 from .errors import MobileLLMError
-from .quant import PackedWeight
 from .rope import cos_sin
-
-Weights = Mapping[str, PackedWeight | np.ndarray]
+from .weights import Weights
 
 
 class Executor:
@@ -30,6 +28,7 @@ class Executor:
         format: one of `quant.FORMATS`; says what inputs of quantized layers are rounded to.
         threads: how many to use; None means as many as this process may run on.
         isa: name of a kernel table; None takes the environment's `MLF_ISA`, or else the best.
+        cache_nbytes: size of the last-level cache to plan for; None asks the system.
 
     Raises:
         MobileLLMError: `threads` or `isa` is not possible here.
@@ -42,6 +41,7 @@ class Executor:
         format: str,
         threads: int | None = None,
         isa: str | None = None,
+        cache_nbytes: int | None = None,
     ) -> None:
         self.config = config
         self.num_parameters = config.num_parameters
@@ -78,6 +78,7 @@ class Executor:
             head=head.as_tuple(),
             threads=check_threads(threads),
             isa=check_isa(isa),
+            cache_nbytes=_C.last_level_cache_nbytes() if cache_nbytes is None else cache_nbytes,
         )
 
     @property
@@ -87,6 +88,16 @@ class Executor:
     @property
     def isa(self) -> str:
         return self._executor.isa
+
+    @property
+    def memory_nbytes_per_token(self) -> int:
+        """Weight bytes that a decode step is predicted to read from memory."""
+        return self._executor.memory_nbytes_per_token
+
+    @property
+    def cache_nbytes_per_token(self) -> int:
+        """Weight bytes that a decode step is predicted to read from cache instead."""
+        return self._executor.cache_nbytes_per_token
 
     def new_cache(self) -> _C.KVCache:
         """Return an empty KV cache; it has `.length`, `.nbytes` and `.truncate(tokens)`."""
@@ -127,9 +138,16 @@ class Executor:
         if end > self._rotary.shape[1]:  # in steps, so that decoding rarely stops for it
             positions = np.arange(min(end + 1024, self.config.context_length))
             self._rotary = np.stack(cos_sin(self.config, positions))
-        cos, sin = self._rotary[:, start:end]
-        return self._executor.forward(cache, ids.astype(np.int32), cos, sin, all_logits)
+        ids = ids.astype(np.int32)
+        parts = []
+        for first in range(0, len(ids), PIECE):
+            piece = ids[first : first + PIECE]
+            cos, sin = self._rotary[:, start + first : start + first + len(piece)]
+            parts.append(self._executor.forward(cache, piece, cos, sin, all_logits))
+        return np.concatenate(parts) if all_logits and len(parts) > 1 else parts[-1]
 
+
+PIECE = 512  # tokens per call into C++, which cannot be interrupted: at most about a second
 
 _PROJECTIONS = {
     "q": "self_attn.q",

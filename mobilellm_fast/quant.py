@@ -169,21 +169,23 @@ def _reciprocal(scales: np.ndarray) -> np.ndarray:
     return np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
 
 
-def pack(tensor: QuantizedTensor | np.ndarray, kind: str | None = None) -> PackedWeight:
+def pack(
+    tensor: QuantizedTensor | np.ndarray, kind: str | None = None, out: np.ndarray | None = None
+) -> PackedWeight:
     """Lay a matrix out for the kernels.
 
     Args:
         tensor: codes on a grid, or float32 ``(rows, cols)``.
         kind: the kind to store; ``None`` keeps a quantized tensor's own grid (float32: ``fp32``).
             A quantized tensor of another kind is dequantized and rounded again.
+        out: flat uint8 of `packed_nbytes(kind, rows, cols)`, 64-byte aligned, to write to.
     """
     own = tensor.kind if isinstance(tensor, QuantizedTensor) else "fp32"
     kind = kind or own
     rows, cols = tensor.shape
+    data = aligned_empty(packed_nbytes(kind, rows, cols)) if out is None else out
     if kind in ("fp32", "bf16"):
-        data = aligned_empty((rows, cols), np.float32 if kind == "fp32" else np.uint16)
-    else:
-        data = aligned_empty(_ceil_div(rows, TILE_ROWS) * tile_nbytes(kind, cols), np.uint8)
+        data = data.view(np.float32 if kind == "fp32" else np.uint16).reshape(rows, cols)
     # In blocks of rows, so that the float32 copies of an embedding never exist at once.
     for start in range(0, rows, ROWS_PER_BLOCK):
         block = slice(start, min(start + ROWS_PER_BLOCK, rows))
@@ -279,13 +281,18 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def aligned_empty(shape: int | tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
-    """Allocate an uninitialised array whose first byte is 64-byte aligned."""
-    dtype = np.dtype(dtype)
-    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+def packed_nbytes(kind: str, rows: int, cols: int) -> int:
+    """Bytes of a packed matrix."""
+    if kind in ("fp32", "bf16"):
+        return rows * cols * (4 if kind == "fp32" else 2)
+    return _ceil_div(rows, TILE_ROWS) * tile_nbytes(kind, cols)
+
+
+def aligned_empty(nbytes: int) -> np.ndarray:
+    """Allocate uninitialised uint8 whose first byte is 64-byte aligned."""
     raw = np.empty(nbytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + nbytes].view(dtype).reshape(shape)
+    return raw[start : start + nbytes]
 
 
 def activation_of(format: str) -> str:
@@ -293,13 +300,13 @@ def activation_of(format: str) -> str:
     return {"fp32": "float", "bf16": "float", "w8a8": "int8"}.get(format, "int16")
 
 
-def kind_of(format: str, name: str, tensor: QuantizedTensor | np.ndarray) -> str:
-    """Choose the kind that ``format`` stores matrix ``name`` in.
+def kind_of(format: str, name: str, dtype: str) -> str:
+    """Choose the kind that `format` stores matrix `name` in, which its file holds as `dtype`.
 
-    A grid that the file brought along is kept where the format allows it; ``int4`` stores the
-    embedding and the head of a float checkpoint in int8, where four bits cost the most quality.
+    A grid that the file brought along ("int4", "int8") is kept where the format allows it; `int4`
+    stores the embedding and the head of a float checkpoint in int8, where four bits cost most.
     """
-    own = tensor.kind if isinstance(tensor, QuantizedTensor) else None
+    own = {"int4": "int4_g32", "int8": "int8_g32"}.get(dtype)
     if format in ("fp32", "bf16"):
         return format
     if format == "w8a8":  # the paper's scheme, exactly

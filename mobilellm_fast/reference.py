@@ -106,7 +106,7 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
         codes: (..., n) int8 in [-127, 127].
         scales: (...) float32, `max|x| / 127`; 0 where `max|x|` is below `TINY`.
     """
-    codes, scales = _quantize(x, 127)
+    codes, scales = round_rows(x, 127)
     return codes.to(torch.int8), scales
 
 
@@ -132,7 +132,7 @@ def linear(
     if activation == "float":
         weight = dequantize(packed, kind, rows, cols)
         return F.linear(x.to(torch.float64), weight.to(torch.float64)).to(x.dtype)
-    codes, scales = _quantize(x.to(torch.float32), max_code(activation, cols))
+    codes, scales = round_rows(x.to(torch.float32), max_code(activation, cols))
     codes, scales = codes.to(torch.float64), scales.unsqueeze(-1)
     if kind == "int8":  # no float sum: an exact integer, scaled in float32
         weight = quant.unpack(PackedWeight(kind, rows, cols, packed.cpu().numpy()))
@@ -184,9 +184,16 @@ def max_code(activation: str, cols: int) -> int:
     return min((2**31 - 1) // (127 * padded), 127 * 256)
 
 
-def _quantize(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+def round_rows(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    """Round each row of x (..., n) to integers in [-largest, largest].
+
+    Returns:
+        codes (..., n), whole numbers in the dtype of `x`, and scales (...); x is about
+        `codes * scales`.
+    """
     peak = x.abs().amax(-1)
-    inverse = torch.where(peak >= TINY, largest / peak, 0)
+    # not `largest / peak`, which torch computes as a reciprocal and a product, rounding twice
+    inverse = torch.where(peak >= TINY, torch.full_like(peak, largest) / peak, 0)
     codes = torch.round(x * inverse.unsqueeze(-1))
     return codes, torch.where(peak >= TINY, peak / largest, 0)
 

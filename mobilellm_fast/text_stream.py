@@ -46,9 +46,8 @@ class Detokenizer:
 
     def __init__(self, tokenizer, context: Sequence[int] = ()) -> None:
         self._decode = tokenizer.decode
-        self._window: list[
-            int
-        ] = []  # shown tokens, beginning with a whole character, then new ones
+        # Tokens shown last, beginning with a whole character, then those not shown in full.
+        self._window: list[int] = []
         self._shown_tokens = 0
         self._shown_characters = 0
         for length in range(1, min(len(context), CONTEXT_TOKENS) + 1):

@@ -145,11 +145,15 @@ class TestErrors:
         assert out == ""
 
     def test_loading_errors_are_one_line_even_if_their_text_is_not(self, install, capsys):
-        for error in (CheckpointError("bad\nfile"), PermissionError(13, "Permission denied", "/c")):
+        for error, line in (
+            (CheckpointError("bad\nfile"), "bad file"),
+            (PermissionError(13, "Permission denied", "/c"), "/c: Permission denied"),
+            (OSError("no route"), "no route"),
+            (MemoryError(), "MemoryError"),
+        ):
             install(error)
             assert cli.main(["generate", "x"]) == 1
-            err = capsys.readouterr().err
-            assert err in ("error: bad file\n", "error: /c: Permission denied\n")
+            assert capsys.readouterr().err == f"error: {line}\n"
 
     def test_bad_options_are_found_before_a_model_is_loaded(self, install):
         loader = install(FakeEngine())
@@ -237,11 +241,13 @@ class TestChat:
     def test_a_model_that_cannot_chat_says_so_before_the_first_question(
         self, install, stdin, capsys
     ):
-        loader = install(FakeEngine(template=None))
-        stdin("")
-        assert cli.main(["chat"]) == 1
-        assert "no chat template" in capsys.readouterr().err
-        assert loader.engine.calls == []
+        no_system = "{{ raise_exception('no system role') if messages[0].role == 'system' }}"
+        for template, error in ((None, "no chat template"), (no_system, "no system role")):
+            loader = install(FakeEngine(template=template))
+            stdin("")
+            assert cli.main(["chat", "--system", "Be brief."]) == 1
+            assert error in capsys.readouterr().err
+            assert loader.engine.calls == []
 
     def test_a_full_context_ends_a_pipe_with_an_error(self, install, stdin, capsys):
         install(FakeEngine(script=b"Hi!", context=40))
@@ -362,8 +368,9 @@ class TestInfoAndBench:
 
 
 LAUNCHER = """
-import sys, types
+import signal, sys, types
 from fake_engine import FakeEngine
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits "ignore"
 engine = FakeEngine(script={script!r}, context=100_000)
 engine_module = types.SimpleNamespace(Engine=types.SimpleNamespace(load=lambda *a, **k: engine))
 sys.modules["mobilellm_fast.engine"] = engine_module
@@ -373,7 +380,9 @@ sys.exit(main({argv!r}))
 
 
 def environment(**extra):
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **extra}
+    """Return the environment of a process that buffers its output and imports what we can."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return {**inherited, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **extra}
 
 
 def run_python(code, **options):
@@ -427,6 +436,27 @@ class TestProcess:
                 pass
             out, err = process.communicate(b"/exit\n", timeout=60)
         assert (process.returncode, out, err) == (0, b"", b"")
+
+    def test_chat_at_a_terminal(self):
+        pty = pytest.importorskip("pty")
+        ours, theirs = pty.openpty()
+        argv = ["chat", "--max-new-tokens", "10000"]
+        with launch(argv, stdin=theirs, stdout=theirs) as process, open(ours, "r+b", 0) as person:
+            os.close(theirs)
+
+            def wait_for(text):
+                seen = b""
+                while text not in seen:
+                    seen += person.read(1)
+
+            wait_for(b"> ")
+            person.write(b"Hello\n")
+            wait_for(b"word word")
+            process.send_signal(signal.SIGINT)  # in the answer: the end of its line, and the prompt
+            wait_for(b"> ")
+            person.write(b"\x04")  # Ctrl-D
+            assert process.stderr.read() == b""
+            assert process.wait(timeout=60) == 0
 
     def test_a_terminal_without_the_character_shows_another(self):
         env = environment(PYTHONIOENCODING="ascii", PYTHONUTF8="0")

@@ -4,8 +4,8 @@ import pickle
 
 import pytest
 import transformers
-
 from helpers import LLAMA3_SCALING, MODEL_CONFIGS, tiny_config
+
 from mobilellm_fast.config import PRESETS, MobileLLMConfig, expected_shapes
 from mobilellm_fast.errors import CheckpointError, MobileLLMError
 

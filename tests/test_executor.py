@@ -27,7 +27,9 @@ INTEGER_FORMATS = ("int8", "w8a8", "int4")
 
 def make_executor(config, format="fp32", seed=0, **options) -> Executor:
     weights = {
-        name: values if values.ndim == 1 else quant.pack(values, quant.kind_of(format, name, values))
+        name: values
+        if values.ndim == 1
+        else quant.pack(values, quant.kind_of(format, name, "float32"))
         for name, values in random_weights(config, seed).items()
     }
     return Executor(config, weights, format, **options)
@@ -111,7 +113,7 @@ def test_integer_formats_equal_their_dequantized_weights(format):
     exact = {
         name: values
         if values.ndim == 1
-        else quant.pack(quant.pack(values, quant.kind_of(format, name, values)).dequantize())
+        else quant.pack(quant.pack(values, quant.kind_of(format, name, "float32")).dequantize())
         for name, values in weights.items()
     }
     ids = random_ids(config, 40)

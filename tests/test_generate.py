@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from fake_engine import BOS, EOS, VOCAB, FakeEngine
+from fake_engine import BOS, EOS, VOCAB, ByteTokenizer, FakeEngine
 
 from mobilellm_fast.errors import MobileLLMError
 from mobilellm_fast.generate import chat, generate, score, stream, stream_chat
@@ -180,6 +180,19 @@ def test_chat_uses_the_template_once_with_its_special_tokens():
     assert out.prompt_token_ids[0] == 258  # one token, and no <s> before it
     tokens = stream_chat(FakeEngine(script=b"Hi!"), [{"role": "user", "content": "Hello"}])
     assert "".join(t.text for t in tokens) == "Hi!"
+
+
+def test_an_answer_begins_with_a_word_and_a_continuation_with_its_space():
+    class WordTokenizer(ByteTokenizer):
+        """Like SentencePiece: the space before the first word of a text is not text."""
+
+        def decode(self, ids, skip_special_tokens=True):
+            return super().decode(ids, skip_special_tokens).removeprefix(" ")
+
+    engine = FakeEngine(script=b" Hi you")
+    engine.tokenizer = WordTokenizer()
+    assert generate(engine, "x").text == " Hi you"
+    assert chat(engine, [{"role": "user", "content": "x"}]).text == "Hi you"
 
 
 def test_template_sees_the_spelling_of_special_tokens():

@@ -10,7 +10,16 @@ from mobilellm_fast import _C, quant
 
 ISAS = _C.supported_isas()
 ROWS = (*range(1, 10), 16, 33)
-WEIGHT_SHAPES = [(1, 1), (15, 31), (16, 32), (17, 33), (33, 100), (192, 576), (576, 1536), (40, 4352)]
+WEIGHT_SHAPES = [
+    (1, 1),
+    (15, 31),
+    (16, 32),
+    (17, 33),
+    (33, 100),
+    (192, 576),
+    (576, 1536),
+    (40, 4352),
+]
 
 
 def matrix(rows, cols, seed):
@@ -101,7 +110,9 @@ def test_every_weight_byte(isa, code):
     codes = np.full((16, 64), code, np.int8)
     tensor = quant.QuantizedTensor("int8_g32", codes, np.ones((16, 2), np.float16))
     x = matrix(5, 64, 2)
-    assert np.array_equal(linear(x, quant.pack(tensor), "int16", isa), exact_linear(x, tensor, "int16"))
+    assert np.array_equal(
+        linear(x, quant.pack(tensor), "int16", isa), exact_linear(x, tensor, "int16")
+    )
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -111,7 +122,10 @@ def test_float_linear_and_swiglu(isa, kind, shape):
     gate, up = (quant.pack(matrix(*shape, seed), kind) for seed in (0, 1))
     x = matrix(33, shape[1], 2)
     exact = [x.astype(np.float64) @ w.dequantize().astype(np.float64).T for w in (gate, up)]
-    absolute = [np.abs(x).astype(np.float64) @ np.abs(w.dequantize()).astype(np.float64).T for w in (gate, up)]
+    absolute = [
+        np.abs(x).astype(np.float64) @ np.abs(w.dequantize()).astype(np.float64).T
+        for w in (gate, up)
+    ]
     # A sum of n products in 16 lanes: n / 16 + 4 additions and one product, 2^-24 each.
     bound = [total * (shape[1] / 16 + 6) * 2**-24 for total in absolute]
     want = linear(x, gate, "float", isa)
@@ -123,13 +137,19 @@ def test_float_linear_and_swiglu(isa, kind, shape):
     _C.swiglu(x, gate.as_tuple(), up.as_tuple(), out, "float", isa)
     silu = exact[0] / (1 + np.exp(-exact[0]))
     # |silu'| <= 1.1; exp, division and product add a few units in the last place.
-    bound = 1.1 * bound[0] * np.abs(exact[1]) + np.abs(silu) * bound[1] + 8 * 2**-24 * np.abs(silu * exact[1])
+    bound = (
+        1.1 * bound[0] * np.abs(exact[1])
+        + np.abs(silu) * bound[1]
+        + 8 * 2**-24 * np.abs(silu * exact[1])
+    )
     assert (np.abs(out - silu * exact[1]) <= bound + 1e-12).all()
 
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_silu_over_its_whole_range(isa):
-    x = np.concatenate([np.linspace(-110, 110, 4001), [0, -0.0, 1e-30, -1e-30]]).astype(np.float32)[:, None]
+    x = np.concatenate([np.linspace(-110, 110, 4001), [0, -0.0, 1e-30, -1e-30]]).astype(np.float32)[
+        :, None
+    ]
     one = quant.pack(np.ones((1, 1), np.float32)).as_tuple()
     out = np.full_like(x, np.nan)
     _C.swiglu(x, one, one, out, "float", isa)
@@ -177,7 +197,9 @@ class Guarded:
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         libc = ctypes.CDLL(None, use_errno=True)
         assert libc.mprotect(ctypes.c_void_p(address + size), ctypes.c_size_t(page), 0) == 0
-        guarded = np.frombuffer(memory, np.uint8, array.nbytes, size - array.nbytes).view(array.dtype)
+        guarded = np.frombuffer(memory, np.uint8, array.nbytes, size - array.nbytes).view(
+            array.dtype
+        )
         guarded = guarded.reshape(array.shape)
         guarded[:] = array
         return guarded
@@ -195,7 +217,11 @@ def test_nothing_is_touched_beyond_the_arrays(isa):
                 x, out = guarded.copy(matrix(m, cols, 1)), guarded.copy(matrix(m, rows, 2))
                 _C.linear(x, weight.as_tuple(), out, activation, isa)
                 _C.swiglu(x, weight.as_tuple(), weight.as_tuple(), out, activation, isa)
-        x, out, w = guarded.copy(matrix(3, cols, 1)), guarded.copy(matrix(3, cols, 2)), guarded.copy(matrix(1, cols, 3)[0])
+        x, out, w = (
+            guarded.copy(matrix(3, cols, 1)),
+            guarded.copy(matrix(3, cols, 2)),
+            guarded.copy(matrix(1, cols, 3)[0]),
+        )
         _C.rms_norm(x, w, 1e-5, out, isa)
         q, scale = guarded.copy(np.zeros((3, cols), np.int8)), guarded.copy(np.zeros(3, np.float32))
         _C.quantize_per_token(x, q, scale, isa)
@@ -203,21 +229,29 @@ def test_nothing_is_touched_beyond_the_arrays(isa):
         x = guarded.copy(np.ones((4, heads, dim), np.float32))
         angles = guarded.copy(np.ones((4, dim // 2), np.float32))
         _C.rope(x, angles, angles, guarded.copy(x), isa)
-        _C.gqa_attention(x, guarded.copy(x[:, :1]), guarded.copy(x[:, :1]), 1.0, guarded.copy(x), isa)
+        _C.gqa_attention(
+            x, guarded.copy(x[:, :1]), guarded.copy(x[:, :1]), 1.0, guarded.copy(x), isa
+        )
 
 
 def test_bad_arguments_are_refused():
     weight = quant.pack(matrix(4, 8, 0))
     x, out = matrix(2, 8, 0), matrix(2, 4, 0)
     for arguments, message in [
-        ((x[:, :7].copy(), weight.as_tuple(), out, "float"), r"x must be .* of shape \(any, 8\), got float32 \(2, 7\)"),
+        (
+            (x[:, :7].copy(), weight.as_tuple(), out, "float"),
+            r"x must be .* of shape \(any, 8\), got float32 \(2, 7\)",
+        ),
         ((x.astype(np.float64), weight.as_tuple(), out, "float"), "x must be C-contiguous float32"),
         ((x.T.copy().T, weight.as_tuple(), out, "float"), "x must be C-contiguous float32"),
         ((x, weight.as_tuple(), out[:1], "float"), r"out must be .* of shape \(2, 4\)"),
         ((x, weight.as_tuple(), out, "int16"), "float weights float ones"),
         ((x, weight.as_tuple(), out, "int5"), "activation must be float, int16 or int8, got int5"),
         ((x, ("int3", 4, 8, weight.data), out, "float"), "unknown weight kind int3"),
-        ((x, ("fp32", 5, 8, weight.data), out, "float"), r"weight must hold 160 contiguous bytes .* got 128"),
+        (
+            (x, ("fp32", 5, 8, weight.data), out, "float"),
+            r"weight must hold 160 contiguous bytes .* got 128",
+        ),
         ((x, weight.as_tuple(), out, "float", "sse9"), "isa must be one of .* got sse9"),
         ((x, weight.as_tuple(), out, "float", "", 0), r"threads must be in 1\.\.1024, got 0"),
     ]:

@@ -2,11 +2,11 @@
 
 import copy
 import itertools
+import pickle
 
 import numpy as np
 import pytest
 import torch
-
 from helpers import (
     MODEL_CONFIGS,
     SHARING,
@@ -18,6 +18,7 @@ from helpers import (
     transformers_logits,
     transformers_model,
 )
+
 from mobilellm_fast.config import PRESETS
 from mobilellm_fast.errors import MobileLLMError
 from mobilellm_fast.model import MobileLLM
@@ -282,3 +283,71 @@ def test_compiles_to_one_graph():
     model(ids).sum().backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-4)
+
+
+def greedy_without_cache(model, prompt, count):
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def build_fresh(**changes):
+    """A model without special tokens, so that generation does not end early."""
+    config = tiny_config(bos_token_id=None, eos_token_id=None, **changes)
+    return build(config)[0]
+
+
+@pytest.mark.parametrize("sharing", [False, *SHARING])
+def test_generation_continues_what_forward_predicts(sharing):
+    model = build_fresh(layer_sharing=sharing)
+    prompt = [5, 7, 11]
+    got = model.generate(prompt, max_new_tokens=12)
+    assert list(got.token_ids) == greedy_without_cache(model, prompt, 12)
+
+
+def test_engine_reads_the_parameters_and_follows_their_changes():
+    model = build_fresh()
+    engine = model.engine
+    assert model.engine is engine
+    assert np.shares_memory(
+        engine.weights["model.embed_tokens.weight"].data,
+        model.model.embed_tokens.weight.detach().numpy(),
+    )
+    before = model.generate([1, 2], max_new_tokens=8).token_ids
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    optimizer.step()
+    after = list(model.generate([1, 2], max_new_tokens=8).token_ids)
+    assert after == greedy_without_cache(model, [1, 2], 8)
+    assert after != list(before)
+
+    model.load_state_dict(build_fresh().state_dict())
+    assert list(model.generate([1, 2], max_new_tokens=8).token_ids) == list(before)
+    model.to(torch.bfloat16)
+    assert model.engine.format == "bf16"
+    assert len(model.generate([1, 2], max_new_tokens=8).token_ids) == 8
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_copies_are_independent(kind):
+    config = tiny_config(eos_token_id=None)
+    weights = packed_weights(random_weights(config), kind)
+    model = MobileLLM.from_weights(config, weights, kind)
+    want = list(model.generate([1, 2], max_new_tokens=8).token_ids)
+    twin = copy.deepcopy(model)
+    again = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+    for other in (twin, again):
+        assert other.engine is not model.engine
+        assert list(other.generate([1, 2], max_new_tokens=8).token_ids) == want
+
+
+def test_models_off_the_cpu_do_not_generate():
+    with pytest.raises(MobileLLMError, match=r"model.embed_tokens.weight must be .* on meta"):
+        MobileLLM(tiny_config(), device="meta").generate([1], max_new_tokens=1)
+    half = MobileLLM(tiny_config(), dtype=torch.float16)
+    with pytest.raises(MobileLLMError, match=r"must be float32 or bfloat16 on cpu, got float16"):
+        half.generate([1], max_new_tokens=1)

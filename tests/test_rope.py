@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers import LLAMA3_SCALING, tiny_config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from helpers import LLAMA3_SCALING, tiny_config
 from mobilellm_fast.rope import cos_sin, inverse_frequencies
 
 LENGTHS = (1, 24, 100)  # below, at and above the trained length

@@ -85,7 +85,12 @@ def test_top_p_is_the_smallest_set_that_reaches_p():
 
 
 def test_top_p_prefers_the_first_of_equals():
-    assert list(np.flatnonzero(s.top_p_mask(np.zeros(10), 0.25))) == [0, 1, 2]
+    levels = np.random.default_rng(0).integers(3, size=VOCAB).astype(np.float64)
+    top = np.flatnonzero(levels == 2)
+    half = s.softmax(levels)[top].sum() / 2
+    kept = np.flatnonzero(s.top_p_mask(levels, half))
+    assert 0.49 < len(kept) / len(top) < 0.51
+    np.testing.assert_array_equal(kept, top[: len(kept)])
 
 
 def test_greedy_takes_the_first_of_equals_and_leaves_logits_alone():

@@ -6,13 +6,22 @@ inline float max_abs(const float* x, int64_t cols) {
   return max_lane(largest);
 }
 
+// The factor that turns a row into codes, and its scale. A row too small for its reciprocal to be
+// finite counts as zero.
+struct RowScale {
+  float inverse, scale;
+};
+inline RowScale row_scale(float largest, float max_code) {
+  if (largest < 0x1p-100f) return {0.0f, 0.0f};
+  return {max_code / largest, largest / max_code};
+}
+
 void quantize_activations(const float* x, const Activations& out, int64_t first_row, int64_t rows,
                           int32_t max_code) {
   const int64_t groups = out.groups();
   for (int64_t row = first_row; row < first_row + rows; ++row, x += out.cols) {
-    const float largest = max_abs(x, out.cols);
-    const float code_max = static_cast<float>(max_code);
-    const VecF inverse = splat(largest > 0.0f ? code_max / largest : 0.0f);
+    const RowScale scale = row_scale(max_abs(x, out.cols), static_cast<float>(max_code));
+    const VecF inverse = splat(scale.inverse);
     uint8_t* codes = out.row_codes(row);
     int32_t total = 0;
     for (int64_t group = 0; group < groups; ++group) {
@@ -28,20 +37,20 @@ void quantize_activations(const float* x, const Activations& out, int64_t first_
       out.group_sums[row * groups + group] = group_total;
       total += group_total;
     }
-    out.scales[row] = largest / code_max;
+    out.scales[row] = scale.scale;
     out.sums[row] = total;
   }
 }
 
 void quantize_per_token(const float* x, int8_t* q, float* scale, int64_t rows, int64_t cols) {
   for (int64_t row = 0; row < rows; ++row, x += cols, q += cols) {
-    const float largest = max_abs(x, cols);
-    const VecF inverse = splat(largest > 0.0f ? 127.0f / largest : 0.0f);
+    const RowScale of_row = row_scale(max_abs(x, cols), 127.0f);
+    const VecF inverse = splat(of_row.inverse);
     for_each_vec(cols, [&](int64_t i, int n) {
       float rounded[16];
       store(rounded, to_float(round_to_int(mul(load_upto(x + i, n), inverse))));
       for (int j = 0; j < n; ++j) q[i + j] = static_cast<int8_t>(rounded[j]);
     });
-    scale[row] = largest / 127.0f;
+    scale[row] = of_row.scale;
   }
 }

@@ -4,11 +4,12 @@ import re
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..files import brief
 from .checkpoint import Checkpoint, StoredTensor
 
 __all__ = ["Checkpoint", "StoredTensor", "open_checkpoint"]
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.gguf)")
 
 
 def open_checkpoint(source: str | Path | None = None, revision: str | None = None) -> Checkpoint:
@@ -22,30 +23,23 @@ def open_checkpoint(source: str | Path | None = None, revision: str | None = Non
     Raises:
         CheckpointError: the source is missing, damaged or not supported; says what is wrong.
     """
+    if source is not None and not isinstance(source, (str, Path)):
+        raise CheckpointError(f"source must be a path or a hub id, got {brief(source)}")
+    path = None if source is None else _existing(source)
+    if path is None and isinstance(source, str) and HUB_ID.fullmatch(source):
+        from .hub import fetch_repository
+        from .huggingface import open_directory
+
+        return open_directory(fetch_repository(source, revision), source)
+    if revision is not None:
+        raise CheckpointError(f"revision needs a hub id as source, got source {source!r}")
     if source is None:
-        if revision is not None:
-            raise CheckpointError(f"revision needs a hub id as source, got revision {revision!r}")
         from .default_model import NAME, default_model
         from .gguf import open_gguf
 
         return open_gguf(default_model(), NAME)
-    if not isinstance(source, (str, Path)):
-        raise CheckpointError(f"source must be a path or a hub id, got {source!r}")
-    path = Path(source).expanduser()
-    try:
-        is_path = path.exists()
-    except (OSError, ValueError) as error:  # a name too long, or with a null byte
-        raise CheckpointError(f"source must be a path or a hub id ({error})") from None
-    if not is_path and isinstance(source, str) and HUB_ID.fullmatch(source):
-        if not source.endswith(".gguf"):
-            from .hub import fetch_repository
-            from .huggingface import open_directory
-
-            return open_directory(fetch_repository(source, revision), source)
-    if not is_path:
+    if path is None:
         raise CheckpointError(f"{source}: no such file or directory")
-    if revision is not None:
-        raise CheckpointError(f"revision needs a hub id as source, and {source} is a path")
     if path.is_dir():
         from .huggingface import open_directory
 
@@ -55,3 +49,11 @@ def open_checkpoint(source: str | Path | None = None, revision: str | None = Non
     from .gguf import open_gguf
 
     return open_gguf(path)
+
+
+def _existing(source: str | Path) -> Path | None:
+    try:
+        path = Path(source).expanduser()
+        return path if path.exists() else None
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, no home
+        raise CheckpointError(f"source must be a path or a hub id ({brief(error)})") from None

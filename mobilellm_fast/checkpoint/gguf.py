@@ -1,7 +1,6 @@
 """Opens `.gguf` files of the "llama" architecture as llama.cpp's converter writes them."""
 
 import re
-import reprlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from ..config import MobileLLMConfig
 from ..errors import CheckpointError, MobileLLMError
+from ..files import brief
 from ..quant import QuantizedTensor
 from ..rope import inverse_frequencies
 from ..tokenizer import Tokenizer, end_token_ids
@@ -100,7 +100,8 @@ def _config(file: GGUFFile) -> MobileLLMConfig:
     metadata = file.metadata
     architecture = metadata.typed("general.architecture", str)
     if architecture != ARCHITECTURE:
-        raise CheckpointError(f"general.architecture must be {ARCHITECTURE!r}, got {architecture!r}")
+        got = brief(architecture)
+        raise CheckpointError(f"general.architecture must be {ARCHITECTURE!r}, got {got}")
     if metadata.typed("split.count", int, 0) > 1:
         raise CheckpointError("split.count: a model split over several files is not supported")
     _refuse_unsupported(metadata)
@@ -116,6 +117,7 @@ def _config(file: GGUFFile) -> MobileLLMConfig:
             raise CheckpointError(f"llama.{key} must equal {what} ({value}), got {integer(key)}")
         return value
 
+    end_ids = end_token_ids(metadata)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise CheckpointError("tensor token_embd.weight is missing")
@@ -137,7 +139,7 @@ def _config(file: GGUFFile) -> MobileLLMConfig:
         rope_scaling=_rope_scaling(metadata),
         tie_word_embeddings="output.weight" not in file.tensors,
         bos_token_id=metadata.typed("tokenizer.ggml.bos_token_id", int),
-        eos_token_id=end_token_ids(metadata) or None,
+        eos_token_id=end_ids if len(end_ids) > 1 else next(iter(end_ids), None),
     )
     return _llama3(file, config) if ROPE_FACTORS in file.tensors else config
 
@@ -148,7 +150,7 @@ def _refuse_unsupported(metadata: Metadata) -> None:
         if prefix != ARCHITECTURE or name in KNOWN_KEYS:
             continue
         if name not in NEUTRAL or metadata.typed(key, float) != NEUTRAL[name]:
-            raise CheckpointError(f"{key} = {reprlib.repr(value)} is not supported")
+            raise CheckpointError(f"{key} = {brief(value)} is not supported")
 
 
 def _rope_scaling(metadata: Metadata) -> dict[str, Any] | None:
@@ -158,7 +160,7 @@ def _rope_scaling(metadata: Metadata) -> dict[str, Any] | None:
     default = "none" if factor in (0, 1) else "linear"
     kind = metadata.typed("llama.rope.scaling.type", str, default)
     if kind not in ("none", "linear"):
-        raise CheckpointError(f"llama.rope.scaling.type = {kind!r} is not supported")
+        raise CheckpointError(f"llama.rope.scaling.type = {brief(kind)} is not supported")
     return {"rope_type": "linear", "factor": factor} if kind == "linear" else None
 
 
@@ -195,9 +197,7 @@ def _tensors(file: GGUFFile, config: MobileLLMConfig) -> dict[str, StoredTensor]
         short = name.removesuffix(".weight").rpartition(".")[2]
         if short in heads:
             read = partial(_unpermuted, read, heads[short])
-        tensors[_hugging_face_name(name)] = StoredTensor(
-            tensor.shape, stored_dtype(tensor), read
-        )
+        tensors[_hugging_face_name(name)] = StoredTensor(tensor.shape, stored_dtype(tensor), read)
     return tensors
 
 

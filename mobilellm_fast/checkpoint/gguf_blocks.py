@@ -54,7 +54,7 @@ def read_gguf_tensor(path: Path, tensor: GGUFTensor) -> np.ndarray | QuantizedTe
     return _dequantize(path, tensor)
 
 
-def _read_codes(path: Path, tensor: GGUFTensor) -> QuantizedTensor:
+def _read_codes(path: Path, tensor: GGUFTensor) -> np.ndarray | QuantizedTensor:
     rows, cols = tensor.shape
     groups = cols // GROUP
     with open(path, "rb") as file:
@@ -67,10 +67,14 @@ def _read_codes(path: Path, tensor: GGUFTensor) -> QuantizedTensor:
     nibbles = blocks["q"]
     codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=2).reshape(rows, cols)
     if tensor.type == "Q4_1":
-        return QuantizedTensor("int4_g32", codes, scales, np.ascontiguousarray(blocks["m"], np.float16))
-    # d * (q - 8) = d * q - 8 d; a power of two changes the exponent only, so no bit is lost
-    with np.errstate(over="ignore"):  # an infinite minimum is refused by the caller
-        return QuantizedTensor("int4_g32", codes, scales, scales * np.float16(-8))
+        mins = np.ascontiguousarray(blocks["m"], np.float16)
+    else:
+        # d * (q - 8) = d * q - 8 d; a power of two changes the exponent only, so no bit is lost
+        with np.errstate(over="ignore"):
+            mins = scales * np.float16(-8)
+        if not np.isfinite(mins).all():  # scales beyond 8188, which no trained model has
+            return _dequantize(path, tensor)
+    return QuantizedTensor("int4_g32", codes, scales, mins)
 
 
 def _dequantize(path: Path, tensor: GGUFTensor) -> np.ndarray:

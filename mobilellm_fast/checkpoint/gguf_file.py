@@ -6,8 +6,8 @@ offset is compared with the bytes that are there before anything is allocated fo
 Reference: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import itertools
 import math
-import reprlib
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import CheckpointError
+from ..files import brief
 
 # metadata value type -> numpy type; the two missing ones are 8, string, and 9, array
 SCALARS = {
@@ -52,7 +53,7 @@ class Metadata(dict[str, Any]):
         value = self[key]
         if type(value) is kind or (kind is float and type(value) is int):
             return value
-        raise CheckpointError(f"{key} must be of type {kind.__name__}, got {reprlib.repr(value)}")
+        raise CheckpointError(f"{key} must be of type {kind.__name__}, got {brief(value)}")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def read_gguf(path: Path) -> GGUFFile:
         with open(path, "rb") as file:
             return _parse(path, _Bytes(file, path.stat().st_size))
     except (OSError, _BadFile) as error:
-        raise CheckpointError(f"{path}: not a readable GGUF file ({error})") from None
+        raise CheckpointError(f"{path}: not a readable GGUF file ({brief(error)})") from None
 
 
 class _BadFile(Exception):
@@ -211,6 +212,6 @@ def _type(name: str, number: int) -> tuple[str, int, int]:
 
 def _check_overlap(tensors: list[GGUFTensor]) -> None:
     tensors = sorted(tensors, key=lambda tensor: tensor.offset)
-    for before, after in zip(tensors, tensors[1:], strict=False):
+    for before, after in itertools.pairwise(tensors):
         if before.offset + before.nbytes > after.offset:
             raise _BadFile(f"tensors {before.name} and {after.name} overlap")

@@ -2,14 +2,15 @@
 
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..files import brief
 
-PROBE_TIMEOUT = 3.0  # seconds; the client's own retries would take half a minute to give up
+PROBE_TIMEOUT = 3.0  # seconds; the client's own retries take half a minute to give up
 
-# What a model needs, pickled weights left out: they are fetched only where nothing else is there.
-SMALL_FILES = [
+SMALL_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "config.json",
@@ -18,10 +19,11 @@ SMALL_FILES = [
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
-]
-WEIGHT_PATTERNS = (
-    ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"],
-    ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"],
+)
+# Pickled weights are fetched only where there are no others.
+WEIGHT_FILES = (
+    ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"),
 )
 
 
@@ -29,40 +31,39 @@ def fetch_repository(repository: str, revision: str | None = None) -> Path:
     """Return the local directory of a hub model, downloading what is missing.
 
     Raises:
-        CheckpointError: the hub cannot be reached and the cache has no copy, or the hub refuses.
+        CheckpointError: the hub has no such model, or cannot be reached and the cache has no copy.
     """
     from huggingface_hub import snapshot_download
 
-    offline = not reachable()
-    folder = None
-    try:
-        for patterns in WEIGHT_PATTERNS:
-            folder = Path(
-                snapshot_download(
-                    repository,
-                    revision=revision,
-                    allow_patterns=SMALL_FILES + patterns,
-                    local_files_only=offline,
-                )
-            )
-            if any(folder.glob(patterns[0]) or folder.glob(patterns[1])):
-                break
-    except Exception as error:  # the client raises its own, its HTTP library's and the system's
-        reason = "the hub cannot be reached and the cache has no copy" if offline else brief(error)
-        raise CheckpointError(f"{repository}: no such path, nor a hub model ({reason})") from None
+    for patterns in WEIGHT_FILES:
+        folder = _fetch(
+            snapshot_download,
+            repository,
+            revision=revision,
+            allow_patterns=[*SMALL_FILES, *patterns],
+        )
+        if any(any(folder.glob(pattern)) for pattern in patterns):
+            break
     return folder
 
 
 def fetch_file(repository: str, name: str, revision: str) -> Path:
-    """Return the local path of one file of a hub repository; raises whatever the client does."""
+    """Return the local path of one file of a hub repository; raises like `fetch_repository`."""
     from huggingface_hub import hf_hub_download
 
-    return Path(
-        hf_hub_download(repository, name, revision=revision, local_files_only=not reachable())
-    )
+    return _fetch(hf_hub_download, repository, filename=name, revision=revision)
 
 
-def reachable() -> bool:
+def _fetch(download: Callable[..., str], repository: str, **arguments) -> Path:
+    online = _reachable()
+    try:
+        return Path(download(repository, local_files_only=not online, **arguments))
+    except Exception as error:  # the client raises its own, its HTTP library's and the system's
+        reason = brief(error) if online else "not reachable, and its cache has no copy"
+        raise CheckpointError(f"{repository}: Hugging Face hub: {reason}") from None
+
+
+def _reachable() -> bool:
     """Ask the hub for a sign of life, unless it is switched off (HF_HUB_OFFLINE)."""
     from huggingface_hub import constants
 
@@ -76,9 +77,3 @@ def reachable() -> bool:
     except (OSError, ValueError):
         return False
     return True
-
-
-def brief(error: Exception) -> str:
-    """Return the first line of an error's text, or its type if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

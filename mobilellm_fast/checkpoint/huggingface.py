@@ -7,8 +7,8 @@ from typing import Any
 
 from ..config import MobileLLMConfig
 from ..errors import CheckpointError, MobileLLMError
+from ..files import brief, read_json
 from ..tokenizer import Tokenizer
-from ..tokenizer.huggingface import read_json
 from .checkpoint import Checkpoint, StoredTensor
 from .safetensors_file import safetensors_tensors
 from .torch_file import torch_tensors
@@ -29,20 +29,12 @@ def open_directory(folder: Path, name: str | None = None) -> Checkpoint:
         CheckpointError: a file is missing or damaged, or says something that is not implemented.
     """
     config = _config(folder)
-    end = config.eos_token_id
-    end_ids = end if isinstance(end, tuple) else () if end is None else (end,)
-    try:
-        tokenizer = Tokenizer.from_directory(folder, end_ids)
-    except CheckpointError:
-        raise
-    except MobileLLMError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
     return Checkpoint(
         name=name or folder.resolve().name,
         path=folder,
         config=config,
         tensors=_tensors(folder),
-        tokenizer=tokenizer,
+        tokenizer=Tokenizer.from_directory(folder, _as_tuple(config.eos_token_id)),
         chat_template=_chat_template(folder),
     )
 
@@ -57,9 +49,10 @@ def _config(folder: Path) -> MobileLLMConfig:
     generation = read_json(folder / "generation_config.json")
     try:
         config = MobileLLMConfig.from_hf(raw)
-        end = _as_tuple(config.eos_token_id) + _as_tuple(generation.get("eos_token_id"))
-        return replace(config, eos_token_id=tuple(dict.fromkeys(end))) if end else config
-    except (MobileLLMError, TypeError) as error:
+        own = _as_tuple(config.eos_token_id)
+        more = [i for i in _as_tuple(generation.get("eos_token_id")) if i not in own]
+        return replace(config, eos_token_id=(*own, *more)) if more else config
+    except MobileLLMError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
@@ -107,7 +100,7 @@ def _chat_template(folder: Path) -> str | None:
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: not readable ({error})") from None
+            raise CheckpointError(f"{path}: not readable ({brief(error)})") from None
     template = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(template, list):  # several, by name
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}

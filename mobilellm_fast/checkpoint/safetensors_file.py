@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..files import brief
 from .checkpoint import StoredTensor
 from .floats import read_floats
 
@@ -26,7 +27,7 @@ def safetensors_tensors(path: Path) -> dict[str, StoredTensor]:
         with safe_open(path, framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
+        raise CheckpointError(f"{path}: not a readable safetensors file ({brief(error)})") from None
 
     with open(path, "rb") as file:
         header_size = int.from_bytes(file.read(8), "little")

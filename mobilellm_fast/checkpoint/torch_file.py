@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CheckpointError
+from ..files import brief
 from .checkpoint import StoredTensor
 from .floats import FLOAT_TYPES
 
@@ -59,7 +60,7 @@ def _load(path: Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises a dozen unrelated types for damaged files
-        raise CheckpointError(f"{path}: {_reason(str(error))}") from None
+        raise CheckpointError(f"{path}: {_reason(error)}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: must hold a dict of tensors, got {type(state).__name__}")
     for name, tensor in state.items():
@@ -88,9 +89,9 @@ def _dtype(tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _reason(message: str) -> str:
+def _reason(error: Exception) -> str:
     """torch explains over many lines; keep the fact."""
-    named = re.search(r"GLOBAL ([\w.]+)", message)
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
     if named:
         return f"refused: the pickle names {named[1]}, and only tensors are read"
-    return f"not a readable torch file ({message.strip().splitlines()[0][:200]})"
+    return f"not a readable torch file ({brief(error)})"

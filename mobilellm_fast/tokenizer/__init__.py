@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MobileLLMError
+from ..files import brief
 from .backends import BACKENDS, Backend
 from .gguf_vocabulary import backend_from_metadata, end_token_ids
 from .huggingface import backend_from_directory, backend_from_json, backend_from_sentencepiece
@@ -35,12 +36,6 @@ class Tokenizer:
         self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
         self.vocab_size: int = backend.vocab_size
         self.special_ids: frozenset[int] = backend.special_ids
-        for token_id in (bos_token_id, *self.eos_token_ids):
-            if token_id is not None and not 0 <= token_id < self.vocab_size:
-                raise MobileLLMError(
-                    f"[tokenizer] token id {token_id} is not in the vocabulary "
-                    f"(0 to {self.vocab_size - 1})"
-                )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`.
@@ -102,7 +97,7 @@ class Tokenizer:
         if found is None:
             return None
         backend, bos, eos = found
-        return cls(backend, bos, (*eos_token_ids, *eos))
+        return cls(backend, bos, (*eos, *eos_token_ids))
 
     @classmethod
     def from_tokenizer_json(
@@ -151,7 +146,8 @@ class Tokenizer:
         head, _, vocabulary = data.partition(b"\n")
         try:
             fields = json.loads(head)
-            backend = BACKENDS[fields["backend"]](vocabulary, **fields["options"])
+            backend = BACKENDS[fields["backend"]].load(vocabulary, **fields["options"])
             return cls(backend, fields["bos_token_id"], fields["eos_token_ids"])
         except (ValueError, KeyError, TypeError) as error:
-            raise MobileLLMError(f"[tokenizer] not a serialized tokenizer ({error})") from None
+            text = f"[tokenizer] not a serialized tokenizer ({brief(error)})"
+            raise MobileLLMError(text) from None

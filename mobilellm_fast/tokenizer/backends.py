@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from ..errors import CheckpointError
+from ..files import brief
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 
@@ -29,24 +30,32 @@ class Backend(Protocol):
 
 
 class HuggingFaceBackend:
-    """A tokenizer of the `tokenizers` library, as `tokenizer.json` describes it."""
+    """A tokenizer of the `tokenizers` library, as `tokenizer.json` describes it.
+
+    Args:
+        tokenizer: a `tokenizers.Tokenizer`.
+        prefix: ids put before a text, and `suffix` those put after it, beside what the
+            tokenizer's own post-processor adds.
+    """
 
     name = "tokenizers"
 
-    def __init__(self, tokenizer) -> None:
+    def __init__(self, tokenizer, prefix: Iterable[int] = (), suffix: Iterable[int] = ()) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
+        self._prefix, self._suffix = list(prefix), list(suffix)
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @classmethod
-    def load(cls, vocabulary: bytes) -> "HuggingFaceBackend":
-        return cls(load_tokenizer_json(vocabulary))
+    def load(cls, vocabulary: bytes, **options: Any) -> "HuggingFaceBackend":
+        return cls(load_tokenizer_json(vocabulary), **options)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return self._prefix + ids + self._suffix if add_special_tokens else ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -55,7 +64,7 @@ class HuggingFaceBackend:
         return self._tokenizer.to_str().encode()
 
     def options(self) -> dict[str, Any]:
-        return {}
+        return {"prefix": self._prefix, "suffix": self._suffix}
 
 
 def load_tokenizer_json(data: bytes):
@@ -65,7 +74,7 @@ def load_tokenizer_json(data: bytes):
     try:
         return tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises a bare Exception
-        raise CheckpointError(f"not a readable tokenizer.json ({error})") from None
+        raise CheckpointError(f"not a readable tokenizer.json ({brief(error)})") from None
 
 
 class SentencePieceBackend:
@@ -153,11 +162,9 @@ def parse_model(model: bytes):
     from sentencepiece import sentencepiece_model_pb2
 
     try:
-        proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+        return sentencepiece_model_pb2.ModelProto.FromString(model)
     except DecodeError:
         raise CheckpointError("not a readable SentencePiece model") from None
-    _processor(proto)
-    return proto
 
 
 def _processor(proto):
@@ -166,11 +173,11 @@ def _processor(proto):
     try:
         return SentencePieceProcessor(model_proto=proto.SerializeToString())
     except RuntimeError as error:
-        raise CheckpointError(f"not a usable SentencePiece model ({error})") from None
+        raise CheckpointError(f"not a usable SentencePiece model ({brief(error)})") from None
 
 
 def _piece_bytes(piece) -> bytes:
-    if piece.type == piece.BYTE:  # written "<0x0A>"
+    if piece.type == piece.BYTE:  # written "<0x0A>", which the library has checked
         return bytes([int(piece.piece[1:-1], 16)])
     return piece.piece.replace(SPACE, " ").encode()
 

@@ -3,9 +3,11 @@
 Reference: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#tokenizer
 """
 
+import numpy as np
+
 from ..errors import CheckpointError
+from ..files import brief
 from .backends import HuggingFaceBackend, SentencePieceBackend
-from .huggingface import set_template
 
 # token_type; SentencePiece numbers its pieces' types alike
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
@@ -25,17 +27,18 @@ TEKKEN = (
 )
 DIGIT = r"\p{N}"
 
-# tokenizer.ggml.pre -> how a text is cut into words before merging: by each expression in turn
+# How a text is cut into words before merging: by each expression in turn, for these values of
+# tokenizer.ggml.pre.
 SPLITS = {
-    **dict.fromkeys(["default", "gpt-2", "mpt", "olmo", "phi-2", "trillion"], [GPT2]),
-    **dict.fromkeys(
-        ["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"],
-        [DIGIT, GPT2],
-    ),
-    **dict.fromkeys(["llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral"], [LLAMA3]),
-    **dict.fromkeys(["dbrx", "smaug-bpe"], [LLAMA3]),
-    **dict.fromkeys(["qwen2", "stablelm2", "deepseek-r1-qwen"], [QWEN2]),
-    "tekken": [TEKKEN],
+    name: splits
+    for splits, names in (
+        ((GPT2,), "default gpt-2 mpt olmo phi-2 trillion"),
+        ((DIGIT, GPT2), "smollm starcoder refact command-r codeshell exaone minerva-7b"),
+        ((LLAMA3,), "llama3 llama-v3 llama-bpe falcon3 pixtral dbrx smaug-bpe"),
+        ((QWEN2,), "qwen2 stablelm2 deepseek-r1-qwen"),
+        ((TEKKEN,), "tekken"),
+    )
+    for name in names.split()
 }
 # These take a word that is in the vocabulary as it is, and begin a text with the first token.
 WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken"}
@@ -50,7 +53,7 @@ def backend_from_metadata(metadata) -> tuple[HuggingFaceBackend | SentencePieceB
     kind = metadata.typed("tokenizer.ggml.model", str)
     if kind not in KINDS:
         raise CheckpointError(
-            f"tokenizer.ggml.model must be one of {', '.join(KINDS)}, got {kind!r}"
+            f"tokenizer.ggml.model must be one of {', '.join(KINDS)}, got {brief(kind)}"
         )
     backend = KINDS[kind](metadata, _tokens(metadata), _token_types(metadata))
     return backend, metadata.typed("tokenizer.ggml.bos_token_id", int)
@@ -78,19 +81,19 @@ def _token_types(metadata) -> list[int]:
 
 def _numbers(metadata, key: str, default: list | None = None) -> list:
     """Return one number per token."""
-    from numpy import ndarray
-
-    values = metadata.typed(key, ndarray)
+    values = metadata.typed(key, np.ndarray)
     if values is None and default is not None:
         return default
     count = len(metadata["tokenizer.ggml.tokens"])
     if values is None or len(values) != count:
         got = "none" if values is None else len(values)
         raise CheckpointError(f"{key} must have a number for each of {count} tokens, got {got}")
+    if not np.isfinite(values).all():
+        raise CheckpointError(f"{key} must be finite, got NaN or infinity")
     return values.tolist()
 
 
-def _added_ids(metadata, add_bos: bool) -> tuple[int | None, int | None]:
+def _added_ids(metadata, add_bos: bool) -> tuple[list[int], list[int]]:
     """Return the ids to put before and after a text; `add_bos` is what holds if nothing is said."""
     bos = metadata.typed("tokenizer.ggml.bos_token_id", int)
     eos = metadata.typed("tokenizer.ggml.eos_token_id", int)
@@ -100,7 +103,10 @@ def _added_ids(metadata, add_bos: bool) -> tuple[int | None, int | None]:
             raise CheckpointError(f"special token id {token_id} is not one of {count} tokens")
     add_bos = metadata.typed("tokenizer.ggml.add_bos_token", bool, add_bos)
     add_eos = metadata.typed("tokenizer.ggml.add_eos_token", bool, False)
-    return bos if add_bos else None, eos if add_eos else None
+    return (
+        [bos] if add_bos and bos is not None else [],
+        [eos] if add_eos and eos is not None else [],
+    )
 
 
 def _byte_level(metadata, tokens: list[str], types: list[int]) -> HuggingFaceBackend:
@@ -109,7 +115,7 @@ def _byte_level(metadata, tokens: list[str], types: list[int]) -> HuggingFaceBac
 
     name = metadata.typed("tokenizer.ggml.pre", str, "default")
     if name not in SPLITS:
-        raise CheckpointError(f"tokenizer.ggml.pre = {name!r} is not supported")
+        raise CheckpointError(f"tokenizer.ggml.pre = {brief(name)} is not supported")
     merges = [
         tuple(merge.split(" ")) for merge in metadata.typed("tokenizer.ggml.merges", list, [])
     ]
@@ -120,7 +126,7 @@ def _byte_level(metadata, tokens: list[str], types: list[int]) -> HuggingFaceBac
             ignore_merges=name in WHOLE_WORDS,
         )
     except Exception as error:  # the library raises a bare Exception
-        raise CheckpointError(f"tokenizer.ggml.merges: {error}") from None
+        raise CheckpointError(f"tokenizer.ggml.merges: {brief(error)}") from None
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(split), "isolated") for split in SPLITS[name]]
@@ -133,8 +139,8 @@ def _byte_level(metadata, tokens: list[str], types: list[int]) -> HuggingFaceBac
     ):
         texts = [token for token, type_ in zip(tokens, types, strict=True) if type_ == kind]
         add([AddedToken(text, special=kind == CONTROL, normalized=False) for text in texts if text])
-    set_template(tokenizer, *_added_ids(metadata, add_bos=name in WHOLE_WORDS))
-    return HuggingFaceBackend(tokenizer)
+    prefix, suffix = _added_ids(metadata, add_bos=name in WHOLE_WORDS)
+    return HuggingFaceBackend(tokenizer, prefix, suffix)
 
 
 def _sentencepiece(metadata, tokens: list[str], types: list[int]) -> SentencePieceBackend:
@@ -149,7 +155,7 @@ def _sentencepiece(metadata, tokens: list[str], types: list[int]) -> SentencePie
         for token, score, kind in zip(tokens, scores, types, strict=True):
             proto.pieces.add(piece=token, score=score, type=kind)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"tokenizer.ggml.token_type or scores: {error}") from None
+        raise CheckpointError(f"tokenizer.ggml.token_type or scores: {brief(error)}") from None
     proto.trainer_spec.model_type = proto.trainer_spec.BPE
     proto.trainer_spec.byte_fallback = any(piece.type == piece.BYTE for piece in proto.pieces)
     if UNKNOWN in types:
@@ -161,13 +167,13 @@ def _sentencepiece(metadata, tokens: list[str], types: list[int]) -> SentencePie
         "tokenizer.ggml.remove_extra_whitespaces", bool, False
     )
     special = [i for i, kind in enumerate(types) if kind in (UNKNOWN, CONTROL)]
-    first, last = _added_ids(metadata, add_bos=True)
+    prefix, suffix = _added_ids(metadata, add_bos=True)
     return SentencePieceBackend(
         proto.SerializeToString(),
         added={tokens[i]: i for i in special if tokens[i]},
         special_ids=special,
-        prefix=[] if first is None else [first],
-        suffix=[] if last is None else [last],
+        prefix=prefix,
+        suffix=suffix,
     )
 
 

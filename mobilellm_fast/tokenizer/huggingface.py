@@ -1,11 +1,11 @@
 """Tokenizers of Hugging Face directories: `tokenizer.json`, or SentencePiece `tokenizer.model`."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..files import brief, read_json
 from .backends import HuggingFaceBackend, SentencePieceBackend, load_tokenizer_json, parse_model
 
 Found = tuple[HuggingFaceBackend | SentencePieceBackend, int | None, list[int]]
@@ -28,29 +28,16 @@ def backend_from_directory(folder: Path) -> Found | None:
             try:
                 return read(path.read_bytes(), settings | {"added_tokens": added})
             except (CheckpointError, OSError) as error:
-                raise CheckpointError(f"{path}: {error}") from None
+                raise CheckpointError(f"{path}: {brief(error)}") from None
     return None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; a file that does not exist is an empty one.
-
-    Raises:
-        CheckpointError: the file cannot be read, or holds something else.
-    """
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must be a JSON object, got {type(value).__name__}")
-    return value
-
-
 def backend_from_json(data: bytes, settings: Mapping[str, Any]) -> Found:
-    """Read a `tokenizer.json` with the settings of `tokenizer_config.json`."""
+    """Read a `tokenizer.json` with the settings of `tokenizer_config.json`.
+
+    What is put before and after a text is said in `tokenizer.json`; like transformers 5 we do not
+    let `add_bos_token` change it.
+    """
     from tokenizers import AddedToken
 
     tokenizer = load_tokenizer_json(data)
@@ -70,26 +57,7 @@ def backend_from_json(data: bytes, settings: Mapping[str, Any]) -> Found:
         ]
     )
     bos, eos = _token_id(settings, "bos_token", known), _token_id(settings, "eos_token", known)
-    if settings.get("add_bos_token") is not None or settings.get("add_eos_token") is not None:
-        set_template(
-            tokenizer,
-            bos if settings.get("add_bos_token") else None,
-            eos if settings.get("add_eos_token") else None,
-        )
     return HuggingFaceBackend(tokenizer), bos, [] if eos is None else [eos]
-
-
-def set_template(tokenizer, first: int | None, last: int | None) -> None:
-    """Make a `tokenizers.Tokenizer` put token `first` before a text and `last` after it."""
-    from tokenizers.processors import TemplateProcessing
-
-    before = [] if first is None else [(tokenizer.id_to_token(first), first)]
-    after = [] if last is None else [(tokenizer.id_to_token(last), last)]
-    single = [f"{t}:0" for t, _ in before] + ["$A:0"] + [f"{t}:0" for t, _ in after]
-    pair = single + [part.replace("$A", "$B")[:-1] + "1" for part in single]
-    tokenizer.post_processor = TemplateProcessing(
-        single=single, pair=pair, special_tokens=before + after
-    )
 
 
 def backend_from_sentencepiece(model: bytes, settings: Mapping[str, Any]) -> Found:

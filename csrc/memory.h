@@ -1,0 +1,19 @@
+// Large buffers.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+namespace mlf {
+
+struct FreePages {
+  int64_t nbytes;
+  void operator()(uint8_t* memory) const;
+};
+using Pages = std::unique_ptr<uint8_t[], FreePages>;
+
+// Zeroed memory, aligned to 2 MB, in huge pages where the system gives them: a stream over 4 KB
+// pages reads a quarter slower. Throws std::bad_alloc. Memory is only taken where it is touched.
+Pages allocate_pages(int64_t nbytes);
+
+}  // namespace mlf

@@ -1,0 +1,33 @@
+"""Small helpers around files that others wrote."""
+
+import json
+import reprlib
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; a file that does not exist is an empty one.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds something else.
+    """
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({brief(error)})") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def brief(value: object) -> str:
+    """Return an exception's text, or the repr of anything else, as one short line."""
+    if isinstance(value, Exception):
+        text = str(value).strip() or type(value).__name__
+        return text.splitlines()[0][:200]
+    return " ".join(reprlib.repr(value).split())

@@ -1,0 +1,171 @@
+"""The default model, SmolLM2-135M-Instruct, end to end: same answers as transformers, and quality."""
+
+import json
+import pydoc_data.topics
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from mobilellm_fast.checkpoint.default_model import default_model
+from mobilellm_fast.engine import Engine
+
+pytestmark = pytest.mark.model
+
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):\n",
+    "Once upon a time, in a village by the sea,",
+    "Water boils at 100 degrees Celsius because",
+    "1, 1, 2, 3, 5, 8,",
+    "Ein Satz auf Deutsch, mit Umlauten: Bär, Öl und",
+)
+
+
+@pytest.fixture(scope="module")
+def load():
+    """Engines of the default model by format, each loaded once."""
+    engines = {}
+
+    def get(format: str) -> Engine:
+        if format not in engines:
+            engines[format] = Engine.load(format=format)
+        return engines[format]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def english(load) -> list[int]:
+    """1537 tokens of the Python language reference."""
+    text = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
+    return load("fp32").tokenizer.encode(text[:12_000])[:1537]
+
+
+@pytest.fixture(scope="module")
+def distribution(load, english):
+    """Log-probabilities (tokens, vocab) of each format on the English text."""
+    memory = {}
+
+    def get(format: str) -> np.ndarray:
+        if format not in memory:
+            engine = load(format)
+            logits = engine.forward(english, engine.new_cache(), all_logits=True)
+            logits -= logits.max(axis=-1, keepdims=True)
+            logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True, dtype=np.float64))
+            memory[format] = logits
+        return memory[format]
+
+    return get
+
+
+def test_greedy_tokens_equal_transformers(load):
+    """transformers reads the GGUF file with its own code: an independent oracle."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    path = default_model()
+    oracle = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    engine = load("fp32")
+    for prompt in PROMPTS:
+        got = engine.generate(prompt, max_new_tokens=64)
+        # One pass over prompt and answer tells what transformers would have picked at each step.
+        ids = got.prompt_token_ids + got.token_ids
+        with torch.no_grad():
+            picked = oracle(torch.tensor([ids])).logits[0].argmax(dim=-1).tolist()
+        picked = picked[len(got.prompt_token_ids) - 1 :]
+        assert got.token_ids == picked[: len(got.token_ids)]
+        if got.finish_reason == "stop":
+            assert picked[-1] in engine.tokenizer.eos_token_ids
+        else:
+            assert len(got.token_ids) == 64
+
+
+@pytest.mark.parametrize(
+    ("format", "ratio", "divergence"),
+    [("int8", 1.01, 0.01), ("w8a8", 1.05, 0.05), ("int4", 1.01, 0.01), ("bf16", 1.01, 0.01)],
+)
+def test_quality(distribution, english, format, ratio, divergence):
+    """Perplexity and KL divergence against fp32, which runs the file's values dequantized."""
+    exact, rounded = distribution("fp32"), distribution(format)
+    after = np.arange(len(english) - 1), english[1:]
+    difference = exact[after].mean(dtype=np.float64) - rounded[after].mean(dtype=np.float64)
+    assert np.exp(difference) <= ratio
+    kl = (np.exp(exact) * (exact - rounded)).sum(axis=-1, dtype=np.float64).mean()
+    assert kl <= divergence
+
+
+def test_perplexity_of_english_is_plausible(load, english):
+    score = load("int8").score(english)
+    assert 5 < score.perplexity < 20
+    assert len(score.logprobs) == len(english) - 1
+
+
+@pytest.mark.parametrize("format", ["int4", "int8", "w8a8"])
+def test_capital_of_france(load, format):
+    assert "Paris" in load(format).generate("The capital of France is", max_new_tokens=8).text
+
+
+@pytest.mark.parametrize("format", ["int4", "int8"])
+def test_chat(load, format):
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    answer = load(format).chat(question, max_new_tokens=64)
+    assert "Paris" in answer.text
+    assert answer.finish_reason == "stop"
+    assert "<|im_end|>" not in answer.text
+
+
+@pytest.mark.parametrize("format", ["fp32", "int8", "int4"])
+def test_same_bits_for_every_thread_count(load, format):
+    engine = load(format)
+    ids = engine.tokenizer.encode(PROMPTS[2] + PROMPTS[3])
+    runs = []
+    for threads in (1, 2, 3, 4, 7):
+        one = Engine(engine.config, engine.weights, format, threads=threads)
+        cache = one.new_cache()
+        runs.append([one.forward(ids, cache, all_logits=True)])
+        runs[-1] += [one.forward([token], cache) for token in (260, 1000, 49151)]
+    for run in runs[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("format", ["fp32", "int8", "int4"])
+def test_same_bits_for_a_prompt_in_chunks(load, format):
+    engine = load(format)
+    ids = engine.tokenizer.encode(" ".join(PROMPTS) * 3)
+    assert len(ids) > 140
+    want = engine.forward(ids, engine.new_cache())
+    for chunk in (1, 5, 64, 130):
+        cache = engine.new_cache()
+        for start in range(0, len(ids), chunk):
+            got = engine.forward(ids[start : start + chunk], cache)
+        assert np.array_equal(got, want)
+
+
+MEASURE = """
+import json, sys
+import mobilellm_fast.checkpoint.gguf, mobilellm_fast.engine
+
+def status(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+before = status("VmRSS")
+engine = mobilellm_fast.engine.Engine.load(format=sys.argv[1])
+executor = engine.executor
+print(json.dumps({"peak": status("VmHWM") - before, "weights": executor.weight_nbytes,
+                  "parameters": executor.num_parameters, "torch": "torch" in sys.modules}))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_memory_of_loading_int8():
+    done = subprocess.run([sys.executable, "-c", MEASURE, "int8"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert measured["weights"] <= 1.1 * measured["parameters"]
+    assert measured["peak"] <= 1.5 * 1.1 * measured["parameters"]
+    assert not measured["torch"]
