@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bandwidth.h"
+#include "checksum.h"
 #include "dispatch.h"
 #include "executor.h"
 #include "gqa_attention.h"
@@ -285,6 +286,13 @@ PYBIND11_MODULE(_C, m) {
     py::capsule owner(memory.release(), [](void* p) { delete static_cast<Pages*>(p); });
     return py::array_t<uint8_t>(nbytes, data, owner);
   }, "nbytes"_a, "A zeroed uint8 array in huge pages where the system gives them.");
+  m.def("checksum", [](const py::buffer& data, int threads) {
+    const py::buffer_info info = data.request();
+    check_threads(threads);
+    if (!PyBuffer_IsContiguous(info.view(), 'C')) throw py::value_error("data must be contiguous");
+    py::gil_scoped_release release;
+    return checksum(static_cast<const uint8_t*>(info.ptr), info.size * info.itemsize, threads);
+  }, "data"_a, "threads"_a = 1, "64 bits that tell whether any byte changed; not cryptographic.");
   m.def("last_level_cache_nbytes", &last_level_cache_nbytes);
   bind_operators(m);
 

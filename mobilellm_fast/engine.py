@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from . import generate, quant
+from . import generate
 from .config import MobileLLMConfig
-from .errors import MobileLLMError
 from .executor import Executor, Weights, check_isa, check_threads
-from .weights import read_weights
+from .packing import check_format, load_image
 
 
 class Engine:
@@ -60,10 +59,10 @@ class Engine:
         revision: str | None = None,
         isa: str | None = None,
     ) -> Engine:
-        """Load a model from a directory, a hub id, a .gguf file, or by default SmolLM2-135M.
+        """Load a model from a directory, hub id, .gguf or .mlf file, or by default SmolLM2-135M.
 
         Args:
-            source: see `checkpoint.open_checkpoint`.
+            source: see `packing.load_image`.
             format: `fp32`, `bf16`, `int8`, `w8a8` or `int4`; `auto` keeps a GGUF file's own grid
                 where there are kernels for it, and takes `int8` otherwise.
             threads: how many to use; None means as many as this process may run on.
@@ -74,23 +73,15 @@ class Engine:
             MobileLLMError: an argument is out of range.
             CheckpointError: the source cannot be found, read or trusted.
         """
-        if format not in ("auto", *quant.FORMATS):
-            known = ", ".join(("auto", *quant.FORMATS))
-            raise MobileLLMError(f"[load] format must be one of {known}, got {format!r}")
-        check_threads(threads), check_isa(isa)  # before a long load, not after it
-
-        from .checkpoint import open_checkpoint
-
-        checkpoint = open_checkpoint(source, revision=revision)
-        if format == "auto":
-            format = "int4" if checkpoint.dtype == "int4" else "int8"
+        check_format(format), check_threads(threads), check_isa(isa)  # before a long load
+        image = load_image(source, format, revision, check_threads(threads))
         return cls(
-            checkpoint.config,
-            read_weights(checkpoint, format),
-            format,
-            tokenizer=checkpoint.tokenizer,
-            chat_template=checkpoint.chat_template,
-            name=checkpoint.name,
+            image.config,
+            image.weights,
+            image.format,
+            tokenizer=image.tokenizer,
+            chat_template=image.chat_template,
+            name=image.name,
             threads=threads,
             isa=isa,
         )

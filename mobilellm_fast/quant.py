@@ -36,6 +36,7 @@ STEP = 4  # inputs of one row that lie next to each other: one lane of a dot-pro
 ALIGNMENT = 64  # bytes: one cache line, one 512-bit load
 ROWS_PER_BLOCK = 4096  # rows converted at a time: 9 MB of float32 at 576 columns
 QUANTIZED_KINDS = ("int8", "int8_g32", "int4_g32")
+KINDS = ("fp32", "bf16", *QUANTIZED_KINDS)
 
 
 @dataclass(frozen=True, eq=False)

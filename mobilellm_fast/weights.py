@@ -43,15 +43,19 @@ def plan_slots(config: MobileLLMConfig, kinds: Mapping[str, str]) -> list[Slot]:
     """
     slots, offset = [], 0
     for name, shape in expected_shapes(config).items():
-        kind = kinds.get(name, "vector")
-        nbytes = 4 * shape[0] if len(shape) == 1 else quant.packed_nbytes(kind, *shape)
+        kind = "vector" if len(shape) == 1 else kinds[name]
+        nbytes = 4 * shape[0] if kind == "vector" else quant.packed_nbytes(kind, *shape)
         slots.append(Slot(name, kind, shape, offset, nbytes))
         offset += -(-nbytes // quant.ALIGNMENT) * quant.ALIGNMENT
     return slots
 
 
-def read_weights(checkpoint, format: str) -> Weights:
-    """Read a checkpoint into one buffer, tensor by tensor, in the kinds of `format`."""
+def read_weights(checkpoint, format: str) -> tuple[Weights, np.ndarray]:
+    """Read a checkpoint tensor by tensor, in the kinds of `format`.
+
+    Returns:
+        weights, buffer: the tensors by name, and the flat uint8 that they are parts of.
+    """
     kinds = {
         name: quant.kind_of(format, name, tensor.dtype)
         for name, tensor in checkpoint.tensors.items()
@@ -67,4 +71,4 @@ def read_weights(checkpoint, format: str) -> Weights:
             weights[slot.name][:] = tensor
         else:
             quant.pack(tensor, slot.kind, buffer[slot.offset : slot.offset + slot.nbytes])
-    return weights
+    return weights, buffer

@@ -218,9 +218,8 @@ def test_defaults_where_a_file_is_silent(tmp_path):
     assert opened.tokenizer is None
 
 
-def test_names_tokens_and_template(tmp_path):
+def test_tokens_and_template(tmp_path):
     metadata = {
-        "general.name": "Tiny",
         "tokenizer.chat_template": "{{ x }}",
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.tokens": [f"t{i}" for i in range(97)],
@@ -228,7 +227,7 @@ def test_names_tokens_and_template(tmp_path):
         "tokenizer.ggml.eot_token_id": 6,
     }
     opened = open_checkpoint(write_gguf(tmp_path / "m.gguf", CONFIG, WEIGHTS, metadata=metadata))
-    assert (opened.name, opened.chat_template) == ("Tiny", "{{ x }}")
+    assert opened.chat_template == "{{ x }}"
     assert opened.config.eos_token_id == opened.tokenizer.eos_token_ids == (5, 6)
 
 
@@ -300,7 +299,6 @@ def test_other_rope_divisors_are_refused(tmp_path, divisors, message):
     ("metadata", "message"),
     [
         ({"general.architecture": "gemma2"}, "general.architecture must be 'llama', got 'gemma2'"),
-        ({"general.name": 7}, "general.name must be of type str, got 7"),
         ({"llama.block_count": 3}, "model.layers.2.input_layernorm.weight is missing"),
         ({"llama.block_count": 1}, "model.layers.1.input_layernorm.weight is not part"),
         ({"llama.block_count": 2**32 - 1}, "num_hidden_layers is 4294967295"),

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 import mobilellm_fast
+from mobilellm_fast.cache import cache_directory
 from mobilellm_fast.checkpoint import default_model as module
 from mobilellm_fast.checkpoint import open_checkpoint
-from mobilellm_fast.checkpoint.default_model import cache_directory, default_model
+from mobilellm_fast.checkpoint.default_model import default_model
 from mobilellm_fast.errors import CheckpointError
 
 CONTENT = b"not a model, but the bytes that were pinned" * 1000

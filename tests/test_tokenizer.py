@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import transformers
-from checkpoint_files import add_field, write_json
+from checkpoint_files import add_field, damaged, write_json
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Reference
 
@@ -474,6 +474,20 @@ def test_refused_settings(tmp_path, content):
     with pytest.raises(CheckpointError) as error:
         Tokenizer.from_directory(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_random_damage(tmp_path):
+    """Whatever happens to a SentencePiece model, it is refused in one line or it works."""
+    model, rng = sentencepiece_model(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(500):
+        try:
+            tokenizer = Tokenizer.from_sentencepiece(damaged(model, rng))
+            tokenizer.decode(tokenizer.encode("Hello <s> 123\n😀"))
+        except CheckpointError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert 100 < refused < 500
 
 
 def test_no_tokenizer(tmp_path):

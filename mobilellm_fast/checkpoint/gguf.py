@@ -81,14 +81,13 @@ def open_gguf(path: Path, name: str | None = None) -> Checkpoint:
     try:
         config = _config(file)
         parts = {
-            "name": name or metadata.typed("general.name", str) or path.stem,
             "tensors": _tensors(file, config),
             "tokenizer": _tokenizer(metadata),
             "chat_template": metadata.typed("tokenizer.chat_template", str),
         }
     except MobileLLMError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return Checkpoint(path=path, config=config, **parts)
+    return Checkpoint(name=name or path.stem, path=path, config=config, **parts)
 
 
 def _tokenizer(metadata: Metadata) -> Tokenizer | None:

@@ -70,7 +70,7 @@ def _read_codes(path: Path, tensor: GGUFTensor) -> np.ndarray | QuantizedTensor:
         mins = np.ascontiguousarray(blocks["m"], np.float16)
     else:
         # d * (q - 8) = d * q - 8 d; a power of two changes the exponent only, so no bit is lost
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):
             mins = scales * np.float16(-8)
         if not np.isfinite(mins).all():  # scales beyond 8188, which no trained model has
             return _dequantize(path, tensor)

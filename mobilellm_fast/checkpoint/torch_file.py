@@ -1,6 +1,7 @@
 """Reads `pytorch_model.bin`: a zip of raw storages and a pickle that may name tensors only."""
 
 import re
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from .floats import FLOAT_TYPES
 
 # Pages of a mapped file count as the process's memory until it is unmapped: so map it afresh
 # after this many bytes.
-BYTES_PER_MAPPING = 64 << 20
+BYTES_PER_MAPPING = 32 << 20
 
 
 def torch_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -58,7 +59,9 @@ def _load(path: Path) -> dict:
         if file.read(4) != b"PK\x03\x04":
             raise CheckpointError(f"{path}: not a zip file as torch.save writes it")
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with warnings.catch_warnings():  # about damaged files, which it then refuses
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch raises a dozen unrelated types for damaged files
         raise CheckpointError(f"{path}: {_reason(error)}") from None
     if not isinstance(state, dict):

@@ -162,9 +162,12 @@ def parse_model(model: bytes):
     from sentencepiece import sentencepiece_model_pb2
 
     try:
-        return sentencepiece_model_pb2.ModelProto.FromString(model)
+        proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     except DecodeError:
         raise CheckpointError("not a readable SentencePiece model") from None
+    if not all(isinstance(piece.piece, str) for piece in proto.pieces):
+        raise CheckpointError("not a usable SentencePiece model (a piece is not UTF-8)")
+    return proto
 
 
 def _processor(proto):
@@ -172,7 +175,7 @@ def _processor(proto):
 
     try:
         return SentencePieceProcessor(model_proto=proto.SerializeToString())
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # a ValueError where its message is not UTF-8
         raise CheckpointError(f"not a usable SentencePiece model ({brief(error)})") from None
 
 

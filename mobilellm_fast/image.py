@@ -1,0 +1,177 @@
+"""The packed image: a model as one file that is mapped into memory as it is.
+
+    magic "MLFIMAGE" | header length, checksum | header (JSON) | tokenizer | weights
+
+The header has the configuration, the place of every tensor and the checksums of the other parts.
+The weights lie as they do in memory (`weights.py`), so opening an image is one `mmap`, a few checks
+and a pass of checksums; processes that open the same image share its memory. Nothing in an image is
+trusted: whatever does not agree with the configuration or the checksums is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import _C, quant
+from .config import MobileLLMConfig
+from .errors import CheckpointError, MobileLLMError
+from .files import brief
+from .tokenizer import Tokenizer
+from .weights import Slot, Weights, plan_slots
+
+SUFFIX = ".mlf"
+MAGIC = b"MLFIMAGE"
+VERSION = 1  # of the header and of the packed layout in quant.py; others are refused
+PREFIX = struct.Struct("<8sIIQ")  # magic, version, header bytes, header checksum
+PAGE = 1 << 16  # weights start at a multiple of it: the largest page size in use
+
+
+@dataclass
+class Image:
+    """A model in memory, complete but for the executor.
+
+    Args:
+        config: the architecture.
+        weights: tensors by name, parts of `buffer`.
+        buffer: flat uint8, laid out by `weights.plan_slots`.
+        format: one of `quant.FORMATS`.
+        tokenizer: or None.
+        chat_template: or None.
+        name: for display.
+    """
+
+    config: MobileLLMConfig
+    weights: Weights
+    buffer: np.ndarray
+    format: str
+    tokenizer: Tokenizer | None
+    chat_template: str | None
+    name: str
+
+    def save(self, path: Path, source: str = "") -> None:
+        """Write the image; the file appears complete or not at all.
+
+        Args:
+            path: to write to; an existing file is replaced.
+            source: what the image was made from, for `open_image` to compare.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        tokenizer = self.tokenizer.serialize() if self.tokenizer else b""
+        kinds = {name: w.kind for name, w in self.weights.items() if not isinstance(w, np.ndarray)}
+        header = json.dumps(
+            {
+                "source": source,
+                "name": self.name,
+                "format": self.format,
+                "config": self.config.to_hf(),
+                "kinds": kinds,
+                "chat_template": self.chat_template,
+                "tokenizer_nbytes": len(tokenizer),
+                "tokenizer_checksum": _C.checksum(tokenizer),
+                "weights_nbytes": self.buffer.nbytes,
+                "weights_checksum": _C.checksum(self.buffer),
+            }
+        ).encode()
+        prefix = PREFIX.pack(MAGIC, VERSION, len(header), _C.checksum(header))
+        start = _weights_start(len(header), len(tokenizer))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                dir=path.parent, prefix=".image-", suffix=SUFFIX, delete=False
+            ) as file:
+                try:
+                    file.write(prefix + header + tokenizer)
+                    file.seek(start)
+                    file.write(self.buffer)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    os.replace(file.name, path)
+                except BaseException:
+                    os.unlink(file.name)
+                    raise
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be written ({brief(error)})") from None
+
+
+def open_image(path: Path, source: str | None = None, threads: int = 1) -> Image:
+    """Map an image and check it.
+
+    Args:
+        path: a file that `Image.save` wrote.
+        source: what it must have been made from; None accepts any.
+        threads: to compute the checksum with.
+
+    Raises:
+        CheckpointError: it is not an image of this version, from this source, or not whole.
+    """
+    try:
+        data = np.memmap(path, np.uint8, mode="c")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({brief(error)})") from None
+
+    def refuse(why: str) -> CheckpointError:
+        return CheckpointError(f"{path}: {why}")
+
+    if len(data) < PREFIX.size or bytes(data[: len(MAGIC)]) != MAGIC:
+        raise refuse("is not a packed image")
+    _, version, header_nbytes, header_checksum = PREFIX.unpack(bytes(data[: PREFIX.size]))
+    if version != VERSION:
+        raise refuse(f"must have image version {VERSION}, got {version}; pack the model again")
+    header = bytes(data[PREFIX.size : PREFIX.size + header_nbytes])
+    if len(header) != header_nbytes or _C.checksum(header) != header_checksum:
+        raise refuse("the header is damaged")
+    try:
+        fields = json.loads(header)
+        if source is not None and fields["source"] != source:
+            raise refuse("was made from another source")
+        config = MobileLLMConfig.from_hf(fields["config"])
+        slots = _slots(config, fields)
+        tokenizer_end = PREFIX.size + header_nbytes + fields["tokenizer_nbytes"]
+        tokenizer = bytes(data[PREFIX.size + header_nbytes : tokenizer_end])
+        start = _weights_start(header_nbytes, len(tokenizer))
+        buffer = data[start:]
+        if len(buffer) != fields["weights_nbytes"]:
+            raise refuse(f"must have {start + fields['weights_nbytes']} bytes, got {len(data)}")
+        if _C.checksum(tokenizer) != fields["tokenizer_checksum"]:
+            raise refuse("the tokenizer is damaged")
+        if _C.checksum(buffer, threads) != fields["weights_checksum"]:
+            raise refuse("the weights are damaged")
+        return Image(
+            config,
+            {slot.name: slot.view(buffer) for slot in slots},
+            buffer,
+            fields["format"],
+            Tokenizer.deserialize(tokenizer) if tokenizer else None,
+            fields["chat_template"],
+            fields["name"],
+        )
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:  # MobileLLMError is a ValueError
+        raise refuse(f"the header is damaged ({brief(error)})") from None
+
+
+def _slots(config: MobileLLMConfig, fields: dict) -> list[Slot]:
+    kinds = fields["kinds"]
+    if fields["format"] not in quant.FORMATS or not set(kinds.values()) <= set(quant.KINDS):
+        raise MobileLLMError("unknown format")
+    if config.num_hidden_layers > len(kinds):  # before a damaged count makes a list of a billion
+        raise MobileLLMError("num_hidden_layers exceeds the tensors")
+    slots = plan_slots(config, kinds)
+    if slots[-1].offset + slots[-1].nbytes != fields["weights_nbytes"]:
+        raise MobileLLMError("tensors and their sizes disagree")
+    return slots
+
+
+def _weights_start(header_nbytes: int, tokenizer_nbytes: int) -> int:
+    end = PREFIX.size + header_nbytes + tokenizer_nbytes
+    return -(-end // PAGE) * PAGE

@@ -1,0 +1,90 @@
+"""From a model source to an image in memory, through a cache of packed images on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from pathlib import Path
+
+from . import quant
+from .cache import cache_directory
+from .checkpoint import locate, open_path
+from .errors import CheckpointError, MobileLLMError
+from .image import SUFFIX, VERSION, Image, open_image
+from .weights import read_weights
+
+
+def load_image(
+    source: str | Path | None = None,
+    format: str = "auto",
+    revision: str | None = None,
+    threads: int = 1,
+) -> Image:
+    """Return a model in memory: from a packed image if there is one, else packed now.
+
+    A model packed into one of the integer formats is kept in the cache directory, so that it is
+    there in milliseconds the next time. An image in the cache that is stale or damaged is made
+    anew; a cache that cannot be written only costs the time.
+
+    Args:
+        source, revision: see `checkpoint.locate`; also a `.mlf` image.
+        format: one of `quant.FORMATS`, or "auto".
+        threads: to compute checksums with.
+
+    Raises:
+        MobileLLMError: an unknown format, or one that an image does not have.
+        CheckpointError: the source cannot be found, read or trusted.
+    """
+    check_format(format)
+    path, name = locate(source, revision)
+    if path.suffix == SUFFIX:
+        image = open_image(path, threads=threads)
+        if format not in ("auto", image.format):
+            raise MobileLLMError(f"[load] format of {path} is {image.format!r}, got {format!r}")
+        return image
+
+    key = _fingerprint(path, format)
+    cached = cache_directory() / "images" / f"{key}{SUFFIX}"
+    with contextlib.suppress(CheckpointError):
+        return open_image(cached, key, threads)
+    image = pack_checkpoint(path, name, format)
+    if image.format in ("int8", "w8a8", "int4"):  # float formats are as large as their source
+        with contextlib.suppress(CheckpointError):
+            image.save(cached, key)
+    return image
+
+
+def pack_checkpoint(path: Path, name: str | None = None, format: str = "auto") -> Image:
+    """Read a checkpoint and pack it, without any cache. Arguments and errors as above."""
+    check_format(format)
+    checkpoint = open_path(path, name)
+    if format == "auto":
+        format = "int4" if checkpoint.dtype == "int4" else "int8"
+    weights, buffer = read_weights(checkpoint, format)
+    return Image(
+        checkpoint.config,
+        weights,
+        buffer,
+        format,
+        checkpoint.tokenizer,
+        checkpoint.chat_template,
+        checkpoint.name,
+    )
+
+
+def check_format(format: str) -> None:
+    known = ("auto", *quant.FORMATS)
+    if format not in known:
+        raise MobileLLMError(f"[load] format must be one of {', '.join(known)}, got {format!r}")
+
+
+def _fingerprint(path: Path, format: str) -> str:
+    """Name what an image depends on: the source's files as they are now, format and layout."""
+    path = path.resolve()
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256(f"{VERSION} {format}".encode())
+    for file in files:
+        status = os.stat(file)
+        digest.update(f"\0{file}\0{status.st_size}\0{status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:32]
