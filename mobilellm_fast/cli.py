@@ -22,9 +22,10 @@ examples:
   mobilellm-fast generate - --max-new-tokens 100 < prompt.txt
   mobilellm-fast score README.md --window 2048
   mobilellm-fast info --model path/to/model.gguf
+  mobilellm-fast pack --model path/to/model.gguf model.mlf
   mobilellm-fast bench -p 512 -n 128 -o json
 
-MODEL is a Hugging Face directory or hub id, or a .gguf file; without one, SmolLM2-135M-Instruct is
+MODEL is a Hugging Face directory or hub id, a .gguf or a packed .mlf file; without one, SmolLM2-135M-Instruct is
 used (fetched once, 98 MB). 'mobilellm-fast COMMAND --help' explains the options of a command.
 """
 
@@ -88,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help, epilog=epilog)
         sub.set_defaults(run=run)
         model = sub.add_argument_group("model")
-        model.add_argument("--model", metavar="MODEL", help="directory, hub id or .gguf file")
+        model.add_argument("--model", metavar="MODEL", help="directory, hub id, .gguf or .mlf file")
         model.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
         model.add_argument("--format", default="auto", help="auto, fp32, bf16, int8, w8a8 or int4")
         model.add_argument("--threads", type=int, metavar="N", help="default: chosen for you")
@@ -112,6 +113,9 @@ def _parser() -> argparse.ArgumentParser:
         help="score a text longer than the context in windows of N tokens, "
         "each starting with no more than one token of context",
     )
+
+    sub = command("pack", _pack, "write a model as one file that loads in milliseconds")
+    sub.add_argument("output", metavar="FILE", help="to write, such as model.mlf")
 
     command("info", _info, "describe the model and how it would run here")
 
@@ -246,6 +250,16 @@ def _score(args: argparse.Namespace) -> None:
     print(f"tokens: {len(result.token_ids)}")
     print(f"nll: {result.nll:.6f}")
     print(f"perplexity: {result.perplexity:.4f}")
+
+
+def _pack(args: argparse.Namespace) -> None:
+    from .checkpoint import locate
+    from .packing import pack_checkpoint
+
+    output = Path(args.output)
+    image = pack_checkpoint(*locate(args.model, args.revision), args.format)
+    image.save(output)
+    print(f"{output}: {image.name}, {image.format}, {output.stat().st_size / 1e6:.1f} MB")
 
 
 def _info(args: argparse.Namespace) -> None:

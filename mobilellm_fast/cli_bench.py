@@ -100,7 +100,9 @@ def measure(engine, plan: Plan) -> list[Row]:
             tokens_per_s=mean,
             tokens_per_s_std=statistics.stdev(speeds) if len(speeds) > 1 else 0.0,
             read_bandwidth=bandwidth,
-            read_share=executor.weight_nbytes * mean / bandwidth if work is decode else None,
+            read_share=executor.memory_nbytes_per_token * mean / bandwidth
+            if work is decode
+            else None,
         )
 
     return [row("pp", prefill, count) for count in plan.prompt_tokens] + [

@@ -26,6 +26,8 @@ def describe(engine) -> dict[str, str]:
         "can chat": "yes" if engine.chat_template else "no (no chat template)",
         "format": f"{engine.format}, {8 * nbytes / parameters:.2f} bits per weight",
         "weights in memory": f"{nbytes / 1e6:.1f} MB",
+        "a decoded token reads": f"{executor.memory_nbytes_per_token / 1e6:.1f} MB of weights "
+        f"from memory, {executor.cache_nbytes_per_token / 1e6:.1f} MB from cache",
         "instruction set": f"{executor.isa} (here: {', '.join(supported_isas())})",
         "threads": f"{executor.threads}",
     }

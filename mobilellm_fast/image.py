@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import struct
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,19 +85,17 @@ class Image:
         start = _weights_start(len(header), len(tokenizer))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                dir=path.parent, prefix=".image-", suffix=SUFFIX, delete=False
-            ) as file:
-                try:
+            temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+            try:
+                with open(temporary, "xb") as file:
                     file.write(prefix + header + tokenizer)
                     file.seek(start)
                     file.write(self.buffer)
                     file.flush()
                     os.fsync(file.fileno())
-                    os.replace(file.name, path)
-                except BaseException:
-                    os.unlink(file.name)
-                    raise
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be written ({brief(error)})") from None
 

@@ -70,7 +70,12 @@ class FakeEngine:
         self.chat_template = template
         self.script = None if script is None else [*script, EOS]
         self.executor = SimpleNamespace(
-            num_parameters=1000, weight_nbytes=4000, isa="scalar", threads=2
+            num_parameters=1000,
+            weight_nbytes=4000,
+            memory_nbytes_per_token=4000,
+            cache_nbytes_per_token=0,
+            isa="scalar",
+            threads=2,
         )
         self.prompts = []
         self.calls = []

@@ -1,0 +1,195 @@
+"""Packed images: written whole, mapped back to the same bits, refused when anything is off."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from helpers import SHARING, random_ids, random_weights, tiny_config
+from safetensors.numpy import save_file
+
+from mobilellm_fast import packing
+from mobilellm_fast.engine import Engine
+from mobilellm_fast.errors import CheckpointError, MobileLLMError
+from mobilellm_fast.image import PREFIX, open_image
+from mobilellm_fast.packing import load_image, pack_checkpoint
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A Hugging Face directory of a tiny layer-shared model."""
+    return write_checkpoint(tmp_path / "model")
+
+
+def write_checkpoint(folder, seed=0, **changes):
+    config = tiny_config(**{"layer_sharing": "immediate"} | changes)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    save_file(random_weights(config, seed), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOBILELLM_FAST_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "images"
+
+
+def logits(image):
+    engine = Engine(image.config, image.weights, image.format)
+    return engine.forward(random_ids(image.config, 20), engine.new_cache(), all_logits=True)
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16", "int8", "w8a8", "int4"])
+def test_an_image_gives_back_the_same_bits(checkpoint, tmp_path, format):
+    packed = pack_checkpoint(checkpoint, "tiny", format)
+    path = tmp_path / "tiny.mlf"
+    packed.save(path)
+    image = open_image(path, threads=2)
+    assert (image.config, image.format, image.name) == (packed.config, format, "tiny")
+    assert image.tokenizer is None
+    assert image.chat_template is None
+    assert np.array_equal(image.buffer, packed.buffer)
+    assert np.array_equal(logits(image), logits(packed))
+
+
+@pytest.mark.parametrize("sharing", SHARING)
+def test_schedules_survive(tmp_path, sharing):
+    folder = write_checkpoint(tmp_path / "shared", layer_sharing=sharing, layer_repeats=3)
+    pack_checkpoint(folder).save(tmp_path / "shared.mlf")
+    assert Engine.load(tmp_path / "shared.mlf").config.schedule == packing.pack_checkpoint(
+        folder
+    ).config.schedule
+
+
+def test_writing_to_a_mapped_image_does_not_reach_the_file(checkpoint, tmp_path):
+    path = tmp_path / "tiny.mlf"
+    pack_checkpoint(checkpoint).save(path)
+    before = path.read_bytes()
+    open_image(path).buffer[:] = 0
+    assert path.read_bytes() == before
+
+
+def test_every_flipped_byte_is_noticed(checkpoint, tmp_path):
+    path = tmp_path / "tiny.mlf"
+    pack_checkpoint(checkpoint).save(path)
+    whole = path.read_bytes()
+    end_of_header = PREFIX.size + PREFIX.unpack(whole[: PREFIX.size])[2]
+    weights = 1 << 16  # the part between header and weights is padding
+    assert end_of_header < weights < len(whole)
+    rng = np.random.default_rng(0)
+    places = [*range(PREFIX.size), *rng.integers(0, end_of_header, 100)]
+    places += [weights, len(whole) - 1, *rng.integers(weights, len(whole), 100)]
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"tiny\.mlf: "):
+            open_image(path)
+
+
+def test_every_truncation_is_noticed(checkpoint, tmp_path):
+    path = tmp_path / "tiny.mlf"
+    pack_checkpoint(checkpoint).save(path)
+    whole = path.read_bytes()
+    for size in [0, 1, 7, 8, PREFIX.size, 200, 1 << 16, (1 << 16) + 1, len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=r"tiny\.mlf: "):
+            open_image(path)
+    path.write_bytes(whole + b"\0")
+    with pytest.raises(CheckpointError, match="must have .* bytes, got"):
+        open_image(path)
+
+
+def test_other_versions_and_formats_are_refused(checkpoint, tmp_path):
+    path = tmp_path / "tiny.mlf"
+    pack_checkpoint(checkpoint).save(path)
+    with pytest.raises(MobileLLMError, match="format of .* is 'int8', got 'int4'"):
+        load_image(path, "int4")
+    whole = bytearray(path.read_bytes())
+    whole[8] += 1
+    path.write_bytes(whole)
+    with pytest.raises(CheckpointError, match="must have image version 1, got 2"):
+        load_image(path)
+
+
+def test_second_load_comes_from_the_cache(checkpoint, cache, monkeypatch):
+    first = load_image(checkpoint)
+    assert len(list(cache.iterdir())) == 1
+    monkeypatch.setattr(packing, "pack_checkpoint", None)  # calling it would fail
+    assert np.array_equal(logits(load_image(checkpoint)), logits(first))
+
+
+def test_a_changed_source_is_packed_anew(checkpoint, cache):
+    first = logits(load_image(checkpoint))
+    write_checkpoint(checkpoint, seed=1)
+    assert not np.array_equal(logits(load_image(checkpoint)), first)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_damaged_cache_is_packed_anew(checkpoint, cache):
+    first = logits(load_image(checkpoint))
+    (path,) = cache.iterdir()
+    for damage in (b"", b"nonsense", path.read_bytes()[:-1]):
+        path.write_bytes(damage)
+        assert np.array_equal(logits(load_image(checkpoint)), first)
+        assert open_image(path).name == "model"
+
+
+def test_an_image_of_another_source_is_not_taken(checkpoint, cache, tmp_path):
+    load_image(checkpoint)
+    (path,) = cache.iterdir()
+    other = pack_checkpoint(write_checkpoint(tmp_path / "other", seed=1))
+    other.save(path, "another fingerprint")
+    assert not np.array_equal(logits(load_image(checkpoint)), logits(other))
+
+
+def test_float_formats_are_not_cached(checkpoint, cache):
+    load_image(checkpoint, "fp32")
+    assert not cache.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOBILELLM_FAST_CACHE", str(tmp_path / "file" / "cache"))
+    assert load_image(checkpoint).format == "int8"
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from mobilellm_fast.packing import pack_checkpoint
+from mobilellm_fast.errors import CheckpointError
+import signal
+image = pack_checkpoint(Path(sys.argv[1]))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    image.save(Path(sys.argv[2]))
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_full_disk_leaves_no_half_file(checkpoint, tmp_path):
+    target = tmp_path / "out" / "tiny.mlf"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(checkpoint), str(target)],
+        capture_output=True,
+        text=True,
+    )
+    assert "cannot be written" in done.stdout, done.stderr
+    assert not list(target.parent.iterdir())
+
+
+def test_many_at_once(checkpoint, cache):
+    code = "import sys; from mobilellm_fast.packing import load_image; load_image(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(checkpoint)]
+    with ThreadPoolExecutor() as pool:
+        codes = list(pool.map(lambda _: subprocess.run(command, env=os.environ).returncode, range(4)))
+    assert codes == [0] * 4
+    (path,) = cache.iterdir()
+    assert open_image(path).name == "model"
