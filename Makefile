@@ -1,6 +1,8 @@
 .PHONY: help dev build test ci lint format wheel sanitize clean
 PYTHON ?= python3
 SANITIZER ?= address
+SANITIZER_LIBRARY = $(subst address,asan,$(subst undefined,ubsan,$(subst thread,tsan,$(SANITIZER))))
+TESTS ?= tests
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 help:            ## list the targets
@@ -15,8 +17,8 @@ build:           ## compile the extension beside the sources, only what changed
 	  -Dpybind11_DIR=$(shell $(PYTHON) -m pybind11 --cmakedir) -DMLF_SANITIZE=$(SANITIZE) $(CMAKE_ARGS)
 	cmake --build build/cmake --parallel $(shell getconf _NPROCESSORS_ONLN)
 
-test:            ## run the tests
-	$(PYTHON) -m pytest
+test:            ## run TESTS (default: all)
+	$(PYTHON) -m pytest $(TESTS)
 
 ci:              ## run everything that must be green, in fresh environments
 	.ci/run
@@ -34,9 +36,10 @@ format:          ## apply the style
 wheel:           ## sdist and wheel in dist/
 	$(PYTHON) -m build
 
-sanitize:        ## run the tests that need no torch under SANITIZER=address, undefined or thread
+sanitize:        ## run TESTS on a build with SANITIZER=address, undefined or thread
 	$(MAKE) build SANITIZE=$(SANITIZER)
-	LD_PRELOAD=$$($(CXX) -print-file-name=lib$(SANITIZER:address=a)san.so) $(PYTHON) -m pytest
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  LD_PRELOAD=$$($(CXX) -print-file-name=lib$(SANITIZER_LIBRARY).so) $(PYTHON) -m pytest $(TESTS)
 	$(MAKE) build
 
 clean:           ## remove what builds leave behind

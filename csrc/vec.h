@@ -53,17 +53,9 @@ struct Constant {
   static constexpr int value = N;
 };
 
-// Visit 0..n-1 in blocks of Max, then one smaller block: body(Constant<block>(), first).
-template <int M, class Body>
-inline void last_block(int64_t first, int64_t left, Body& body) {
-  if constexpr (M > 0) {
-    if (left == M) return body(Constant<M>(), first);
-    last_block<M - 1>(first, left, body);
-  }
-}
+// Visit 0..n-1 in blocks of Max, then of Max / 2, Max / 4 ...: body(Constant<block>(), first).
 template <int Max, class Body>
-inline void for_each_block(int64_t n, Body body) {
-  int64_t first = 0;
+inline void for_each_block(int64_t n, Body body, int64_t first = 0) {
   for (; first + Max <= n; first += Max) body(Constant<Max>(), first);
-  last_block<Max - 1>(first, n - first, body);
+  if constexpr (Max > 1) for_each_block<Max / 2>(n, body, first);
 }

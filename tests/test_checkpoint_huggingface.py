@@ -14,6 +14,7 @@ import pytest
 import torch
 from checkpoint_files import damaged, write_directory, write_json
 from helpers import MODEL_CONFIGS, random_weights, tiny_config, transformers_model
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import save_file
 
 import mobilellm_fast
@@ -459,6 +460,43 @@ def test_hub_model_without_network(hub, monkeypatch, offline):
     assert "someone/unknown" in message
     assert "not reachable, and its cache has no copy" in message
     assert list(hub.iterdir()) == []
+
+
+def test_offline_asks_nobody(hub, monkeypatch):
+    asked = []
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: asked.append(a))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    error_of("someone/unknown")
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("offered", "fetched"),
+    [
+        ({"model.safetensors", "pytorch_model.bin"}, {"model.safetensors"}),
+        ({"pytorch_model.bin"}, {"pytorch_model.bin"}),
+    ],
+)
+def test_pickled_weights_are_fetched_only_if_there_are_no_others(
+    tmp_path, monkeypatch, offered, fetched
+):
+    """With the client's own filter over the files that a hub would offer."""
+    remote, local = tmp_path / "remote", tmp_path / "local"
+    for pickled in (False, True):
+        write_directory(remote, CONFIG, WEIGHTS, pickled=pickled)
+    local.mkdir()
+
+    def download(repository, *, revision, allow_patterns, local_files_only) -> str:
+        assert (repository, revision, local_files_only) == ("someone/tiny", "main", False)
+        names = {"config.json", "README.md", "onnx/model.onnx", *offered}
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            (local / name).write_bytes((remote / name).read_bytes())
+        return str(local)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr("mobilellm_fast.checkpoint.hub._reachable", lambda: True)
+    assert_same(read_all("someone/tiny", revision="main"), WEIGHTS)
+    assert {path.name for path in local.iterdir()} == {"config.json", *fetched}
 
 
 def test_a_path_wins_over_a_hub_id(hub, tmp_path, monkeypatch):

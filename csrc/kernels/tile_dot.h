@@ -133,8 +133,9 @@ inline void tile_dot_float(const T* weight, int64_t rows, const Activations& x, 
   for (int m = 0; m < M; ++m) y[m] = load(out[m]);
 }
 
+// Not inlined: its callers share one copy of these loops, and a call is small beside a tile.
 template <int M>
-inline void tile_dot(const Activations& x, const Weight& weight, int64_t tile, int64_t first_row, int64_t ahead,
+__attribute__((noinline)) void tile_dot(const Activations& x, const Weight& weight, int64_t tile, int64_t first_row, int64_t ahead,
                      VecF* y) {
   const int64_t row = tile * kTileRows;
   const int64_t rows = weight.rows - row < kTileRows ? weight.rows - row : kTileRows;
