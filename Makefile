@@ -39,7 +39,8 @@ wheel:           ## sdist and wheel in dist/
 sanitize:        ## run TESTS on a build with SANITIZER=address, undefined or thread
 	$(MAKE) build SANITIZE=$(SANITIZER)
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  LD_PRELOAD=$$($(CXX) -print-file-name=lib$(SANITIZER_LIBRARY).so) $(PYTHON) -m pytest $(TESTS)
+	  LD_PRELOAD="$$($(CXX) -print-file-name=lib$(SANITIZER_LIBRARY).so) \
+	  $$($(CXX) -print-file-name=libstdc++.so.6)" $(PYTHON) -m pytest -s $(TESTS)
 	$(MAKE) build
 
 clean:           ## remove what builds leave behind

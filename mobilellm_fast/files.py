@@ -25,6 +25,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_bytes(path: Path) -> bytes:
+    """Read a whole file.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: not readable ({error.strerror})") from None
+
+
 def brief(value: object) -> str:
     """Return an exception's text, or the repr of anything else, as one short line."""
     if isinstance(value, Exception):

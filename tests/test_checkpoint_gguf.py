@@ -222,7 +222,8 @@ def test_tokens_and_template(tmp_path):
     metadata = {
         "tokenizer.chat_template": "{{ x }}",
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.tokens": [f"t{i}" for i in range(97)],
+        "tokenizer.ggml.tokens": ["t", "0", *(f"t{i}" for i in range(95))],
+        "tokenizer.ggml.merges": ["t 0"],
         "tokenizer.ggml.eos_token_id": 5,
         "tokenizer.ggml.eot_token_id": 6,
     }

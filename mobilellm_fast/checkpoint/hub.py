@@ -35,10 +35,12 @@ def fetch_repository(repository: str, revision: str | None = None) -> Path:
     """
     from huggingface_hub import snapshot_download
 
+    online = _reachable()
     for patterns in WEIGHT_FILES:
         folder = _fetch(
             snapshot_download,
             repository,
+            online,
             revision=revision,
             allow_patterns=[*SMALL_FILES, *patterns],
         )
@@ -51,11 +53,10 @@ def fetch_file(repository: str, name: str, revision: str) -> Path:
     """Return the local path of one file of a hub repository; raises like `fetch_repository`."""
     from huggingface_hub import hf_hub_download
 
-    return _fetch(hf_hub_download, repository, filename=name, revision=revision)
+    return _fetch(hf_hub_download, repository, _reachable(), filename=name, revision=revision)
 
 
-def _fetch(download: Callable[..., str], repository: str, **arguments) -> Path:
-    online = _reachable()
+def _fetch(download: Callable[..., str], repository: str, online: bool, **arguments) -> Path:
     try:
         return Path(download(repository, local_files_only=not online, **arguments))
     except Exception as error:  # the client raises its own, its HTTP library's and the system's

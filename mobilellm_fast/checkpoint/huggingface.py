@@ -64,10 +64,10 @@ def _as_tuple(ids: Any) -> tuple:
 
 def _tensors(folder: Path) -> dict[str, StoredTensor]:
     for name, list_tensors in WEIGHT_FILES.items():
-        if (folder / (name + INDEX_SUFFIX)).is_file():
-            paths = _shards(folder / (name + INDEX_SUFFIX))
-        elif (folder / name).is_file():
+        if (folder / name).is_file():
             paths = [folder / name]
+        elif (folder / (name + INDEX_SUFFIX)).is_file():
+            paths = _shards(folder / (name + INDEX_SUFFIX))
         else:
             continue
         tensors: dict[str, StoredTensor] = {}

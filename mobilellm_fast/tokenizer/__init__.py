@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MobileLLMError
-from ..files import brief
+from ..files import brief, read_bytes
 from .backends import BACKENDS, Backend
 from .gguf_vocabulary import backend_from_metadata, end_token_ids
 from .huggingface import backend_from_directory, backend_from_json, backend_from_sentencepiece
@@ -104,7 +104,7 @@ class Tokenizer:
         cls, path: str | Path, settings: Mapping[str, Any] | None = None
     ) -> "Tokenizer":
         """Read a `tokenizer.json`; `settings` is the content of `tokenizer_config.json`."""
-        backend, bos, eos = backend_from_json(Path(path).read_bytes(), settings or {})
+        backend, bos, eos = backend_from_json(read_bytes(Path(path)), settings or {})
         return cls(backend, bos, eos)
 
     @classmethod
@@ -112,7 +112,7 @@ class Tokenizer:
         cls, model: str | Path | bytes, settings: Mapping[str, Any] | None = None
     ) -> "Tokenizer":
         """Read a SentencePiece model, its path or its bytes; `settings` as above."""
-        data = model if isinstance(model, bytes) else Path(model).read_bytes()
+        data = model if isinstance(model, bytes) else read_bytes(Path(model))
         backend, bos, eos = backend_from_sentencepiece(data, settings or {})
         return cls(backend, bos, eos)
 

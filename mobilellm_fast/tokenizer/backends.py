@@ -115,10 +115,8 @@ class SentencePieceBackend:
             self._bare_processor = _processor(proto)
 
         self.vocab_size = 1 + max([len(proto.pieces) - 1, *self._added.values()])
-        self._bytes = [_piece_bytes(piece) for piece in proto.pieces]
-        self._bytes += [b""] * (self.vocab_size - len(self._bytes))
-        for text, token_id in self._added.items():
-            self._bytes[token_id] = text.encode()
+        self._bytes = {i: _piece_bytes(piece) for i, piece in enumerate(proto.pieces)}
+        self._bytes |= {token_id: text.encode() for text, token_id in self._added.items()}
         # The longest first: where one token begins another, the longer one is meant.
         texts = sorted(self._added, key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(map(re.escape, texts))})") if texts else None
@@ -140,7 +138,8 @@ class SentencePieceBackend:
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         skipped = self.special_ids if skip_special_tokens else ()
-        text = b"".join(self._bytes[i] for i in ids if i not in skipped).decode("utf-8", "replace")
+        shown = b"".join(self._bytes.get(i, b"") for i in ids if i not in skipped)
+        text = shown.decode("utf-8", "replace")
         return text.removeprefix(" ") if self._adds_space else text
 
     def vocabulary(self) -> bytes:

@@ -116,13 +116,13 @@ def _byte_level(metadata, tokens: list[str], types: list[int]) -> HuggingFaceBac
     name = metadata.typed("tokenizer.ggml.pre", str, "default")
     if name not in SPLITS:
         raise CheckpointError(f"tokenizer.ggml.pre = {brief(name)} is not supported")
-    merges = [
-        tuple(merge.split(" ")) for merge in metadata.typed("tokenizer.ggml.merges", list, [])
-    ]
+    merges = metadata.typed("tokenizer.ggml.merges", list)
+    if merges is None:
+        raise CheckpointError("tokenizer.ggml.merges is missing")
     try:
         model = models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},
-            merges=merges,
+            merges=[tuple(merge.split(" ")) for merge in merges],
             ignore_merges=name in WHOLE_WORDS,
         )
     except Exception as error:  # the library raises a bare Exception

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..files import brief, read_json
+from ..files import read_bytes, read_json
 from .backends import HuggingFaceBackend, SentencePieceBackend, load_tokenizer_json, parse_model
 
 Found = tuple[HuggingFaceBackend | SentencePieceBackend, int | None, list[int]]
@@ -25,10 +25,11 @@ def backend_from_directory(folder: Path) -> Found | None:
         path = folder / name
         if path.is_file():
             added = read_json(folder / "added_tokens.json")
+            data = read_bytes(path)
             try:
-                return read(path.read_bytes(), settings | {"added_tokens": added})
-            except (CheckpointError, OSError) as error:
-                raise CheckpointError(f"{path}: {brief(error)}") from None
+                return read(data, settings | {"added_tokens": added})
+            except CheckpointError as error:
+                raise CheckpointError(f"{path}: {error}") from None
     return None
 
 
@@ -41,22 +42,19 @@ def backend_from_json(data: bytes, settings: Mapping[str, Any]) -> Found:
     from tokenizers import AddedToken
 
     tokenizer = load_tokenizer_json(data)
+    present = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     for text, (token_id, special) in sorted(_added_tokens(settings).items(), key=lambda i: i[1]):
-        tokenizer.add_tokens([AddedToken(text, special=special, normalized=False)])
+        if text not in present:  # those the file has keep their own flags
+            tokenizer.add_tokens([AddedToken(text, special=special, normalized=False)])
+            present.add(text)
         if tokenizer.token_to_id(text) != token_id:
             raise CheckpointError(
                 f"added token {text!r} must have id {token_id}, got {tokenizer.token_to_id(text)}"
             )
-    known = {text: tokenizer.token_to_id(text) for text in _named_tokens(settings)}
-    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    tokenizer.add_special_tokens(
-        [
-            AddedToken(text, special=True, normalized=False)
-            for text, token_id in known.items()
-            if token_id is not None and text not in added
-        ]
-    )
-    bos, eos = _token_id(settings, "bos_token", known), _token_id(settings, "eos_token", known)
+    named = {text: tokenizer.token_to_id(text) for text in _named_tokens(settings)}
+    special = [t for t, token_id in named.items() if token_id is not None and t not in present]
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in special])
+    bos, eos = _token_id(settings, "bos_token", named), _token_id(settings, "eos_token", named)
     return HuggingFaceBackend(tokenizer), bos, [] if eos is None else [eos]
 
 
@@ -98,8 +96,9 @@ def _text(token: Any) -> str | None:
 def _named_tokens(settings: Mapping[str, Any]) -> list[str]:
     tokens = [settings.get(name) for name in NAMED]
     for name in NAMED_LISTS:
-        value = settings.get(name) or []
-        tokens += value.values() if isinstance(value, dict) else value
+        value = settings.get(name)
+        value = list(value.values()) if isinstance(value, dict) else value
+        tokens += value if isinstance(value, list) else []
     return [text for text in map(_text, tokens) if text]
 
 
@@ -115,6 +114,8 @@ def _added_tokens(settings: Mapping[str, Any]) -> dict[str, tuple[int, bool]]:
             found[text] = (int(token_id), False)
         for token_id, token in (settings.get("added_tokens_decoder") or {}).items():
             found[token["content"]] = (int(token_id), bool(token.get("special")))
+        if min((token_id for token_id, _ in found.values()), default=0) < 0:
+            raise ValueError
     except (AttributeError, KeyError, TypeError, ValueError):
         raise CheckpointError("added_tokens must map each token's text to its id") from None
     return found

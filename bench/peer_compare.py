@@ -1,0 +1,161 @@
+"""Measures engines in turns, and how far their predictions are from fp32's."""
+
+import contextlib
+import pydoc_data.topics
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from peer_workers import OURS, Spec, Unavailable, Worker
+
+from mobilellm_fast.checkpoint import open_checkpoint
+
+TOKENS = {"decode": 64, "prefill": 512}
+TEXT_TOKENS = 1537  # of every CPython's help texts, about a short article's worth
+
+
+@dataclass
+class Result:
+    """What is known of one engine after a run.
+
+    `seconds` has one figure per round, per token; `quality` see `distance`; `fault` says why the
+    engine, or a part of its figures, is missing.
+    """
+
+    spec: Spec
+    about: dict = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    quality: dict[str, float] = field(default_factory=dict)
+    fault: str | None = None
+
+    def ratios(self, reference: "Result") -> list[float]:
+        """How many times as fast the reference was, in each round."""
+        return [own / ref for own, ref in zip(self.seconds, reference.seconds, strict=False)]
+
+    def attempt(self, work: Callable[[], None]) -> None:
+        """Do something with the engine unless it failed before; note if it fails now."""
+        if self.fault is None:
+            try:
+                work()
+            except Unavailable as error:
+                self.fault = str(error)
+
+
+def compare(
+    specs: list[Spec],
+    *,
+    root: Path,
+    model: str | None = None,
+    threads: int = 2,
+    op: str = "decode",
+    context: int = 128,
+    tokens: int | None = None,
+    rounds: int = 7,
+    quality: bool = False,
+) -> list[Result]:
+    """Measure engines in turns: A B C, A B C, ...; a first round only warms up.
+
+    Args:
+        specs: the engines.
+        root: where peers live.
+        model: the source of the weights; None is the default model.
+        op: "decode" measures `tokens` greedy steps (64) after `context` tokens, whose median is
+            the round's figure; "prefill" measures a prompt of `tokens` (512).
+        quality: also measure how far each engine's predictions are from fp32's.
+
+    Returns:
+        One result per engine, in their order.
+    """
+    tokens = tokens or TOKENS[op]
+    arguments = {"tokens": tokens} | ({"context": context} if op == "decode" else {})
+    results = [Result(spec) for spec in specs]
+    workers: dict[int, Worker] = {}
+    with contextlib.ExitStack() as stack:
+        for i, result in enumerate(results):
+
+            def start(i=i, result=result):
+                workers[i] = Worker(result.spec, model, threads, root)
+                stack.callback(workers[i].close)
+                result.about = {k: v for k, v in workers[i].about.items() if k != "ready"}
+
+            result.attempt(start)
+        for round in range(rounds + 1):
+            for i, result in enumerate(results):
+
+                def measure(i=i, result=result, counted=round > 0):
+                    seconds = workers[i].ask(op, **arguments)["seconds"]
+                    if counted:
+                        per_step = 1 if op == "decode" else tokens
+                        result.seconds.append(statistics.median(seconds) / per_step)
+
+                result.attempt(measure)
+        if quality:
+            _measure_quality(results, workers, model, threads, root)
+    return results
+
+
+def _measure_quality(
+    results: list[Result],
+    workers: dict[int, Worker],
+    model: str | None,
+    threads: int,
+    root: Path,
+) -> None:
+    tokenizer = open_checkpoint(model).tokenizer
+    if tokenizer is None:
+        raise ValueError("quality needs a model with a tokenizer")
+    topics = pydoc_data.topics.topics
+    text = "\n\n".join(topics[name] for name in sorted(topics))[: 10 * TEXT_TOKENS]
+    ids = tokenizer.encode(text)[:TEXT_TOKENS]
+    with tempfile.TemporaryDirectory() as scratch:
+
+        def logits(worker: Worker, name: str) -> np.ndarray:
+            path = f"{scratch}/{name}.npy"
+            worker.ask("logits", ids=ids, path=path)
+            return np.load(path, mmap_mode="r")
+
+        exact = Worker(Spec(OURS, "fp32"), model, threads, root)
+        try:
+            reference = logits(exact, "reference")
+        finally:
+            exact.close()
+        for i, result in enumerate(results):
+
+            def measure(i=i, result=result):
+                result.quality = distance(reference, logits(workers[i], "engine"), ids)
+
+            result.attempt(measure)
+
+
+def distance(reference: np.ndarray, logits: np.ndarray, ids: list[int]) -> dict[str, float]:
+    """Compare logits (tokens, vocabulary) of the same text.
+
+    Returns:
+        `kl`: mean divergence of the predictions from the reference's, in nats; `same_top1`: how
+        often the likeliest token is the same; `perplexity`; `perplexity_ratio` to the reference's.
+    """
+    divergence, same, surprise, reference_surprise = [], [], [], []
+    for first in range(0, len(ids), 128):  # a piece at a time: in float64 a vocabulary is wide
+        rows = slice(first, first + 128)
+        p, q = _log_softmax(reference[rows]), _log_softmax(logits[rows])
+        divergence += (np.exp(p) * (p - q)).sum(-1).tolist()
+        same += (p.argmax(-1) == q.argmax(-1)).tolist()
+        following = np.array(ids[first + 1 : first + 129])
+        at = np.arange(len(following))
+        surprise += (-q[at, following]).tolist()
+        reference_surprise += (-p[at, following]).tolist()
+    mean = statistics.fmean
+    return {
+        "kl": mean(divergence),
+        "same_top1": mean(same),
+        "perplexity": float(np.exp(mean(surprise))),
+        "perplexity_ratio": float(np.exp(mean(surprise) - mean(reference_surprise))),
+    }
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
