@@ -39,6 +39,7 @@ wheel:           ## sdist and wheel in dist/
 sanitize:        ## run TESTS on a build with SANITIZER=address, undefined or thread
 	$(MAKE) build SANITIZE=$(SANITIZER)
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  TSAN_OPTIONS=ignore_noninstrumented_modules=1:die_after_fork=0 OPENBLAS_NUM_THREADS=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=lib$(SANITIZER_LIBRARY).so) \
 	  $$($(CXX) -print-file-name=libstdc++.so.6)" $(PYTHON) -m pytest -s $(TESTS)
 	$(MAKE) build

@@ -50,13 +50,18 @@ AS_SHIPPED = "as-shipped"  # the model's own GGUF file
 
 # Peer -> format -> command that makes it from a Hugging Face directory, in the peer's environment.
 # Groups of 32 for int4, as ours and llama.cpp's are.
-_ORT = "python -m onnxruntime_genai.models.builder -i {source} -o {target} -e cpu -c {scratch}"
+# Without prune_lm_head, ONNX Runtime would compute the head for every token of a prompt.
+_ORT = (
+    "python -m onnxruntime_genai.models.builder -i {source} -o {target} -e cpu -c {scratch}"
+    " --extra_options prune_lm_head=true"
+)
 _OPENVINO = "optimum-cli export openvino -m {source} --task text-generation-with-past {target}"
 _CTRANSLATE2 = "ct2-transformers-converter --model {source} --output_dir {target} --force"
 CONVERTERS = {
     "onnxruntime-genai": {
         "int8": _ORT + " -p int8",
         "int4": _ORT + " -p int4",
+        "int4-asymmetric": _ORT + " is_symmetric=false -p int4",
     },
     "openvino": {
         "int8": _OPENVINO + " --weight-format int8",

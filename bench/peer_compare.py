@@ -55,6 +55,7 @@ def compare(
     tokens: int | None = None,
     rounds: int = 7,
     quality: bool = False,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> list[Result]:
     """Measure engines in turns: A B C, A B C, ...; a first round only warms up.
 
@@ -65,6 +66,7 @@ def compare(
         op: "decode" measures `tokens` greedy steps (64) after `context` tokens, whose median is
             the round's figure; "prefill" measures a prompt of `tokens` (512).
         quality: also measure how far each engine's predictions are from fp32's.
+        progress: is told what is done next.
 
     Returns:
         One result per engine, in their order.
@@ -81,6 +83,7 @@ def compare(
                 stack.callback(workers[i].close)
                 result.about = {k: v for k, v in workers[i].about.items() if k != "ready"}
 
+            progress(f"load {result.spec}")
             result.attempt(start)
         for round in range(rounds + 1):
             for i, result in enumerate(results):
@@ -91,8 +94,10 @@ def compare(
                         per_step = 1 if op == "decode" else tokens
                         result.seconds.append(statistics.median(seconds) / per_step)
 
+                progress(f"{op}, round {round} of {rounds}: {result.spec}")
                 result.attempt(measure)
         if quality:
+            progress("quality")
             _measure_quality(results, workers, model, threads, root)
     return results
 
@@ -143,7 +148,7 @@ def distance(reference: np.ndarray, logits: np.ndarray, ids: list[int]) -> dict[
         p, q = _log_softmax(reference[rows]), _log_softmax(logits[rows])
         divergence += (np.exp(p) * (p - q)).sum(-1).tolist()
         same += (p.argmax(-1) == q.argmax(-1)).tolist()
-        following = np.array(ids[first + 1 : first + 129])
+        following = np.array(ids[first + 1 : first + 129], np.int64)
         at = np.arange(len(following))
         surprise += (-q[at, following]).tolist()
         reference_surprise += (-p[at, following]).tolist()

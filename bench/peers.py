@@ -94,7 +94,7 @@ def _compare(args: argparse.Namespace) -> int:
         name: getattr(args, name)
         for name in ("model", "threads", "op", "context", "tokens", "rounds", "quality")
     }
-    results = compare(specs, root=args.root, **options)
+    results = compare(specs, root=args.root, progress=_progress, **options)
     _print(results, args.op)
     if args.json:
         facts = {
@@ -109,6 +109,11 @@ def _compare(args: argparse.Namespace) -> int:
         }
         args.json.write_text(json.dumps(facts, indent=2) + "\n")
     return int(any(result.fault for result in results))
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{text:<78}", end="\r", file=sys.stderr, flush=True)
 
 
 def processor() -> str:

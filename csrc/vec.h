@@ -8,6 +8,13 @@
 #define MLF_JOIN(a, b) MLF_JOIN_(a, b)
 #include MLF_QUOTE(MLF_JOIN(vec_, MLF_ISA).h)
 
+// Loops over accumulators must be unrolled, or compilers keep them in memory.
+#if defined(__clang__)
+#define MLF_UNROLL _Pragma("unroll")
+#else
+#define MLF_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 // e^x, relative error below 2 ulp for x in [-87.3, 88.3]; clamped outside, so never 0, NaN or
 // infinite. x = n ln 2 + r, e^r by a polynomial on |r| <= ln 2 / 2 (Cephes' coefficients).
 inline VecF exp(VecF x) {

@@ -28,7 +28,7 @@ from .weights import Slot, Weights, plan_slots
 
 SUFFIX = ".mlf"
 MAGIC = b"MLFIMAGE"
-VERSION = 1  # of the header and of the packed layout in quant.py; others are refused
+VERSION = 2  # of the header and of the packed layout in quant.py; others are refused
 PREFIX = struct.Struct("<8sIIQ")  # magic, version, header bytes, header checksum
 PAGE = 1 << 16  # weights start at a multiple of it: the largest page size in use
 

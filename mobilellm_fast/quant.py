@@ -17,8 +17,8 @@ Groups are 32 consecutive inputs of one row, because MobileLLM's widths (576, 96
 are multiples of 32 but not of 128. Quantized kinds are packed into *tiles* of 16 rows; inside a
 tile the order is input-major, 4 inputs of each of the 16 rows at a time (64 bytes, one cache
 line), so that one dot-product instruction serves 4 (NEON), 8 (AVX2) or 16 (AVX-512) rows and no
-horizontal sum is ever needed. The layout is the same on every machine; ``csrc/quant.h`` states it
-for C++.
+horizontal sum is ever needed. Scales lie between the codes, where they are wanted. The layout is
+the same on every machine; ``csrc/quant.h`` states it byte by byte.
 """
 
 from __future__ import annotations
@@ -210,26 +210,26 @@ def unpack(weight: PackedWeight) -> QuantizedTensor:
     """Undo :func:`pack` for a quantized kind; codes, scales and mins come back bit for bit."""
     rows, cols, kind = weight.rows, weight.cols, weight.kind
     tiles, groups = _ceil_div(rows, TILE_ROWS), _ceil_div(cols, GROUP)
-    header_nbytes = _header_nbytes(kind, groups)
     body = weight.data.reshape(tiles, tile_nbytes(kind, cols))
-    header, quants = body[:, :header_nbytes], body[:, header_nbytes:]
+    headers, quants = (np.ascontiguousarray(part) for part in _records(body, kind, groups))
 
     if kind == "int4_g32":
         both = quants.reshape(tiles, groups, 1, 4, TILE_ROWS, STEP)
         quants = np.concatenate([both & 15, both >> 4], axis=2)
-    steps = quants.reshape(tiles, groups * GROUP // STEP, TILE_ROWS, STEP)
-    codes = steps.swapaxes(1, 2).reshape(tiles * TILE_ROWS, groups * GROUP)[:rows, :cols]
+    steps = quants.reshape(tiles, -1, TILE_ROWS, STEP)
+    codes = steps.swapaxes(1, 2).reshape(tiles * TILE_ROWS, -1)[:rows, :cols]
     codes = np.ascontiguousarray(codes)
 
     if kind == "int8":
-        scales = np.ascontiguousarray(header).view(np.float32).reshape(-1)[:rows]
-        return QuantizedTensor(kind, codes.view(np.int8), scales)
-    per_group = 2 if kind == "int4_g32" else 1
-    used = np.ascontiguousarray(header[:, : groups * per_group * TILE_ROWS * 2])
-    fields = used.view(np.float16).reshape(tiles, groups, per_group, TILE_ROWS)
-    fields = fields.transpose(2, 0, 3, 1).reshape(per_group, tiles * TILE_ROWS, groups)[:, :rows]
+        return QuantizedTensor(
+            kind, codes.view(np.int8), headers.view(np.float32).reshape(-1)[:rows]
+        )
+    per_header = headers.view(np.float16).reshape(tiles, -1, 2, TILE_ROWS)
     if kind == "int8_g32":
-        return QuantizedTensor(kind, codes.view(np.int8), fields[0].copy())
+        scales = per_header.reshape(tiles, -1, TILE_ROWS).swapaxes(1, 2)
+        scales = scales.reshape(tiles * TILE_ROWS, -1)[:rows, :groups]
+        return QuantizedTensor(kind, codes.view(np.int8), np.ascontiguousarray(scales))
+    fields = per_header.transpose(2, 0, 3, 1).reshape(2, tiles * TILE_ROWS, groups)[:, :rows]
     return QuantizedTensor(kind, codes, fields[0].copy(), fields[1].copy())
 
 
@@ -237,45 +237,51 @@ def _write_tiles(tensor: QuantizedTensor, body: np.ndarray) -> None:
     """Write the codes and scales of ``tensor`` into ``body``, ``(tiles, tile_nbytes)`` uint8."""
     (rows, cols), kind = tensor.shape, tensor.kind
     tiles, groups = len(body), _ceil_div(cols, GROUP)
-    header_nbytes = _header_nbytes(kind, groups)
-    header, quants = body[:, :header_nbytes], body[:, header_nbytes:]
+    even_groups = groups + groups % 2 if kind == "int8_g32" else groups
 
-    codes = np.zeros((tiles * TILE_ROWS, groups * GROUP), np.uint8)
+    codes = np.zeros((tiles * TILE_ROWS, even_groups * GROUP), np.uint8)
     codes[:rows, :cols] = tensor.codes.view(np.uint8)
     # Four codes of one row travel together, so move them as one uint32.
     words = codes.view(np.uint32).reshape(tiles, TILE_ROWS, -1).swapaxes(1, 2)
-    steps = np.ascontiguousarray(words).view(np.uint8).reshape(tiles, groups, 2, -1)
+    quants = np.ascontiguousarray(words).view(np.uint8).reshape(tiles, even_groups, 2, -1)
     if kind == "int4_g32":  # steps 0..3 of a group in the low nibbles, 4..7 in the high ones
-        quants[:] = (steps[:, :, 0] | (steps[:, :, 1] << 4)).reshape(tiles, -1)
-    else:
-        quants[:] = steps.reshape(tiles, -1)
+        quants = quants[:, :, 0] | (quants[:, :, 1] << 4)
 
-    header[:] = 0
     if kind == "int8":
         scales = np.zeros(tiles * TILE_ROWS, np.float32)
         scales[:rows] = tensor.scales
-        header[:] = scales.reshape(tiles, TILE_ROWS).view(np.uint8)
-        return
-    fields = [tensor.scales] if tensor.mins is None else [tensor.scales, tensor.mins]
-    padded = np.zeros((len(fields), tiles * TILE_ROWS, groups), np.float16)
-    padded[:, :rows] = fields
-    ordered = padded.reshape(len(fields), tiles, TILE_ROWS, groups).transpose(1, 3, 0, 2)
-    flat = np.ascontiguousarray(ordered).reshape(tiles, -1).view(np.uint8)
-    header[:, : flat.shape[1]] = flat
+        header = scales.reshape(tiles, 1, TILE_ROWS)
+    elif kind == "int8_g32":
+        scales = np.zeros((tiles * TILE_ROWS, even_groups), np.float16)
+        scales[:rows, :groups] = tensor.scales
+        header = scales.reshape(tiles, TILE_ROWS, -1, 2).transpose(0, 2, 3, 1)
+    else:
+        fields = np.zeros((2, tiles * TILE_ROWS, groups), np.float16)
+        fields[:, :rows] = tensor.scales, tensor.mins
+        header = fields.reshape(2, tiles, TILE_ROWS, groups).transpose(1, 3, 0, 2)
+    header = np.ascontiguousarray(header).reshape(tiles, header.shape[1], -1).view(np.uint8)
+    records = np.concatenate([header, quants.reshape(tiles, header.shape[1], -1)], axis=2)
+    # A last group that stands alone leaves out the codes of its missing partner.
+    body[:] = records.reshape(tiles, -1)[:, : body.shape[1]]
+
+
+def _records(body: np.ndarray, kind: str, groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split tiles into headers (tiles, records, 64) and codes (tiles, records, bytes)."""
+    records = {"int8": 1, "int8_g32": _ceil_div(groups, 2), "int4_g32": groups}[kind]
+    per_record = {"int8": groups, "int8_g32": 2, "int4_g32": 1}[kind]
+    code_nbytes = per_record * GROUP * TILE_ROWS // (2 if kind == "int4_g32" else 1)
+    whole = np.zeros((len(body), records * (ALIGNMENT + code_nbytes)), np.uint8)
+    whole[:, : body.shape[1]] = body
+    whole = whole.reshape(len(body), records, -1)
+    return whole[..., :ALIGNMENT], whole[..., ALIGNMENT:]
 
 
 def tile_nbytes(kind: str, cols: int) -> int:
-    """Bytes of one tile (16 rows): its scales, padded to a cache line, then its codes."""
+    """Bytes of one tile (16 rows); `csrc/quant.h` shows its layout."""
     groups = _ceil_div(cols, GROUP)
+    headers = {"int8": 1, "int8_g32": _ceil_div(groups, 2), "int4_g32": groups}[kind]
     code_bits = 4 if kind == "int4_g32" else 8
-    return _header_nbytes(kind, groups) + groups * GROUP * TILE_ROWS * code_bits // 8
-
-
-def _header_nbytes(kind: str, groups: int) -> int:
-    if kind == "int8":
-        return TILE_ROWS * 4
-    halves = 2 if kind == "int4_g32" else 1
-    return _ceil_div(groups * TILE_ROWS * 2 * halves, ALIGNMENT) * ALIGNMENT
+    return headers * ALIGNMENT + groups * GROUP * TILE_ROWS * code_bits // 8
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -112,7 +112,7 @@ def test_other_versions_and_formats_are_refused(checkpoint, tmp_path):
     whole = bytearray(path.read_bytes())
     whole[8] += 1
     path.write_bytes(whole)
-    with pytest.raises(CheckpointError, match="must have image version 1, got 2"):
+    with pytest.raises(CheckpointError, match="must have image version 2, got 3"):
         load_image(path)
 
 

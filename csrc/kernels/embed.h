@@ -7,30 +7,33 @@ inline void embed_float(const Weight& table, int64_t row, float* out) {
 }
 
 inline void embed_packed(const Weight& table, int64_t row, float* out) {
-  const bool int4 = table.kind == WeightKind::int4_g32;
+  const bool int4 = table.kind == WeightKind::int4_g32, grouped = table.kind != WeightKind::int8;
   const int64_t lane = row % kTileRows;
-  const uint8_t* tile = table.data + row / kTileRows * tile_nbytes(table.kind, table.cols);
-  const uint8_t* codes = tile + tile_header_nbytes(table.kind, table.cols) + lane * kStep;
-  const uint16_t* halves = reinterpret_cast<const uint16_t*>(tile) + lane;
+  const uint8_t* line = table.data + row / kTileRows * tile_nbytes(table.kind, table.cols);
+  const float* scales = reinterpret_cast<const float*>(line);
+  const uint16_t* halves = nullptr;
+  if (!grouped) line += kHeaderBytes;
   for (int64_t group = 0; group * kGroup < table.cols; ++group) {
     float scale, min = 0.0f;
-    if (table.kind == WeightKind::int8) {
-      scale = reinterpret_cast<const float*>(tile)[lane];
-    } else if (int4) {
-      scale = half_value(halves[group * 2 * kTileRows]);
-      min = half_value(halves[(group * 2 + 1) * kTileRows]);
+    if (!grouped) {
+      scale = scales[lane];
+    } else if (!int4 && group % 2) {
+      scale = half_value(halves[kTileRows + lane]);
     } else {
-      scale = half_value(halves[group * kTileRows]);
+      halves = reinterpret_cast<const uint16_t*>(line);
+      line += kHeaderBytes;
+      scale = half_value(halves[lane]);
+      if (int4) min = half_value(halves[kTileRows + lane]);
     }
     const int64_t first = group * kGroup;
     const int64_t count = table.cols - first < kGroup ? table.cols - first : kGroup;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t step = i / kStep;
-      const uint8_t* line = codes + (int4 ? group * 4 + step % 4 : group * kStepsPerGroup + step) * kStepBytes;
-      const uint8_t byte = line[i % kStep];
+      const uint8_t byte = line[(int4 ? step % 4 : step) * kStepBytes + lane * kStep + i % kStep];
       const int code = int4 ? (step < 4 ? byte & 15 : byte >> 4) : static_cast<int8_t>(byte);
       out[first + i] = scale * static_cast<float>(code) + min;
     }
+    line += (int4 ? kStepsPerGroup / 2 : kStepsPerGroup) * kStepBytes;
   }
 }
 

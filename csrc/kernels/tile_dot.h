@@ -3,32 +3,40 @@
 // kind alone, so the bits do not depend on how many activation rows are computed together.
 
 // Bytes between the load of a weight and its software prefetch. The hardware prefetcher stops at
-// every 4 KB page; half a page ahead covers a DRAM latency at 20 GB/s per core (100 ns, 2 KB).
-constexpr int kPrefetchBytes = 2048;
+// every 4 KB page; one page ahead covers a DRAM latency at 40 GB/s per core (100 ns).
+constexpr int kPrefetchBytes = 4096;
 
-// `ahead` is the distance to a line that some later layer wants, for the second-level cache; 0
-// names the line at hand, which costs nothing.
-inline void prefetch(const uint8_t* p, int64_t ahead) {
-  __builtin_prefetch(p + kPrefetchBytes);
-  __builtin_prefetch(p + ahead, 0, 2);
-}
+// Reads a tile from front to end, a cache line at a time. Besides, each step may fetch the line
+// `ahead` bytes away, which a later layer wants, into the second-level cache; 0 names the line at
+// hand, which costs nothing.
+struct TileReader {
+  const uint8_t* line;
+  int64_t ahead;
+
+  const uint8_t* next() {
+    const uint8_t* at = line;
+    __builtin_prefetch(at + kPrefetchBytes);
+    __builtin_prefetch(at + ahead, 0, 2);
+    line += kStepBytes;
+    return at;
+  }
+};
 
 // y[m] (16 outputs) = x[first_row + m] . tile, for m < M.
 template <int M>
-inline void tile_dot_int8(const uint8_t* tile, const Activations& x, int64_t first_row, int64_t ahead,
-                           VecF* y) {
-  const uint8_t* codes = tile + tile_header_nbytes(WeightKind::int8, x.cols);
-  const uint8_t* inputs[M];
+inline void tile_dot_int8(TileReader reader, const Activations& x, int64_t first_row, VecF* y) {
+  const VecF scales = load(reinterpret_cast<const float*>(reader.next()));
+  const int64_t groups = x.groups(), stride = x.codes_stride();
+  const uint8_t* inputs = x.row_codes(first_row);
   DotSum acc[M];
-  for (int m = 0; m < M; ++m) inputs[m] = x.row_codes(first_row + m), acc[m] = dot_zero();
-  const int steps = static_cast<int>(x.groups() * kStepsPerGroup);
-  for (int step = 0; step < steps; ++step, codes += kStepBytes) {
-    prefetch(codes, ahead);
-    const DotWeights w = load_step_int8(codes);
-    for (int m = 0; m < M; ++m) dot(acc[m], w, load_inputs(inputs[m], step));
+  MLF_UNROLL for (int m = 0; m < M; ++m) acc[m] = dot_zero();
+  for (int64_t group = 0; group < groups; ++group, inputs += 2 * kGroup) {
+    MLF_UNROLL for (int step = 0; step < kStepsPerGroup; ++step) {
+      const DotWeights w = load_step_int8(reader.next());
+      MLF_UNROLL for (int m = 0; m < M; ++m) dot(acc[m], w, load_inputs(inputs + m * stride, step));
+    }
   }
-  const VecF scales = load(reinterpret_cast<const float*>(tile));
-  for (int m = 0; m < M; ++m) {
+  MLF_UNROLL for (int m = 0; m < M; ++m) {
     const VecI offset = splat_int(-kInt8Offset * x.sums[first_row + m]);
     const VecF total = to_float(add(dot_result(acc[m]), offset));
     y[m] = mul(total, mul(scales, splat(x.scales[first_row + m])));
@@ -37,60 +45,58 @@ inline void tile_dot_int8(const uint8_t* tile, const Activations& x, int64_t fir
 
 // As above for groups of 32 inputs: an exact integer sum per group, then one fma with its scale.
 template <int M>
-inline void tile_dot_int8_g32(const uint8_t* tile, const Activations& x, int64_t first_row, int64_t ahead,
-                           VecF* y) {
-  const uint16_t* scales = reinterpret_cast<const uint16_t*>(tile);
-  const uint8_t* codes = tile + tile_header_nbytes(WeightKind::int8_g32, x.cols);
-  const int64_t groups = x.groups();
-  for (int m = 0; m < M; ++m) y[m] = splat(0.0f);
-  for (int64_t group = 0; group < groups; ++group, scales += kTileRows) {
+inline void tile_dot_int8_g32(TileReader reader, const Activations& x, int64_t first_row, VecF* y) {
+  const int64_t groups = x.groups(), stride = x.codes_stride();
+  const uint8_t* inputs = x.row_codes(first_row);
+  const int32_t* sums = x.group_sums + first_row * groups;
+  const uint16_t* scales = nullptr;
+  VecF total[M];
+  MLF_UNROLL for (int m = 0; m < M; ++m) total[m] = splat(0.0f);
+  for (int64_t group = 0; group < groups; ++group, inputs += 2 * kGroup) {
+    scales = group % 2 ? scales + kTileRows : reinterpret_cast<const uint16_t*>(reader.next());
     DotSum acc[M];
-    for (int m = 0; m < M; ++m) acc[m] = dot_zero();
-    for (int step = 0; step < kStepsPerGroup; ++step, codes += kStepBytes) {
-      prefetch(codes, ahead);
-      const DotWeights w = load_step_int8(codes);
-      for (int m = 0; m < M; ++m)
-        dot(acc[m], w, load_inputs(x.row_codes(first_row + m) + group * 2 * kGroup, step));
+    MLF_UNROLL for (int m = 0; m < M; ++m) acc[m] = dot_zero();
+    MLF_UNROLL for (int step = 0; step < kStepsPerGroup; ++step) {
+      const DotWeights w = load_step_int8(reader.next());
+      MLF_UNROLL for (int m = 0; m < M; ++m) dot(acc[m], w, load_inputs(inputs + m * stride, step));
     }
     const VecF scale = load_half(scales);
-    for (int m = 0; m < M; ++m) {
-      const int32_t group_sum = x.group_sums[(first_row + m) * groups + group];
-      const VecI offset = splat_int(-kInt8Offset * group_sum);
-      y[m] = fma(to_float(add(dot_result(acc[m]), offset)), scale, y[m]);
+    MLF_UNROLL for (int m = 0; m < M; ++m) {
+      const VecI offset = splat_int(-kInt8Offset * sums[m * groups + group]);
+      total[m] = fma(to_float(add(dot_result(acc[m]), offset)), scale, total[m]);
     }
   }
-  for (int m = 0; m < M; ++m) y[m] = mul(y[m], splat(x.scales[first_row + m]));
+  MLF_UNROLL for (int m = 0; m < M; ++m) y[m] = mul(total[m], splat(x.scales[first_row + m]));
 }
 
 // Groups of 32 with scale and min: sum of (scale * code + min) * x = scale * dot + min * sum(x).
 template <int M>
-inline void tile_dot_int4_g32(const uint8_t* tile, const Activations& x, int64_t first_row, int64_t ahead,
-                           VecF* y) {
-  const uint16_t* header = reinterpret_cast<const uint16_t*>(tile);
-  const uint8_t* codes = tile + tile_header_nbytes(WeightKind::int4_g32, x.cols);
-  const int64_t groups = x.groups();
-  for (int m = 0; m < M; ++m) y[m] = splat(0.0f);
-  for (int64_t group = 0; group < groups; ++group, header += 2 * kTileRows) {
+inline void tile_dot_int4_g32(TileReader reader, const Activations& x, int64_t first_row, VecF* y) {
+  const int64_t groups = x.groups(), stride = x.codes_stride();
+  const uint8_t* inputs = x.row_codes(first_row);
+  const int32_t* sums = x.group_sums + first_row * groups;
+  VecF total[M];
+  MLF_UNROLL for (int m = 0; m < M; ++m) total[m] = splat(0.0f);
+  for (int64_t group = 0; group < groups; ++group, inputs += 2 * kGroup) {
+    const uint16_t* header = reinterpret_cast<const uint16_t*>(reader.next());
     DotSum acc[M];
-    for (int m = 0; m < M; ++m) acc[m] = dot_zero();
-    for (int step = 0; step < kStepsPerGroup / 2; ++step, codes += kStepBytes) {
-      prefetch(codes, ahead);
+    MLF_UNROLL for (int m = 0; m < M; ++m) acc[m] = dot_zero();
+    MLF_UNROLL for (int step = 0; step < kStepsPerGroup / 2; ++step) {
       DotWeights low, high;
-      load_steps_int4(codes, low, high);
-      for (int m = 0; m < M; ++m) {
-        const uint8_t* inputs = x.row_codes(first_row + m) + group * 2 * kGroup;
-        dot(acc[m], low, load_inputs(inputs, step));
-        dot(acc[m], high, load_inputs(inputs, step + kStepsPerGroup / 2));
+      load_steps_int4(reader.next(), low, high);
+      MLF_UNROLL for (int m = 0; m < M; ++m) {
+        dot(acc[m], low, load_inputs(inputs + m * stride, step));
+        dot(acc[m], high, load_inputs(inputs + m * stride, step + kStepsPerGroup / 2));
       }
     }
     const VecF scale = load_half(header), min = load_half(header + kTileRows);
-    for (int m = 0; m < M; ++m) {
-      const float group_sum = static_cast<float>(x.group_sums[(first_row + m) * groups + group]);
-      y[m] = fma(to_float(dot_result(acc[m])), scale, y[m]);
-      y[m] = fma(min, splat(group_sum), y[m]);
+    MLF_UNROLL for (int m = 0; m < M; ++m) {
+      const float group_sum = static_cast<float>(sums[m * groups + group]);
+      total[m] = fma(to_float(dot_result(acc[m])), scale, total[m]);
+      total[m] = fma(min, splat(group_sum), total[m]);
     }
   }
-  for (int m = 0; m < M; ++m) y[m] = mul(y[m], splat(x.scales[first_row + m]));
+  MLF_UNROLL for (int m = 0; m < M; ++m) y[m] = mul(total[m], splat(x.scales[first_row + m]));
 }
 
 inline VecF load_weights(const float* p, int n) { return load_upto(p, n); }
@@ -139,14 +145,14 @@ __attribute__((noinline)) void tile_dot(const Activations& x, const Weight& weig
                      VecF* y) {
   const int64_t row = tile * kTileRows;
   const int64_t rows = weight.rows - row < kTileRows ? weight.rows - row : kTileRows;
-  const uint8_t* packed = weight.data + tile * tile_nbytes(weight.kind, weight.cols);
+  const TileReader reader{weight.data + tile * tile_nbytes(weight.kind, weight.cols), ahead};
   switch (weight.kind) {
     case WeightKind::fp32:
       return tile_dot_float<M>(reinterpret_cast<const float*>(weight.data) + row * weight.cols, rows, x, first_row, y);
     case WeightKind::bf16:
       return tile_dot_float<M>(reinterpret_cast<const uint16_t*>(weight.data) + row * weight.cols, rows, x, first_row, y);
-    case WeightKind::int8: return tile_dot_int8<M>(packed, x, first_row, ahead, y);
-    case WeightKind::int8_g32: return tile_dot_int8_g32<M>(packed, x, first_row, ahead, y);
-    case WeightKind::int4_g32: return tile_dot_int4_g32<M>(packed, x, first_row, ahead, y);
+    case WeightKind::int8: return tile_dot_int8<M>(reader, x, first_row, y);
+    case WeightKind::int8_g32: return tile_dot_int8_g32<M>(reader, x, first_row, y);
+    case WeightKind::int4_g32: return tile_dot_int4_g32<M>(reader, x, first_row, y);
   }
 }
