@@ -61,7 +61,6 @@ CONVERTERS = {
     "onnxruntime-genai": {
         "int8": _ORT + " -p int8",
         "int4": _ORT + " -p int4",
-        "int4-asymmetric": _ORT + " is_symmetric=false -p int4",
     },
     "openvino": {
         "int8": _OPENVINO + " --weight-format int8",
@@ -199,7 +198,10 @@ def write_gguf(checkpoint: Checkpoint, path: Path, block_type: Type, outer_type:
         if value.ndim == 2:
             kind = block_type if prefix else outer_type
         block = f"blk.{prefix}." if prefix else ""
-        data = gguf.quants.quantize(np.ascontiguousarray(value), kind)
+        try:
+            data = gguf.quants.quantize(np.ascontiguousarray(value), kind)
+        except gguf.quants.QuantError as error:
+            raise ValueError(f"{name}: {error}") from None
         writer.add_tensor(f"{block}{GGUF_NAMES[short]}.weight", data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

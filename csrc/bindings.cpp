@@ -30,7 +30,8 @@ std::string shape_text(const py::array& a) {
 
 // `a` as a pointer, if it is C-contiguous float32 of this shape (-1: any).
 const float* floats(const py::array& a, const char* name, std::vector<int64_t> shape) {
-  bool ok = py::isinstance<Floats>(a) && a.ndim() == static_cast<py::ssize_t>(shape.size());
+  const bool aligned = reinterpret_cast<uintptr_t>(a.data()) % alignof(float) == 0;
+  bool ok = aligned && py::isinstance<Floats>(a) && a.ndim() == static_cast<py::ssize_t>(shape.size());
   for (size_t i = 0; ok && i < shape.size(); ++i) ok = shape[i] < 0 || a.shape(i) == shape[i];
   if (ok) return static_cast<const float*>(a.data());
   std::string want = "(";
@@ -53,10 +54,13 @@ WeightKind to_kind(const std::string& kind_name, const char* name) {
 
 Weight to_weight(const WeightTuple& tuple, const char* name) {
   const auto& [kind_name, rows, cols, data] = tuple;
-  const bool contiguous = data.flags() & py::array::c_style;
+  const py::ssize_t item = kind_name == "fp32" ? 4 : kind_name == "bf16" ? 2 : 1;
+  const bool contiguous = (data.flags() & py::array::c_style) && data.itemsize() == item &&
+                          reinterpret_cast<uintptr_t>(data.data()) % (kind_name == "bf16" ? 2 : 4) == 0;
+  if (rows > (int64_t{1} << 31) || cols > (int64_t{1} << 24)) throw py::value_error(std::string(name) + " is too large");
   const Weight weight{to_kind(kind_name, name), rows, cols, static_cast<const uint8_t*>(data.data())};
   if (rows < 1 || cols < 1 || !contiguous || data.nbytes() != weight.nbytes())
-    throw py::value_error(std::string(name) + " must hold " + std::to_string(weight.nbytes()) + " contiguous bytes for " +
+    throw py::value_error(std::string(name) + " must hold " + std::to_string(weight.nbytes()) + " contiguous, aligned bytes for " +
                           kind_name + " (" + std::to_string(rows) + ", " + std::to_string(cols) + "), got " +
                           std::to_string(data.nbytes()));
   return weight;
@@ -87,7 +91,7 @@ struct BoundExecutor {
 
 BoundExecutor make_executor(int64_t hidden, int64_t intermediate, int64_t vocab, int heads, int kv_heads, int head_dim,
                             float norm_eps, const std::string& activation, bool half_cache,
-                            std::vector<int> schedule, std::vector<py::dict> blocks, Floats final_norm,
+                            std::vector<int> schedule, std::vector<py::dict> blocks, py::array final_norm,
                             WeightTuple embedding, WeightTuple head, int threads, const std::string& isa, int64_t cache_nbytes) {
   if (hidden < 1 || intermediate < 1 || vocab < 1 || kv_heads < 1 || heads < 1 || heads % kv_heads || head_dim < 2 || head_dim % 2)
     throw py::value_error("sizes must be positive, heads a multiple of kv_heads, head_dim even");
@@ -139,19 +143,19 @@ py::array forward(BoundExecutor& self, KVCache& cache, py::array_t<int32_t, py::
   const Model& model = executor.model();
   const int64_t count = tokens.size();
   if (tokens.ndim() != 1 || count < 1) throw py::value_error("tokens must be a non-empty vector");
-  for (int64_t i = 0; i < count; ++i)
-    if (tokens.data()[i] < 0 || tokens.data()[i] >= model.vocab)
-      throw py::value_error("token ids must be in 0.." + std::to_string(model.vocab - 1) + ", got " + std::to_string(tokens.data()[i]));
   if (!cache.fits(static_cast<int>(model.schedule.size()), model.kv_heads, model.head_dim, model.half_cache))
     throw py::value_error("cache was made by another model");
   const float* c = floats(cos, "cos", {count, model.head_dim / 2});
   const float* s = floats(sin, "sin", {count, model.head_dim / 2});
   Floats logits({all_logits ? count : 1, model.vocab});
   float* out = logits.mutable_data();
-  const int32_t* ids = tokens.data();
+  const std::vector<int32_t> ids(tokens.data(), tokens.data() + count);  // the array may change meanwhile
+  for (const int32_t id : ids)
+    if (id < 0 || id >= model.vocab)
+      throw py::value_error("token ids must be in 0.." + std::to_string(model.vocab - 1) + ", got " + std::to_string(id));
   {
     py::gil_scoped_release release;
-    executor.forward(cache, ids, count, c, s, all_logits, out);
+    executor.forward(cache, ids.data(), count, c, s, all_logits, out);
   }
   return logits;
 }
@@ -277,8 +281,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("tile_nbytes", [](const std::string& kind, int64_t cols) {
     return tile_nbytes(to_kind(kind, "weight"), cols);
   });
-  m.def("read_bandwidth", &read_bandwidth, "threads"_a, "Bytes per second that `threads` threads read from memory together.",
-        py::call_guard<py::gil_scoped_release>());
+  m.def("read_bandwidth", [](int threads) {
+    check_threads(threads);
+    py::gil_scoped_release release;
+    return read_bandwidth(threads);
+  }, "threads"_a, "Bytes per second that `threads` threads read from memory together.");
   m.def("allocate", [](int64_t nbytes) {
     if (nbytes < 0) throw py::value_error("nbytes must not be negative, got " + std::to_string(nbytes));
     auto memory = std::make_unique<Pages>(allocate_pages(nbytes));

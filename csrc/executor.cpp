@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <mutex>
 #include <utility>
 
 namespace mlf {
@@ -27,6 +28,7 @@ struct Executor::Scratch {
   std::vector<float> scales;
   std::vector<int32_t> sums, group_sums;
   std::vector<float> queries;    // (queries, head_dim)
+  std::vector<int> visible;      // tokens of a page that each query sees
   std::vector<float> state, page_state;  // AttentionState of those queries
 
   Activations activations(int64_t cols) {
@@ -47,7 +49,8 @@ AttentionState attention_state(float* buffer, int64_t queries, int64_t padded_di
 Plan plan_of(const Model& model, int64_t cache_nbytes) {
   std::vector<int64_t> block_nbytes;
   for (const BlockWeights& block : model.blocks) block_nbytes.push_back(block.nbytes());
-  return make_plan(model.schedule, block_nbytes, model.head.nbytes(), cache_nbytes);
+  const bool fetches = model.activation != ActivationKind::floating;  // float kernels do not
+  return make_plan(model.schedule, block_nbytes, model.head.nbytes(), cache_nbytes, fetches);
 }
 
 }  // namespace
@@ -73,6 +76,7 @@ Executor::Executor(Model model, int threads, const KernelTable& kernels, int64_t
     scratch.sums.resize(rows);
     scratch.group_sums.resize(rows * padded / kGroup);
     scratch.queries.resize(queries * model_.head_dim);
+    scratch.visible.resize(queries);
     scratch.state.resize(queries * (padded_dim() + 2));
     scratch.page_state.resize(queries * (padded_dim() + 2));
   }
@@ -87,7 +91,7 @@ std::unique_ptr<KVCache> Executor::new_cache() const {
 
 void Executor::forward(KVCache& cache, const int32_t* tokens, int64_t count, const float* cos,
                        const float* sin, bool all_logits, float* logits) {
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::lock_guard<ForkSafeMutex> lock(mutex_);
   const int64_t start = cache.length(), half = model_.head_dim / 2;
   cache.reserve(start + count);
   partials_.resize(ceil_div(start + count, kPageTokens) * model_.heads * (padded_dim() + 2));
@@ -150,14 +154,16 @@ void Executor::run_chunk(int thread, const Chunk& chunk) {
 }
 
 // The thread's share of a block's matrix, and how much of the same matrix in a later block to fetch
-// meanwhile. All blocks of a model lay their matrices out alike, so one distance serves gate and up.
+// meanwhile. In one buffer, blocks lie alike and one distance serves gate and up; elsewhere the
+// fetch may miss what it is for, and harms nothing.
 Tiles Executor::tiles(int thread, int position, const Weight BlockWeights::*weight) const {
   const Weight& here = model_.blocks[model_.schedule[position]].*weight;
   const Share mine = share(here.tiles(), thread, pool_.size());
   Tiles tiles{mine.begin, mine.end};
   const Ahead& ahead = plan_.ahead[position];
   if (ahead.block >= 0) {
-    tiles.ahead = (model_.blocks[ahead.block].*weight).data - here.data;
+    const Weight& there = model_.blocks[ahead.block].*weight;
+    tiles.ahead = reinterpret_cast<intptr_t>(there.data) - reinterpret_cast<intptr_t>(here.data);
     tiles.stride = ahead.passes;
     tiles.phase = ahead.pass;
   }
@@ -220,9 +226,9 @@ void Executor::attend_one(int thread, const Chunk& chunk, int position) {
     }
     const float* q = qkv_.data() + static_cast<int64_t>(kv_head) * group() * dim;
     kernels_.rope(q, chunk.cos, chunk.sin, scratch.queries.data(), group(), dim);
-    const std::vector<int> tokens(group(), last ? in_last : kPageTokens);
+    std::fill_n(scratch.visible.begin(), group(), last ? in_last : kPageTokens);
     float* state = partials_.data() + (kv_head * pages + page) * state_size;
-    kernels_.attend_page(scratch.queries.data(), view, tokens.data(),
+    kernels_.attend_page(scratch.queries.data(), view, scratch.visible.data(),
                          attention_state(state, group(), padded_dim()), group(),
                          1.0f / std::sqrt(static_cast<float>(dim)));
   }
@@ -268,7 +274,6 @@ void Executor::attend_many(int thread, const Chunk& chunk, int position) {
   const int dim = model_.head_dim;
   const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
   const int64_t blocks = ceil_div(chunk.rows, kAttentionRows);
-  std::vector<int> tokens(kAttentionRows * group());
   for (int64_t task = thread; task < blocks * model_.kv_heads; task += pool_.size()) {
     const int kv_head = static_cast<int>(task % model_.kv_heads);
     const int64_t first = task / model_.kv_heads * kAttentionRows;
@@ -284,10 +289,10 @@ void Executor::attend_many(int thread, const Chunk& chunk, int position) {
     for (int64_t page = 0; page < pages; ++page) {
       for (int64_t i = 0; i < queries; ++i) {
         const int64_t seen = chunk.start + first + i / group() + 1 - page * kPageTokens;
-        tokens[i] = static_cast<int>(std::clamp<int64_t>(seen, 0, kPageTokens));
+        scratch.visible[i] = static_cast<int>(std::clamp<int64_t>(seen, 0, kPageTokens));
       }
       const PageView view = chunk.cache.view(position, page, kv_head);
-      kernels_.attend_page(scratch.queries.data(), view, tokens.data(), page ? page_state : state, queries, scale);
+      kernels_.attend_page(scratch.queries.data(), view, scratch.visible.data(), page ? page_state : state, queries, scale);
       if (page) kernels_.attend_merge(state, page_state, queries, padded_dim());
     }
     for (int64_t row = 0; row < rows; ++row) {

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "kernels.h"
@@ -83,7 +82,7 @@ class Executor {
   const KernelTable& kernels_;
   const Plan plan_;
   ThreadPool pool_;
-  std::mutex mutex_;
+  ForkSafeMutex mutex_;
   std::vector<float> hidden_;     // (chunk, hidden): the residual stream
   std::vector<float> qkv_;        // (chunk, qkv_size)
   std::vector<float> attention_;  // (chunk, q_size)

@@ -34,7 +34,7 @@ int64_t last_level_cache_nbytes() {
 }
 
 Plan make_plan(const std::vector<int>& schedule, const std::vector<int64_t>& block_nbytes, int64_t head_nbytes,
-               int64_t cache_nbytes) {
+               int64_t cache_nbytes, bool fetches) {
   Plan plan{std::vector<Ahead>(schedule.size()), head_nbytes, 0};
   for (size_t first = 0, end; first < schedule.size(); first = end) {
     const int block = schedule[first];
@@ -44,10 +44,9 @@ Plan make_plan(const std::vector<int>& schedule, const std::vector<int64_t>& blo
     const bool stays = nbytes <= cache_nbytes;  // between two passes
     plan.memory_nbytes += stays ? nbytes : passes * nbytes;
     plan.cache_nbytes += stays ? (passes - 1) * nbytes : 0;
-    if (passes == 1 || end == schedule.size()) continue;
+    if (!fetches || passes == 1 || end == schedule.size()) continue;
     const int next = schedule[end];
     if (nbytes + block_nbytes[next] > cache_nbytes) continue;
-    plan.cache_nbytes += block_nbytes[next];  // its first pass, too, then finds it there
     for (size_t i = first; i < end; ++i) plan.ahead[i] = {next, passes, static_cast<int>(i - first)};
   }
   return plan;

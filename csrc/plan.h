@@ -25,8 +25,9 @@ struct Plan {
 // A block that runs several times in a row (layer sharing) needs memory once. If it and the next
 // block fit the cache together, its passes share the work of fetching the next block, so that
 // memory never rests; otherwise, and for schedules that never repeat a block at once, each layer
-// just streams. `head_nbytes` is read once per token.
+// just streams. `head_nbytes` is read once per token; `fetches` tells whether the kernels can fetch
+// ahead.
 Plan make_plan(const std::vector<int>& schedule, const std::vector<int64_t>& block_nbytes, int64_t head_nbytes,
-               int64_t cache_nbytes);
+               int64_t cache_nbytes, bool fetches);
 
 }  // namespace mlf

@@ -71,10 +71,10 @@ struct Activations {
 enum class ActivationKind : int32_t { floating, int16, int8 };
 
 // Largest activation code. 16 bits as far as they go: a sum of `cols` products with int8 codes
-// must fit int32 (2^31 / (127 * cols)), and a code must split into two signed bytes (<= 127 * 256).
+// must fit int32 (2^31 / (128 * cols)), and a code must split into two signed bytes (<= 127 * 256).
 MLF_INLINE constexpr int32_t max_code(ActivationKind kind, int64_t cols) {
   if (kind == ActivationKind::int8) return 127;
-  const int64_t fits = ((int64_t{1} << 31) - 1) / (127 * round_up(cols, kGroup));
+  const int64_t fits = ((int64_t{1} << 31) - 1) / (128 * round_up(cols, kGroup));
   return static_cast<int32_t>(fits < 127 * 256 ? fits : 127 * 256);
 }
 

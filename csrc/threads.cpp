@@ -15,8 +15,8 @@ inline void pause() {
 #endif
 }
 
-// About 50 us of pauses: longer than the stages of a step differ between threads, shorter than
-// anyone notices when the other thread has lost its processor.
+// Tens of microseconds of pauses on x86: longer than the stages of a step differ between threads,
+// shorter than anyone notices when the other thread has lost its processor.
 constexpr int kSpins = 1500;
 
 }  // namespace
@@ -41,6 +41,17 @@ void WaitCounter::wait_while(uint32_t seen) {
   sleepers_.fetch_sub(1, std::memory_order_relaxed);
 }
 
+ForkSafeMutex::ForkSafeMutex() : mutex_(new std::mutex), owner_process_(getpid()) {}
+
+void ForkSafeMutex::lock() {
+  // After fork() there is one thread, and nobody to unlock the old mutex: leave it behind.
+  if (owner_process_ != getpid()) {
+    mutex_ = new std::mutex;
+    owner_process_ = getpid();
+  }
+  mutex_->lock();
+}
+
 ThreadPool::ThreadPool(int threads) : size_(threads) {}
 
 ThreadPool::~ThreadPool() {
@@ -49,9 +60,7 @@ ThreadPool::~ThreadPool() {
     forget_workers();
     return;
   }
-  stop_ = true;
-  started_.increment();
-  for (std::thread& worker : workers_) worker.join();
+  stop_workers();
 }
 
 // In a forked child the workers exist only in the parent; their handles can be neither joined nor
@@ -64,9 +73,21 @@ void ThreadPool::start() {
   new (&started_) WaitCounter();
   new (&passed_) WaitCounter();
   arrived_.store(0);
+  try {
+    for (int thread = 1; thread < size_; ++thread) workers_.emplace_back([this, thread] { work(thread, 0); });
+  } catch (...) {  // the system has no more threads: end those there are, and try anew next time
+    stop_workers();
+    throw;
+  }
   owner_process_ = getpid();
-  for (int thread = 1; thread < size_; ++thread)
-    workers_.emplace_back([this, thread] { work(thread, 0); });
+}
+
+void ThreadPool::stop_workers() {
+  stop_ = true;
+  started_.increment();
+  for (std::thread& worker : workers_) worker.join();
+  workers_.clear();
+  stop_ = false;
 }
 
 void ThreadPool::work(int thread, uint32_t seen) {

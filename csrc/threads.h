@@ -26,8 +26,22 @@ class WaitCounter {
   std::condition_variable changed_;
 };
 
+// A mutex that a child process can lock although a thread of its parent held it during fork().
+class ForkSafeMutex {
+ public:
+  ForkSafeMutex();
+  ForkSafeMutex(const ForkSafeMutex&) = delete;
+  ~ForkSafeMutex() { delete mutex_; }
+  void lock();
+  void unlock() { mutex_->unlock(); }
+
+ private:
+  std::mutex* mutex_;
+  int owner_process_;
+};
+
 // Runs a function on every thread at once; the calling thread is thread 0. Between calls the
-// workers sleep. Not for concurrent use: the owner serialises calls to run().
+// workers spin for a moment, then sleep. Not for concurrent use: the owner serialises calls to run().
 class ThreadPool {
  public:
   explicit ThreadPool(int threads);  // >= 1
@@ -44,6 +58,7 @@ class ThreadPool {
  private:
   void start();
   void forget_workers();
+  void stop_workers();
   void work(int thread, uint32_t seen);
 
   const int size_;

@@ -24,6 +24,9 @@ ROPE_SCALINGS = {
 }
 
 
+MAX_LAYER_REPEATS = 64  # published models use 2; a damaged file must not make an endless schedule
+
+
 @dataclass(frozen=True)
 class MobileLLMConfig:
     """Describe a MobileLLM-class (Llama architecture) model; field names are Hugging Face's.
@@ -83,6 +86,10 @@ class MobileLLMConfig:
             "layer_repeats",
         ):
             self._set(name, _integer(name, getattr(self, name), minimum=1))
+        if self.layer_repeats > MAX_LAYER_REPEATS:
+            raise _error(
+                f"layer_repeats must be at most {MAX_LAYER_REPEATS}, got {self.layer_repeats}"
+            )
         for name, positive in (
             ("rms_norm_eps", False),
             ("rope_theta", True),

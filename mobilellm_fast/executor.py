@@ -14,6 +14,17 @@ from .errors import MobileLLMError
 from .rope import cos_sin
 from .weights import Weights
 
+PIECE = 512  # tokens per call into C++, which cannot be interrupted: at most about a second
+_PROJECTIONS = {
+    "q": "self_attn.q",
+    "k": "self_attn.k",
+    "v": "self_attn.v",
+    "o": "self_attn.o",
+    "gate": "mlp.gate",
+    "up": "mlp.up",
+    "down": "mlp.down",
+}
+
 
 class Executor:
     """Runs a model's weights on the CPU.
@@ -96,7 +107,7 @@ class Executor:
 
     @property
     def cache_nbytes_per_token(self) -> int:
-        """Weight bytes that a decode step is predicted to read from cache instead."""
+        """Weight bytes that a decode step is predicted to read again, from cache."""
         return self._executor.cache_nbytes_per_token
 
     def new_cache(self) -> _C.KVCache:
@@ -135,29 +146,17 @@ class Executor:
             raise MobileLLMError(
                 f"[forward] the context holds {self.config.context_length} tokens, got {end}"
             )
-        if end > self._rotary.shape[1]:  # in steps, so that decoding rarely stops for it
+        rotary = self._rotary  # another thread may replace it meanwhile
+        if end > rotary.shape[1]:  # in steps, so that decoding rarely stops for it
             positions = np.arange(min(end + 1024, self.config.context_length))
-            self._rotary = np.stack(cos_sin(self.config, positions))
+            rotary = self._rotary = np.stack(cos_sin(self.config, positions))
         ids = ids.astype(np.int32)
         parts = []
         for first in range(0, len(ids), PIECE):
             piece = ids[first : first + PIECE]
-            cos, sin = self._rotary[:, start + first : start + first + len(piece)]
+            cos, sin = rotary[:, start + first : start + first + len(piece)]
             parts.append(self._executor.forward(cache, piece, cos, sin, all_logits))
         return np.concatenate(parts) if all_logits and len(parts) > 1 else parts[-1]
-
-
-PIECE = 512  # tokens per call into C++, which cannot be interrupted: at most about a second
-
-_PROJECTIONS = {
-    "q": "self_attn.q",
-    "k": "self_attn.k",
-    "v": "self_attn.v",
-    "o": "self_attn.o",
-    "gate": "mlp.gate",
-    "up": "mlp.up",
-    "down": "mlp.down",
-}
 
 
 def check_threads(threads: int | None) -> int:

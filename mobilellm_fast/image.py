@@ -130,38 +130,48 @@ def open_image(path: Path, source: str | None = None, threads: int = 1) -> Image
     try:
         fields = json.loads(header)
         if source is not None and fields["source"] != source:
-            raise refuse("was made from another source")
+            raise MobileLLMError("was made from another source")
         config = MobileLLMConfig.from_hf(fields["config"])
         slots = _slots(config, fields)
-        tokenizer_end = PREFIX.size + header_nbytes + fields["tokenizer_nbytes"]
-        tokenizer = bytes(data[PREFIX.size + header_nbytes : tokenizer_end])
-        start = _weights_start(header_nbytes, len(tokenizer))
+        name, chat_template = fields["name"], fields["chat_template"]
+        if not isinstance(name, str) or not isinstance(chat_template, (str, type(None))):
+            raise MobileLLMError("name and chat_template must be text")
+        tokenizer_nbytes = fields["tokenizer_nbytes"]
+        if not isinstance(tokenizer_nbytes, int) or tokenizer_nbytes < 0:
+            raise MobileLLMError(f"tokenizer_nbytes must be >= 0, got {brief(tokenizer_nbytes)}")
+        start = _weights_start(header_nbytes, tokenizer_nbytes)
         buffer = data[start:]
         if len(buffer) != fields["weights_nbytes"]:
-            raise refuse(f"must have {start + fields['weights_nbytes']} bytes, got {len(data)}")
+            whole = start + fields["weights_nbytes"]
+            raise MobileLLMError(f"must have {whole} bytes, got {len(data)}")
+        after_header = PREFIX.size + header_nbytes
+        tokenizer = bytes(data[after_header : after_header + tokenizer_nbytes])
         if _C.checksum(tokenizer) != fields["tokenizer_checksum"]:
-            raise refuse("the tokenizer is damaged")
+            raise MobileLLMError("the tokenizer is damaged")
         if _C.checksum(buffer, threads) != fields["weights_checksum"]:
-            raise refuse("the weights are damaged")
+            raise MobileLLMError("the weights are damaged")
         return Image(
             config,
             {slot.name: slot.view(buffer) for slot in slots},
             buffer,
             fields["format"],
             Tokenizer.deserialize(tokenizer) if tokenizer else None,
-            fields["chat_template"],
-            fields["name"],
+            chat_template,
+            name,
         )
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:  # MobileLLMError is a ValueError
+    except MobileLLMError as error:
+        raise refuse(str(error)) from None
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise refuse(f"the header is damaged ({brief(error)})") from None
 
 
 def _slots(config: MobileLLMConfig, fields: dict) -> list[Slot]:
-    kinds = fields["kinds"]
-    if fields["format"] not in quant.FORMATS or not set(kinds.values()) <= set(quant.KINDS):
-        raise MobileLLMError("unknown format")
+    format, kinds = fields["format"], fields["kinds"]
+    if format not in quant.FORMATS:
+        raise MobileLLMError(f"unknown format {brief(format)}")
+    for name, kind in kinds.items():
+        if kind not in quant.kinds_of(format):
+            raise MobileLLMError(f"{name} cannot be {brief(kind)} in format {format}")
     if config.num_hidden_layers > len(kinds):  # before a damaged count makes a list of a billion
         raise MobileLLMError("num_hidden_layers exceeds the tensors")
     slots = plan_slots(config, kinds)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from pathlib import Path
 
 from . import quant
 from .cache import cache_directory
 from .checkpoint import locate, open_path
 from .errors import CheckpointError, MobileLLMError
+from .files import brief
 from .image import SUFFIX, VERSION, Image, open_image
+from .version import __version__
 from .weights import read_weights
+
+# Files of a model directory that an image depends on.
+SOURCE_SUFFIXES = (".bin", ".jinja", ".json", ".model", ".safetensors")
 
 
 def load_image(
@@ -44,14 +48,15 @@ def load_image(
             raise MobileLLMError(f"[load] format of {path} is {image.format!r}, got {format!r}")
         return image
 
-    key = _fingerprint(path, format)
-    cached = cache_directory() / "images" / f"{key}{SUFFIX}"
+    state = _state(path)
+    place = hashlib.sha256(f"{path.resolve()}\0{format}".encode()).hexdigest()[:32]
+    cached = cache_directory() / "images" / f"{place}{SUFFIX}"
     with contextlib.suppress(CheckpointError):
-        return open_image(cached, key, threads)
+        return open_image(cached, state, threads)
     image = pack_checkpoint(path, name, format)
     if image.format in ("int8", "w8a8", "int4"):  # float formats are as large as their source
         with contextlib.suppress(CheckpointError):
-            image.save(cached, key)
+            image.save(cached, state)
     return image
 
 
@@ -79,12 +84,17 @@ def check_format(format: str) -> None:
         raise MobileLLMError(f"[load] format must be one of {', '.join(known)}, got {format!r}")
 
 
-def _fingerprint(path: Path, format: str) -> str:
-    """Name what an image depends on: the source's files as they are now, format and layout."""
-    path = path.resolve()
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    digest = hashlib.sha256(f"{VERSION} {format}".encode())
-    for file in files:
-        status = os.stat(file)
-        digest.update(f"\0{file}\0{status.st_size}\0{status.st_mtime_ns}".encode())
-    return digest.hexdigest()[:32]
+def _state(path: Path) -> str:
+    """Describe the files that an image is made from, and the code that made it."""
+    digest = hashlib.sha256(f"{VERSION} {__version__}".encode())
+    try:
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.suffix in SOURCE_SUFFIXES)
+        else:
+            files = [path.resolve()]
+        for file in files:
+            status = file.stat()
+            digest.update(f"\0{file.name}\0{status.st_size}\0{status.st_mtime_ns}".encode())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({brief(error)})") from None
+    return digest.hexdigest()

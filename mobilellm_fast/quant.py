@@ -166,8 +166,8 @@ def quantize(weight: np.ndarray, kind: str) -> QuantizedTensor:
 
 
 def _reciprocal(scales: np.ndarray) -> np.ndarray:
-    """1 / scale, and 0 where the scale is 0 (a row or group of zeros)."""
-    return np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
+    """1 / scale, and 0 where the scale is 0 or too small for that (a row or group of zeros)."""
+    return np.divide(1, scales, out=np.zeros_like(scales), where=scales > 2.0**-100)
 
 
 def pack(
@@ -323,3 +323,9 @@ def kind_of(format: str, name: str, dtype: str) -> str:
     if own is not None:
         return own
     return "int8" if name.endswith(("embed_tokens.weight", "lm_head.weight")) else "int4_g32"
+
+
+def kinds_of(format: str) -> tuple[str, ...]:
+    """Return the kinds that `kind_of` may choose for a format."""
+    several = {"w8a8": ("int8",), "int8": ("int8", "int8_g32"), "int4": QUANTIZED_KINDS}
+    return several.get(format, (format,))

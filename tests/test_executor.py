@@ -1,7 +1,11 @@
 """The executor against transformers, and against itself: threads, chunks, tables, caches."""
 
 import multiprocessing
+import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,9 +188,126 @@ def test_two_executors_at_once():
     ids = random_ids(config, 60)
     executors = [make_executor(config, seed=seed, threads=2) for seed in (0, 1)]
     want = [run(executor, ids) for executor in executors]
-    for _ in range(3):
-        for executor, logits in zip(executors, want, strict=True):
-            assert np.array_equal(run(executor, ids, chunk=7), logits)
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda i: run(executors[i % 2], ids, chunk=7), range(8)))
+    assert all(np.array_equal(got[i], want[i % 2]) for i in range(8))
+
+
+def test_threads_with_contexts_of_different_length():
+    """Each makes the rotary table it needs; none may take away another's."""
+    executor = make_executor(tiny_config(max_position_embeddings=4096))
+    lengths = [3000, 20, 1500, 700]
+    ids = random_ids(executor.config, 3000)
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda n: run(executor, ids[:n]), lengths))
+    want = run(make_executor(executor.config), ids)
+    assert all(np.array_equal(g, want[:n]) for g, n in zip(got, lengths, strict=True))
+
+
+NO_THREADS = """
+import resource, sys
+sys.path[:0] = sys.argv[1:]
+import numpy as np
+from helpers import tiny_config
+from test_executor import make_executor
+few, many = (make_executor(tiny_config(), threads=n) for n in (2, 200))
+want = few.forward([1, 2, 3], few.new_cache())
+soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), hard))
+for _ in range(2):
+    try:
+        many.forward([1, 2, 3], many.new_cache())
+        print("no limit")
+    except (RuntimeError, MemoryError, OSError) as error:
+        print("refused")
+resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+assert np.array_equal(many.forward([1, 2, 3], many.new_cache()), want)
+print("recovered")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits threads through memory")
+def test_a_system_without_threads_is_an_error_not_a_hang():
+    tests = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", NO_THREADS, tests], capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout.split() == ["refused", "refused", "recovered"], done.stdout + done.stderr
+
+
+def test_not_finite_stays_not_finite():
+    """A model whose numbers have left float's range says so, on every ISA."""
+    config = tiny_config()
+    for format in quant.FORMATS:
+        weights = {
+            name: values
+            if values.ndim == 1
+            else quant.pack(values, quant.kind_of(format, name, "float32"))
+            for name, values in random_weights(config).items()
+        }
+        weights["model.layers.1.post_attention_layernorm.weight"][3] = np.nan
+        for isa in _C.supported_isas():
+            executor = Executor(config, weights, format, isa=isa)
+            assert np.isnan(run(executor, [1, 2])).all()
+
+
+def test_values_beyond_fp16_do_not_reach_earlier_tokens():
+    config = tiny_config(num_hidden_layers=1)
+    weights = random_weights(config)
+    weights["model.layers.0.self_attn.v_proj.weight"] *= 1e6
+    executor = Executor(config, packed_weights(weights, "int8"), "int8")
+    ids = random_ids(config, 60)
+    want = run(executor, ids, chunk=1)
+    assert np.isfinite(want).all()
+    assert np.array_equal(run(executor, ids), want)
+
+
+@pytest.mark.parametrize("name", ["odd_everything", "gqa5", "wide_heads", "narrow_heads"])
+@pytest.mark.parametrize("format", INTEGER_FORMATS)
+def test_odd_sizes_agree_between_tables_and_splits(name, format):
+    config = MODEL_CONFIGS[name]
+    ids = random_ids(config, 40)
+    want = run(make_executor(config, format, threads=1), ids)
+    for isa in _C.supported_isas():
+        for threads, chunk in ((2, 1), (5, 7)):
+            executor = make_executor(config, format, threads=threads, isa=isa)
+            assert np.array_equal(run(executor, ids, chunk), want)
+
+
+# --- the plan ----------------------------------------------------------------------------------
+
+
+def planned(cache_nbytes, **changes):
+    executor = make_executor(tiny_config(**changes), "int8", cache_nbytes=cache_nbytes)
+    return executor.memory_nbytes_per_token, executor.cache_nbytes_per_token
+
+
+def test_plan_counts_bytes():
+    base = planned(0)
+    head = quant.packed_nbytes("int8", 97, 48)
+    blocks = base[0] - head
+    assert blocks > 0
+    assert base[1] == 0
+    large = 1 << 30
+    assert planned(large) == base  # every block once
+    assert planned(large, layer_sharing="immediate") == (head + blocks, blocks)
+    assert planned(large, layer_sharing="immediate", layer_repeats=3) == (head + blocks, 2 * blocks)
+    # too large to stay for the second pass
+    assert planned(100, layer_sharing="immediate") == (head + 2 * blocks, 0)
+    # only the turning point runs a block twice in a row
+    assert planned(large, layer_sharing="repeat_all") == (head + 2 * blocks, 0)
+    assert planned(large, layer_sharing="reverse") == (head + 3 * blocks // 2, blocks // 2)
+
+
+def test_plan_does_not_change_results():
+    config = tiny_config(layer_sharing="immediate", num_hidden_layers=4)
+    ids = random_ids(config, 20)
+    results = [
+        run(make_executor(config, "int4", cache_nbytes=n), ids) for n in (0, 20_000, 1 << 30)
+    ]
+    assert np.array_equal(results[0], results[1])
+    assert np.array_equal(results[0], results[2])
 
 
 def _run_in_child(executor, ids, queue):

@@ -11,7 +11,7 @@ import pytest
 from helpers import SHARING, random_ids, random_weights, tiny_config
 from safetensors.numpy import save_file
 
-from mobilellm_fast import packing
+from mobilellm_fast import _C, packing
 from mobilellm_fast.engine import Engine
 from mobilellm_fast.errors import CheckpointError, MobileLLMError
 from mobilellm_fast.image import PREFIX, open_image
@@ -60,9 +60,10 @@ def test_an_image_gives_back_the_same_bits(checkpoint, tmp_path, format):
 def test_schedules_survive(tmp_path, sharing):
     folder = write_checkpoint(tmp_path / "shared", layer_sharing=sharing, layer_repeats=3)
     pack_checkpoint(folder).save(tmp_path / "shared.mlf")
-    assert Engine.load(tmp_path / "shared.mlf").config.schedule == packing.pack_checkpoint(
-        folder
-    ).config.schedule
+    assert (
+        Engine.load(tmp_path / "shared.mlf").config.schedule
+        == packing.pack_checkpoint(folder).config.schedule
+    )
 
 
 def test_writing_to_a_mapped_image_does_not_reach_the_file(checkpoint, tmp_path):
@@ -116,6 +117,53 @@ def test_other_versions_and_formats_are_refused(checkpoint, tmp_path):
         load_image(path)
 
 
+def test_crafted_headers_are_refused(checkpoint, tmp_path):
+    """With checksums made to agree: what is left is that the fields agree with each other."""
+    path = tmp_path / "tiny.mlf"
+    pack_checkpoint(checkpoint).save(path)
+    whole = path.read_bytes()
+    length = PREFIX.unpack(whole[: PREFIX.size])[2]
+    fields = json.loads(whole[PREFIX.size : PREFIX.size + length])
+    weights = whole[1 << 16 :]
+    q_proj = "model.layers.0.self_attn.q_proj.weight"
+    for change, message in [
+        ({"kinds": []}, "damaged"),
+        ({"kinds": {}}, "num_hidden_layers exceeds"),
+        ({"kinds": fields["kinds"] | {q_proj: "int3"}}, "cannot be 'int3' in format int8"),
+        ({"format": "fp32"}, "cannot be 'int8' in format fp32"),
+        ({"format": []}, "unknown format|damaged"),
+        ({"chat_template": 5}, "must be text"),
+        ({"name": 7}, "must be text"),
+        ({"tokenizer_nbytes": -3}, "tokenizer_nbytes must be >= 0, got -3"),
+        ({"tokenizer_nbytes": 1 << 40}, "bytes, got"),
+        ({"weights_nbytes": 3}, "sizes disagree"),
+        ({"config": fields["config"] | {"hidden_size": 64}}, "sizes disagree"),
+        ({"config": fields["config"] | {"num_hidden_layers": 10**9}}, "num_hidden_layers"),
+        ({"config": fields["config"] | {"layer_repeats": 10**9}}, "layer_repeats"),
+        ({"config": None}, "damaged|config"),
+    ]:
+        header = json.dumps(fields | change).encode()
+        prefix = PREFIX.pack(b"MLFIMAGE", 2, len(header), _C.checksum(header))
+        path.write_bytes((prefix + header).ljust(1 << 16, b"\0") + weights)
+        with pytest.raises(CheckpointError, match=rf"tiny\.mlf: .*({message})"):
+            open_image(path)
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 1 << 20, (1 << 20) + 1, 5_000_000])
+def test_checksum(size):
+    data = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    whole = _C.checksum(data)
+    assert all(_C.checksum(data, threads) == whole for threads in (2, 3, 8))
+    assert _C.checksum(np.append(data, np.uint8(0))) != whole
+    for place in np.random.default_rng(1).integers(0, size, 20 if size else 0):
+        data[place] ^= 1
+        assert _C.checksum(data) != whole
+        data[place] ^= 1
+    if size > 1 << 20:  # blocks that change places
+        swapped = np.concatenate([data[1 << 20 : 2 << 20], data[: 1 << 20], data[2 << 20 :]])
+        assert _C.checksum(swapped) != whole
+
+
 def test_second_load_comes_from_the_cache(checkpoint, cache, monkeypatch):
     first = load_image(checkpoint)
     assert len(list(cache.iterdir())) == 1
@@ -127,7 +175,14 @@ def test_a_changed_source_is_packed_anew(checkpoint, cache):
     first = logits(load_image(checkpoint))
     write_checkpoint(checkpoint, seed=1)
     assert not np.array_equal(logits(load_image(checkpoint)), first)
-    assert len(list(cache.iterdir())) == 2
+    assert len(list(cache.iterdir())) == 1  # in the place of the old one
+
+
+def test_other_files_of_the_directory_do_not_matter(checkpoint, monkeypatch):
+    load_image(checkpoint)
+    (checkpoint / "notes.txt").write_text("")
+    monkeypatch.setattr(packing, "pack_checkpoint", None)
+    load_image(checkpoint)
 
 
 def test_a_damaged_cache_is_packed_anew(checkpoint, cache):
@@ -189,7 +244,9 @@ def test_many_at_once(checkpoint, cache):
     code = "import sys; from mobilellm_fast.packing import load_image; load_image(sys.argv[1])"
     command = [sys.executable, "-c", code, str(checkpoint)]
     with ThreadPoolExecutor() as pool:
-        codes = list(pool.map(lambda _: subprocess.run(command, env=os.environ).returncode, range(4)))
+        codes = list(
+            pool.map(lambda _: subprocess.run(command, env=os.environ).returncode, range(4))
+        )
     assert codes == [0] * 4
     (path,) = cache.iterdir()
     assert open_image(path).name == "model"

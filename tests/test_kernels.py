@@ -28,7 +28,7 @@ def matrix(rows, cols, seed):
 
 def max_code(activation: str, cols: int) -> int:
     padded = -(-cols // 32) * 32
-    return 127 if activation == "int8" else min(127 * 256, (2**31 - 1) // (127 * padded))
+    return 127 if activation == "int8" else min(127 * 256, (2**31 - 1) // (128 * padded))
 
 
 def quantized_rows(x, limit):
@@ -250,7 +250,7 @@ def test_bad_arguments_are_refused():
         ((x, ("int3", 4, 8, weight.data), out, "float"), "unknown weight kind int3"),
         (
             (x, ("fp32", 5, 8, weight.data), out, "float"),
-            r"weight must hold 160 contiguous bytes .* got 128",
+            r"weight must hold 160 contiguous, aligned bytes .* got 128",
         ),
         ((x, weight.as_tuple(), out, "float", "sse9"), "isa must be one of .* got sse9"),
         ((x, weight.as_tuple(), out, "float", "", 0), r"threads must be in 1\.\.1024, got 0"),

@@ -5,7 +5,10 @@
 inline VecF load_kv(const float* p) { return load(p); }
 inline VecF load_kv(const uint16_t* p) { return load_half(p); }
 inline void store_kv(float* p, VecF v) { store(p, v); }
-inline void store_kv(uint16_t* p, VecF v) { store_half(p, v); }
+// Clamped: an infinity would reach even the tokens that do not attend to it, as 0 * infinity.
+inline void store_kv(uint16_t* p, VecF v) {
+  store_half(p, min(max(v, splat(-65504.0f)), splat(65504.0f)));
+}
 
 template <class T>
 inline void kv_store_as(const float* key, const float* value, const PageView& page, int slot) {

@@ -13,7 +13,7 @@ void linear(const Activations& x, const Weight& weight, float* out, int64_t rows
     for_each_block<kDotRows>(rows, [&](auto m_count, int64_t first_row) {
       constexpr int M = decltype(m_count)::value;
       VecF y[M];
-      tile_dot<M>(x, weight, tile, first_row, ahead, y);
+      tile_dot<M>(x, weight, tile, first_row, first_row ? 0 : ahead, y);
       for (int m = 0; m < M; ++m) {
         float* p = out + (first_row + m) * out_stride + tile * kTileRows;
         store_upto(p, accumulate ? add(load_upto(p, width), y[m]) : y[m], width);
@@ -30,8 +30,9 @@ void swiglu(const Activations& x, const Weight& gate, const Weight& up, float* o
     for_each_block<kDotRows>(rows, [&](auto m_count, int64_t first_row) {
       constexpr int M = decltype(m_count)::value;
       VecF g[M], u[M];
-      tile_dot<M>(x, gate, tile, first_row, ahead, g);
-      tile_dot<M>(x, up, tile, first_row, ahead, u);
+      const int64_t fetch = first_row ? 0 : ahead;  // once is enough
+      tile_dot<M>(x, gate, tile, first_row, fetch, g);
+      tile_dot<M>(x, up, tile, first_row, fetch, u);
       for (int m = 0; m < M; ++m) {
         float* p = out + (first_row + m) * out_stride + tile * kTileRows;
         store_upto(p, mul(silu(g[m]), u[m]), width);

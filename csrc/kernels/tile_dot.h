@@ -8,7 +8,7 @@ constexpr int kPrefetchBytes = 4096;
 
 // Reads a tile from front to end, a cache line at a time. Besides, each step may fetch the line
 // `ahead` bytes away, which a later layer wants, into the second-level cache; 0 names the line at
-// hand, which costs nothing.
+// hand.
 struct TileReader {
   const uint8_t* line;
   int64_t ahead;
@@ -21,6 +21,11 @@ struct TileReader {
     return at;
   }
 };
+
+// Takes back what load_step_int8 added to the codes; modulo 2^32, like the sum it is added to.
+inline VecI int8_offset(int32_t sum) {
+  return splat_int(static_cast<int32_t>(0u - static_cast<uint32_t>(kInt8Offset) * static_cast<uint32_t>(sum)));
+}
 
 // y[m] (16 outputs) = x[first_row + m] . tile, for m < M.
 template <int M>
@@ -37,7 +42,7 @@ inline void tile_dot_int8(TileReader reader, const Activations& x, int64_t first
     }
   }
   MLF_UNROLL for (int m = 0; m < M; ++m) {
-    const VecI offset = splat_int(-kInt8Offset * x.sums[first_row + m]);
+    const VecI offset = int8_offset(x.sums[first_row + m]);
     const VecF total = to_float(add(dot_result(acc[m]), offset));
     y[m] = mul(total, mul(scales, splat(x.scales[first_row + m])));
   }
@@ -62,7 +67,7 @@ inline void tile_dot_int8_g32(TileReader reader, const Activations& x, int64_t f
     }
     const VecF scale = load_half(scales);
     MLF_UNROLL for (int m = 0; m < M; ++m) {
-      const VecI offset = splat_int(-kInt8Offset * sums[m * groups + group]);
+      const VecI offset = int8_offset(sums[m * groups + group]);
       total[m] = fma(to_float(add(dot_result(acc[m]), offset)), scale, total[m]);
     }
   }
