@@ -3,6 +3,7 @@ PYTHON ?= python3
 SANITIZER ?= address
 SANITIZER_LIBRARY = $(subst address,asan,$(subst undefined,ubsan,$(subst thread,tsan,$(SANITIZER))))
 TESTS ?= tests
+BUILD = build/$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag)')
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 help:            ## list the targets
@@ -12,10 +13,10 @@ dev:             ## editable install with every development tool
 	$(PYTHON) -m pip install -c constraints.txt -e '.[dev]'
 
 build:           ## compile the extension beside the sources, only what changed
-	cmake -S . -B build/cmake -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/mobilellm_fast \
+	cmake -S . -B $(BUILD) -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/mobilellm_fast \
 	  -DPython_EXECUTABLE=$(shell command -v $(PYTHON)) \
 	  -Dpybind11_DIR=$(shell $(PYTHON) -m pybind11 --cmakedir) -DMLF_SANITIZE=$(SANITIZE) $(CMAKE_ARGS)
-	cmake --build build/cmake --parallel $(shell getconf _NPROCESSORS_ONLN)
+	cmake --build $(BUILD) --parallel $(shell getconf _NPROCESSORS_ONLN)
 
 test:            ## run TESTS (default: all)
 	$(PYTHON) -m pytest $(TESTS)

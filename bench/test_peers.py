@@ -27,7 +27,7 @@ def logits(source: Path, ids: list[int]) -> np.ndarray:
     return engine.forward(ids, engine.new_cache(), all_logits=True)
 
 
-@pytest.mark.parametrize(("format", "largest"), [("F16", 1e-3), ("Q8_0", 1e-2), ("Q4_0", 0.3)])
+@pytest.mark.parametrize(("format", "largest"), [("F16", 1e-3), ("Q8_0", 1e-2), ("Q4_0", 1)])
 def test_a_gguf_file_computes_what_the_model_computes(model, tmp_path, format, largest):
     ids = random_ids(tiny_config(), 12).tolist()
     path = export("llama.cpp", format, str(model), tmp_path)

@@ -181,7 +181,7 @@ def max_code(activation: str, cols: int) -> int:
     if activation == "int8":
         return 127
     padded = -(-cols // GROUP) * GROUP
-    return min((2**31 - 1) // (127 * padded), 127 * 256)
+    return min((2**31 - 1) // (128 * padded), 127 * 256)
 
 
 def round_rows(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The default model, SmolLM2-135M-Instruct, end to end: same answers as transformers, and quality."""
+"""The default model, SmolLM2-135M-Instruct, end to end: its answers, bits, quality and memory."""
 
 import json
 import pydoc_data.topics

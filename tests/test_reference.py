@@ -131,7 +131,7 @@ def test_max_code_keeps_sums_in_int32(cols):
     padded = -(-cols // 32) * 32
     assert reference.max_code("int8", cols) == 127
     assert 127 < reference.max_code("int16", cols) <= 2**15 - 1
-    assert reference.max_code("int16", cols) * 127 * padded < 2**31
+    assert reference.max_code("int16", cols) * 128 * padded < 2**31
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", *quant.QUANTIZED_KINDS])
