@@ -18,7 +18,9 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import tokenizers
 from gguf import GGMLQuantizationType as Type
+from safetensors.numpy import save_file
 
 from mobilellm_fast.cache import cache_directory
 from mobilellm_fast.checkpoint import Checkpoint, open_checkpoint
@@ -211,8 +213,6 @@ def write_gguf(checkpoint: Checkpoint, path: Path, block_type: Type, outer_type:
 
 def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     """Write a directory that transformers loads: float32 weights, configuration, tokenizer."""
-    from safetensors.numpy import save_file
-
     folder.mkdir()
     config = checkpoint.config
     fields = config.to_hf() | {
@@ -224,19 +224,28 @@ def write_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     fields = {name: fields[name] for name in fields if not name.startswith("layer_")}
     (folder / "config.json").write_text(json.dumps(fields, indent=2))
     save_file(dict(_tensors(checkpoint)), folder / "model.safetensors", {"format": "pt"})
-    if checkpoint.tokenizer is None:
-        return
-    head, _, vocabulary = checkpoint.tokenizer.serialize().partition(b"\n")
+    _write_tokenizer(checkpoint, folder)
+
+
+def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    tokenizer, fast = checkpoint.tokenizer, {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings = {"chat_template": checkpoint.chat_template}
-    if json.loads(head)["backend"] == "tokenizers":
-        tokens = {v: k for k, v in json.loads(vocabulary)["model"]["vocab"].items()}
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        settings["bos_token"] = tokens.get(checkpoint.tokenizer.bos_token_id)
-        settings["eos_token"] = tokens.get(next(iter(checkpoint.tokenizer.eos_token_ids), None))
-        (folder / "tokenizer.json").write_bytes(vocabulary)
+    if tokenizer is None:  # converters want one, though only ids are measured
+        settings |= fast
+        words = {f"<{i}>": i for i in range(checkpoint.config.vocab_size)}
+        plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<0>"))
+        plain.save(str(folder / "tokenizer.json"))
     else:
-        settings["tokenizer_class"] = "LlamaTokenizer"
-        (folder / "tokenizer.model").write_bytes(vocabulary)
+        head, _, vocabulary = tokenizer.serialize().partition(b"\n")
+        if json.loads(head)["backend"] == "tokenizers":
+            settings |= fast
+            words = {i: word for word, i in json.loads(vocabulary)["model"]["vocab"].items()}
+            settings["bos_token"] = words.get(tokenizer.bos_token_id)
+            settings["eos_token"] = words.get(next(iter(tokenizer.eos_token_ids), None))
+            (folder / "tokenizer.json").write_bytes(vocabulary)
+        else:
+            settings["tokenizer_class"] = "LlamaTokenizer"
+            (folder / "tokenizer.model").write_bytes(vocabulary)
     settings = {name: value for name, value in settings.items() if value is not None}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 

@@ -5,7 +5,8 @@
 
 namespace mlf {
 
-// 64 bits that any changed, missing or moved byte changes. Not cryptographic. The result does not
+// 64 bits that any one changed word changes for certain, and other damage all but certainly. Not
+// cryptographic. The result does not
 // depend on the thread count.
 uint64_t checksum(const uint8_t* data, int64_t nbytes, int threads);
 
