@@ -231,7 +231,7 @@ def _write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
     tokenizer, fast = checkpoint.tokenizer, {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings = {"chat_template": checkpoint.chat_template}
     if tokenizer is None:  # converters want one, though only ids are measured
-        settings |= fast
+        settings |= fast | {f"{kind}_token": "<0>" for kind in ("bos", "eos", "unk")}
         words = {f"<{i}>": i for i in range(checkpoint.config.vocab_size)}
         plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<0>"))
         plain.save(str(folder / "tokenizer.json"))

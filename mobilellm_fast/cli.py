@@ -255,9 +255,11 @@ def _score(args: argparse.Namespace) -> None:
 
 def _pack(args: argparse.Namespace) -> None:
     from .checkpoint import locate
+    from .image import check_output
     from .packing import pack_checkpoint
 
     output = Path(args.output)
+    check_output(output)  # before the work, not after it
     image = pack_checkpoint(*locate(args.model, args.revision), args.format)
     image.save(output)
     print(f"{output}: {image.name}, {image.format}, {output.stat().st_size / 1e6:.1f} MB")

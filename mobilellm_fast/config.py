@@ -2,6 +2,7 @@
 
 import math
 import operator
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,9 @@ ROPE_SCALINGS = {
 }
 
 
+MAX_INTEGER = 2**31 - 1
+MAX_FLOAT32 = 2.0**128
+MAX_ROPE_FACTOR = 1024
 MAX_LAYER_REPEATS = 64  # published models use 2; a damaged file must not make an endless schedule
 
 
@@ -280,6 +284,8 @@ def _integer(name: str, value: Any, minimum: int) -> int:
         raise _error(f"{name} must be an integer, got {value!r}") from None
     if number < minimum:
         raise _error(f"{name} must be at least {minimum}, got {number}")
+    if number > MAX_INTEGER:
+        raise _error(f"{name} must be at most {MAX_INTEGER}, got {reprlib.repr(number)}")
     return number
 
 
@@ -294,6 +300,8 @@ def _number(name: str, value: Any, positive: bool = True) -> float:
         raise _error(
             f"{name} must be finite and {'above' if positive else 'at least'} 0, got {value!r}"
         )
+    if number >= MAX_FLOAT32:
+        raise _error(f"{name} must fit a float32, got {value!r}")
     return number
 
 
@@ -332,6 +340,9 @@ def _rope_scaling(value: Any, head_dim: int) -> dict[str, Any] | None:
         raise _error(f"rope_scaling {sorted(given)[0]!r} is not supported with type {kind!r}")
     if scaling["factor"] < 1:
         raise _error(f"rope_scaling 'factor' must be at least 1, got {scaling['factor']}")
+    if scaling["factor"] > MAX_ROPE_FACTOR:
+        limit, got = MAX_ROPE_FACTOR, scaling["factor"]
+        raise _error(f"rope_scaling 'factor' must be at most {limit}, got {got}")
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise _error(
             f"rope_scaling 'high_freq_factor' must exceed 'low_freq_factor' "

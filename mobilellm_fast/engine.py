@@ -11,7 +11,7 @@ import numpy as np
 from . import generate
 from .config import MobileLLMConfig
 from .executor import Executor, Weights, check_isa, check_threads
-from .packing import check_format, load_image
+from .packing import load_image
 
 
 class Engine:
@@ -73,7 +73,7 @@ class Engine:
             MobileLLMError: an argument is out of range.
             CheckpointError: the source cannot be found, read or trusted.
         """
-        check_format(format), check_threads(threads), check_isa(isa)  # before a long load
+        check_isa(isa)  # now, not after a long load
         image = load_image(source, format, revision, check_threads(threads))
         return cls(
             image.config,

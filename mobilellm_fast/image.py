@@ -100,6 +100,26 @@ class Image:
             raise CheckpointError(f"{path}: cannot be written ({brief(error)})") from None
 
 
+def check_output(path: Path) -> None:
+    """Refuse a path that an image should not be written to: another kind of file, or nowhere.
+
+    Raises:
+        CheckpointError: says which.
+    """
+    if path.suffix != SUFFIX:
+        raise CheckpointError(f"{path}: a packed image must be named *{SUFFIX}")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path}: there is no directory {path.parent}")
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                raise CheckpointError(f"{path}: exists and is not a packed image")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({brief(error)})") from None
+
+
 def open_image(path: Path, source: str | None = None, threads: int = 1) -> Image:
     """Map an image and check it.
 

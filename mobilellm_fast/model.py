@@ -47,10 +47,12 @@ class MobileLLM(nn.Module):
         options = {"dtype": dtype, "device": device}
         self.model = Decoder(config, **options)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, **options)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, **options)
         self._engine: Engine | None = None
         self._engine_options: dict[str, Any] = {}
-        self.reset_parameters()
+        self._engine_state: Any = None
+        if not self.model.norm.weight.is_meta:  # there is nothing to draw, and torch takes a second
+            self.reset_parameters()
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Return the logits of the token after each position.
@@ -75,6 +77,9 @@ class MobileLLM(nn.Module):
         return self.lm_head(hidden)
 
     def _check(self, input_ids: Tensor) -> None:
+        if not isinstance(input_ids, Tensor):
+            got = type(input_ids).__name__
+            raise MobileLLMError(f"[forward] input_ids must be a Tensor, got {got}")
         if input_ids.ndim != 2 or input_ids.dtype not in ops.INTEGERS:
             got = f"{tuple(input_ids.shape)} {input_ids.dtype}"
             raise MobileLLMError(f"[forward] input_ids must be (batch, seq) integers, got {got}")
@@ -162,6 +167,11 @@ class MobileLLM(nn.Module):
             options = self._engine_options | float_format
             self._engine, self._engine_state = Engine(self.config, weights, **options), state
         return self._engine
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's `Tokenizer`, or None."""
+        return self.engine.tokenizer
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
         """Continue a text or token ids, see `mobilellm_fast.generate.generate`."""
@@ -258,9 +268,9 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False, **options)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False, **options)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False, **options)
+        self.q_proj = Linear(config.hidden_size, queries, bias=False, **options)
+        self.k_proj = Linear(config.hidden_size, keys, bias=False, **options)
+        self.v_proj = Linear(config.hidden_size, keys, bias=False, **options)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False, **options)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -279,17 +289,27 @@ class FeedForward(nn.Module):
     def __init__(self, config: MobileLLMConfig, **options: Any) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(hidden, inner, bias=False, **options)
-        self.up_proj = nn.Linear(hidden, inner, bias=False, **options)
-        self.down_proj = nn.Linear(inner, hidden, bias=False, **options)
+        self.gate_proj = Linear(hidden, inner, bias=False, **options)
+        self.up_proj = Linear(hidden, inner, bias=False, **options)
+        self.down_proj = Linear(inner, hidden, bias=False, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, seq, hidden_size) -> the same shape."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Linear(nn.Linear):
+    """A linear layer that leaves it to the model to draw its weights."""
+
+    def reset_parameters(self) -> None:
+        """Do nothing; see `MobileLLM.reset_parameters`."""
+
+
 class Embedding(nn.Embedding):
     """A token embedding that can serve as the output head too."""
+
+    def reset_parameters(self) -> None:
+        """Do nothing; see `MobileLLM.reset_parameters`."""
 
     def project(self, hidden: Tensor) -> Tensor:
         """(..., hidden_size) -> (..., vocab_size)."""

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from . import ops, quant
 from .errors import MobileLLMError
 from .quant import PackedWeight
-
-Weights = dict[str, PackedWeight | np.ndarray]
+from .weights import Weights
 
 
 class PackedLinear(nn.Module):
@@ -93,7 +92,7 @@ def collect(model: nn.Module, names: Iterable[str]) -> Weights:
     Raises:
         MobileLLMError: a parameter is not on the CPU, or neither float32 nor bfloat16.
     """
-    weights: Weights = {}
+    weights = {}
     for name in names:
         layer = model.get_submodule(name.removesuffix(".weight"))
         if isinstance(layer, PackedLinear):

@@ -219,6 +219,16 @@ def test_context_length():
         ({"layer_sharing": "twice"}, "layer_sharing must be a bool or one of .*, got 'twice'"),
         ({"layer_sharing": 1}, "layer_sharing must be a bool or one of .*, got 1"),
         ({"layer_repeats": 0}, "layer_repeats must be at least 1, got 0"),
+        ({"layer_repeats": 65}, "layer_repeats must be at most 64, got 65"),
+        (
+            {"max_position_embeddings": 10**400},
+            "max_position_embeddings must be at most 2147483647",
+        ),
+        ({"rope_theta": 1e308}, "rope_theta must fit a float32, got 1e"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 1e308}},
+            "'factor' must (be at most 1024|fit a float32), got 1e",
+        ),
         ({"eos_token_id": [2, 97]}, r"eos_token_id must be below vocab_size \(97\), got 97"),
         ({"bos_token_id": -1}, "bos_token_id must be at least 0, got -1"),
     ],

@@ -64,6 +64,24 @@ def test_prefill_and_steps_equal_transformers(name):
     assert_logits_close(run(executor, ids, chunk=1), want)
 
 
+def test_dynamic_rope_equals_transformers_step_by_step():
+    """Beyond the trained length, where transformers' keys, too, stay as they were written."""
+    config = MODEL_CONFIGS["rope_dynamic"]
+    weights = random_weights(config)
+    ids = random_ids(config, 60)
+    assert len(ids) > 2 * config.max_position_embeddings
+    oracle = transformers_model(config, weights)
+    past, want = None, []
+    with torch.no_grad():
+        for token in ids:
+            out = oracle(torch.tensor([[token]]), past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            want.append(out.logits[0])
+    executor = Executor(config, packed_weights(weights), "fp32")
+    assert_logits_close(run(executor, ids, chunk=1), torch.cat(want))
+    assert np.array_equal(run(executor, ids), run(executor, ids, chunk=1))
+
+
 @pytest.mark.parametrize("sharing", SHARING)
 @pytest.mark.parametrize("repeats", [2, 3])
 def test_layer_sharing_equals_a_loop_over_transformers_layers(sharing, repeats):

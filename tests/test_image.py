@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ import pytest
 from helpers import SHARING, random_ids, random_weights, tiny_config
 from safetensors.numpy import save_file
 
-from mobilellm_fast import _C, packing
+from mobilellm_fast import _C, cli, packing
 from mobilellm_fast.engine import Engine
 from mobilellm_fast.errors import CheckpointError, MobileLLMError
 from mobilellm_fast.image import PREFIX, open_image
@@ -238,6 +239,34 @@ def test_a_full_disk_leaves_no_half_file(checkpoint, tmp_path):
     )
     assert "cannot be written" in done.stdout, done.stderr
     assert not list(target.parent.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.gguf", r"must be named \*\.mlf"),
+        ("missing/model.mlf", "there is no directory"),
+        ("notes.mlf", "exists and is not a packed image"),
+    ],
+)
+def test_pack_spares_other_files(checkpoint, tmp_path, capsys, name, message):
+    (tmp_path / "model.gguf").write_text("precious")
+    (tmp_path / "notes.mlf").write_text("precious")
+    assert cli.main(["pack", "--model", str(checkpoint), str(tmp_path / name)]) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert error.count("\n") == 1
+    assert (tmp_path / "model.gguf").read_text() == (tmp_path / "notes.mlf").read_text()
+
+
+def test_pack_command(checkpoint, tmp_path, capsys):
+    path = tmp_path / "out.mlf"
+    for format in ("int8", "int4"):  # the second replaces the first
+        command = ["pack", "--model", str(checkpoint), "--format", format, str(path)]
+        assert cli.main(command) == 0
+        assert format in capsys.readouterr().out
+        assert Engine.load(path).format == format
+    assert [p.name for p in tmp_path.iterdir() if "out" in p.name] == ["out.mlf"]
 
 
 def test_many_at_once(checkpoint, cache):

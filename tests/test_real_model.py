@@ -2,14 +2,18 @@
 
 import json
 import pydoc_data.topics
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mobilellm_fast.checkpoint.default_model import default_model
 from mobilellm_fast.engine import Engine
+from mobilellm_fast.errors import CheckpointError
 
 pytestmark = pytest.mark.model
 
@@ -23,8 +27,19 @@ PROMPTS = (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fresh_cache(tmp_path_factory):
+    """A cache with the default model, but without images that earlier code may have packed."""
+    folder = tmp_path_factory.mktemp("cache")
+    original = default_model()
+    (folder / original.name).symlink_to(original)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOBILELLM_FAST_CACHE", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="module")
-def load():
+def load(fresh_cache):
     """Engines of the default model by format, each loaded once."""
     engines = {}
 
@@ -162,10 +177,37 @@ print(json.dumps({"peak": status("VmHWM") - before, "weights": executor.weight_n
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-def test_memory_of_loading_int8():
+@pytest.mark.parametrize("packed_before", [False, True])
+def test_memory_of_loading_int8(fresh_cache, packed_before):
+    images = fresh_cache / "images"
+    if not packed_before:
+        shutil.rmtree(images, ignore_errors=True)
     done = subprocess.run([sys.executable, "-c", MEASURE, "int8"], capture_output=True, text=True)
+    assert len(list(images.iterdir())) >= 1
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
     assert measured["weights"] <= 1.1 * measured["parameters"]
     assert measured["peak"] <= 1.5 * 1.1 * measured["parameters"]
     assert not measured["torch"]
+
+
+def test_damaged_default_model_is_refused(tmp_path, monkeypatch):
+    copy = tmp_path / default_model().name
+    whole = default_model().read_bytes()
+    copy.write_bytes(whole[:50_000_000] + bytes(4096) + whole[50_004_096:])
+    monkeypatch.setenv("MOBILELLM_FAST_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="is damaged; delete it"):
+        Engine.load()
+    assert not (tmp_path / "images").exists()
+
+
+def test_readme_python_runs(monkeypatch):
+    """Every Python block of README.md, in order, as a reader would paste them."""
+    pytest.importorskip("torch")
+    readme = Path(__file__).parents[1] / "README.md"
+    blocks = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["logits"].shape[-1] == 49152

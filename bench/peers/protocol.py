@@ -8,14 +8,18 @@ The first line out, {"ready": ...}, describes the engine; a failed command answe
 """
 
 import argparse
+import ctypes
 import json
 import os
+import signal
 import sys
 from abc import ABC, abstractmethod
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 class Engine(ABC):
@@ -48,6 +52,9 @@ def serve(kind: type[Engine]) -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE")
     args = parser.parse_args()
+    if sys.platform == "linux":
+        # A driver that is killed must not leave its workers behind, stopped as they mostly are.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # a library's own prints must not come between the answers
 

@@ -9,7 +9,7 @@ from .checkpoint import Checkpoint, StoredTensor
 
 __all__ = ["Checkpoint", "StoredTensor", "locate", "open_checkpoint", "open_path"]
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.gguf)")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.gguf)(?<!\.mlf)")
 
 
 def locate(source: str | Path | None = None, revision: str | None = None) -> tuple[Path, str]:

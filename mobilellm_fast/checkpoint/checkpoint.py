@@ -1,5 +1,6 @@
 """What every model source is brought to: a configuration, named tensors, a tokenizer."""
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -123,11 +124,18 @@ class Checkpoint:
 
     def _drop_tied_head(self) -> None:
         """A tied model may come with a copy of its embedding as head, but not with another one."""
-        if self.tensors[HEAD].shape != self.tensors[EMBEDDING].shape or not np.array_equal(
-            self.tensors[HEAD].read(), self.tensors[EMBEDDING].read()
-        ):
+        # One after the other: both in memory at once would be the peak of the whole load.
+        if self._digest(HEAD) != self._digest(EMBEDDING):
             raise self._error(f"{HEAD} differs from {EMBEDDING}, yet the configuration ties them")
         del self.tensors[HEAD]
+
+    def _digest(self, name: str) -> tuple:
+        value = self.tensors[name].read()
+        parts = (value,)
+        if isinstance(value, QuantizedTensor):
+            parts = (value.codes, value.scales, value.mins)
+        digests = [None if part is None else hashlib.sha256(part).digest() for part in parts]
+        return self.tensors[name].shape, *digests
 
     def _error(self, message: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: {message}")

@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from ..cache import cache_directory
 from ..errors import CheckpointError
+from ..files import brief
 from .hub import fetch_file
 
 NAME = "SmolLM2-135M-Instruct"
@@ -57,6 +58,21 @@ def default_model() -> Path:
             "MOBILELLM_FAST_CACHE can name another directory"
         ) from None
     return target
+
+
+def verify_default_model(path: Path) -> None:
+    """Compare the whole file with its checksum, which takes a fraction of a second.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        with open(path, "rb") as file:
+            _check(file, str(path), FILE_SHA256)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({brief(error)})") from None
+    except CheckpointError:
+        raise CheckpointError(f"{path}: is damaged; delete it, and it is fetched again") from None
 
 
 def _fetch(scratch: Path) -> Path:

@@ -1,0 +1,110 @@
+"""`mobilellm_fast.load`: one model, seen by torch and by the engine."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import random_ids, random_weights, tiny_config
+from safetensors.numpy import save_file
+
+import mobilellm_fast
+from mobilellm_fast.errors import CheckpointError, MobileLLMError
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOBILELLM_FAST_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = tiny_config(layer_sharing="immediate")
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+    save_file(random_weights(config), folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("format", "tolerance"),
+    [("fp32", 1e-5), ("bf16", 3e-2), ("int8", 5e-3), ("w8a8", 5e-2), ("int4", 5e-3)],
+)
+def test_torch_and_engine_compute_the_same(folder, format, tolerance):
+    lm = mobilellm_fast.load(folder, format=format, threads=1)
+    assert not lm.training
+    assert (lm.engine.format, lm.engine.executor.threads) == (format, 1)
+    ids = random_ids(lm.config, 30)
+    with torch.no_grad():
+        got = lm(torch.tensor(ids[None]))[0].float().numpy()
+    want = lm.engine.forward(ids, lm.engine.new_cache(), all_logits=True)
+    assert np.abs(got - want).max() <= tolerance * np.abs(want).max()
+    assert len(lm.generate([1, 2, 3], max_new_tokens=5).token_ids) <= 5
+    assert lm.score(ids.tolist()).nll > 0
+
+
+def test_weights_are_in_memory_once(folder):
+    lm = mobilellm_fast.load(folder, format="fp32")
+    gate = lm.model.layers[1].mlp.gate_proj.weight
+    weight = lm.engine.weights["model.layers.1.mlp.gate_proj.weight"]
+    assert gate.data_ptr() == weight.data.ctypes.data
+    packed = mobilellm_fast.load(folder, format="int8")
+    buffer = packed.model.layers[1].mlp.gate_proj.packed
+    weight = packed.engine.weights["model.layers.1.mlp.gate_proj.weight"]
+    assert buffer.data_ptr() == weight.data.ctypes.data
+
+
+def test_training_reaches_generation(folder):
+    lm = mobilellm_fast.load(folder, format="fp32")
+    before = lm.engine.forward([1, 2], lm.engine.new_cache())
+    lm(torch.tensor([[1, 2, 3]])).square().mean().backward()
+    torch.optim.SGD(lm.parameters(), lr=0.1).step()
+    after = lm.engine.forward([1, 2], lm.engine.new_cache())
+    with torch.no_grad():
+        want = lm(torch.tensor([[1, 2]]))[0, -1].numpy()
+    assert not np.array_equal(before, after)
+    assert np.abs(after - want).max() <= 1e-5 * np.abs(want).max()
+
+
+def test_format_auto_is_int8_for_a_float_checkpoint(folder):
+    assert mobilellm_fast.load(folder).engine.format == "int8"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": "tpu"}, r"\[load\] device must be 'auto' or 'cpu', got 'tpu'"),
+        ({"device": "cuda"}, "device must be 'auto' or 'cpu', got 'cuda'"),
+        ({"format": "int3"}, r"\[load\] format must be one of auto, fp32, .*, got 'int3'"),
+        ({"threads": 0}, r"\[load\] threads must be an integer in 1\.\.1024, got 0"),
+        ({"revision": "main"}, "revision needs a hub id"),
+    ],
+)
+def test_bad_arguments(folder, arguments, message):
+    with pytest.raises(MobileLLMError, match=message):
+        mobilellm_fast.load(folder, **arguments)
+
+
+def test_missing_source(tmp_path):
+    with pytest.raises(CheckpointError, match="no such file or directory"):
+        mobilellm_fast.load(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        mobilellm_fast.load(tmp_path)
+
+
+def test_loading_does_not_wake_the_compiler(folder):
+    """Importing torch._dynamo takes a second, and nothing in load() needs it."""
+    code = "import sys, mobilellm_fast; mobilellm_fast.load(sys.argv[1]); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    assert "torch" in done.stdout.split(), done.stderr
+    assert "torch._dynamo" not in done.stdout.split()
+
+
+def test_engine_without_torch(folder):
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import mobilellm_fast\n"
+        "engine = mobilellm_fast.Engine.load(sys.argv[1])\n"
+        "print(len(engine.generate([1, 2], max_new_tokens=3).token_ids))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    assert done.stdout.strip() in ("1", "2", "3"), done.stderr
