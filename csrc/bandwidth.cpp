@@ -42,7 +42,8 @@ double read_bandwidth(int threads) {
       const Share mine = share(kBytes / 4096, thread, threads);
       total += read_all(words + mine.begin * 512, (mine.end - mine.begin) * 512);
     });
-    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    const double seconds =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
     best = std::max(best, kBytes / seconds);
   }
   // Using the sum keeps the reads: every word is 1, so a wrong total means a broken probe.

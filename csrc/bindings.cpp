@@ -31,13 +31,15 @@ std::string shape_text(const py::array& a) {
 // `a` as a pointer, if it is C-contiguous float32 of this shape (-1: any).
 const float* floats(const py::array& a, const char* name, std::vector<int64_t> shape) {
   const bool aligned = reinterpret_cast<uintptr_t>(a.data()) % alignof(float) == 0;
-  bool ok = aligned && py::isinstance<Floats>(a) && a.ndim() == static_cast<py::ssize_t>(shape.size());
+  bool ok =
+      aligned && py::isinstance<Floats>(a) && a.ndim() == static_cast<py::ssize_t>(shape.size());
   for (size_t i = 0; ok && i < shape.size(); ++i) ok = shape[i] < 0 || a.shape(i) == shape[i];
   if (ok) return static_cast<const float*>(a.data());
   std::string want = "(";
-  for (size_t i = 0; i < shape.size(); ++i) want += (i ? ", " : "") + (shape[i] < 0 ? "any" : std::to_string(shape[i]));
-  throw py::value_error(std::string(name) + " must be C-contiguous float32 of shape " + want + "), got " +
-                        std::string(py::str(a.dtype())) + " " + shape_text(a));
+  for (size_t i = 0; i < shape.size(); ++i)
+    want += (i ? ", " : "") + (shape[i] < 0 ? "any" : std::to_string(shape[i]));
+  throw py::value_error(std::string(name) + " must be C-contiguous float32 of shape " + want +
+                        "), got " + std::string(py::str(a.dtype())) + " " + shape_text(a));
 }
 float* output(py::array& a, const char* name, std::vector<int64_t> shape) {
   floats(a, name, std::move(shape));
@@ -45,23 +47,31 @@ float* output(py::array& a, const char* name, std::vector<int64_t> shape) {
 }
 
 WeightKind to_kind(const std::string& kind_name, const char* name) {
-  const std::map<std::string, WeightKind> kinds = {{"fp32", WeightKind::fp32}, {"bf16", WeightKind::bf16},
-      {"int8", WeightKind::int8}, {"int8_g32", WeightKind::int8_g32}, {"int4_g32", WeightKind::int4_g32}};
+  const std::map<std::string, WeightKind> kinds = {{"fp32", WeightKind::fp32},
+                                                   {"bf16", WeightKind::bf16},
+                                                   {"int8", WeightKind::int8},
+                                                   {"int8_g32", WeightKind::int8_g32},
+                                                   {"int4_g32", WeightKind::int4_g32}};
   const auto kind = kinds.find(kind_name);
-  if (kind == kinds.end()) throw py::value_error(std::string(name) + ": unknown weight kind " + kind_name);
+  if (kind == kinds.end())
+    throw py::value_error(std::string(name) + ": unknown weight kind " + kind_name);
   return kind->second;
 }
 
 Weight to_weight(const WeightTuple& tuple, const char* name) {
   const auto& [kind_name, rows, cols, data] = tuple;
   const py::ssize_t item = kind_name == "fp32" ? 4 : kind_name == "bf16" ? 2 : 1;
-  const bool contiguous = (data.flags() & py::array::c_style) && data.itemsize() == item &&
-                          reinterpret_cast<uintptr_t>(data.data()) % (kind_name == "bf16" ? 2 : 4) == 0;
-  if (rows > (int64_t{1} << 31) || cols > (int64_t{1} << 24)) throw py::value_error(std::string(name) + " is too large");
-  const Weight weight{to_kind(kind_name, name), rows, cols, static_cast<const uint8_t*>(data.data())};
+  const bool contiguous =
+      (data.flags() & py::array::c_style) && data.itemsize() == item &&
+      reinterpret_cast<uintptr_t>(data.data()) % (kind_name == "bf16" ? 2 : 4) == 0;
+  if (rows > (int64_t{1} << 31) || cols > (int64_t{1} << 24))
+    throw py::value_error(std::string(name) + " is too large");
+  const Weight weight{to_kind(kind_name, name), rows, cols,
+                      static_cast<const uint8_t*>(data.data())};
   if (rows < 1 || cols < 1 || !contiguous || data.nbytes() != weight.nbytes())
-    throw py::value_error(std::string(name) + " must hold " + std::to_string(weight.nbytes()) + " contiguous, aligned bytes for " +
-                          kind_name + " (" + std::to_string(rows) + ", " + std::to_string(cols) + "), got " +
+    throw py::value_error(std::string(name) + " must hold " + std::to_string(weight.nbytes()) +
+                          " contiguous, aligned bytes for " + kind_name + " (" +
+                          std::to_string(rows) + ", " + std::to_string(cols) + "), got " +
                           std::to_string(data.nbytes()));
   return weight;
 }
@@ -75,11 +85,13 @@ ActivationKind to_activation(const std::string& name) {
 
 void check_activation(const Weight& weight, ActivationKind activation, const char* name) {
   if (is_quantized(weight.kind) != (activation != ActivationKind::floating))
-    throw py::value_error(std::string(name) + ": integer weights need integer activations, float weights float ones");
+    throw py::value_error(std::string(name) +
+                          ": integer weights need integer activations, float weights float ones");
 }
 
 int check_threads(int threads) {
-  if (threads < 1 || threads > 1024) throw py::value_error("threads must be in 1..1024, got " + std::to_string(threads));
+  if (threads < 1 || threads > 1024)
+    throw py::value_error("threads must be in 1..1024, got " + std::to_string(threads));
   return threads;
 }
 
@@ -89,18 +101,23 @@ struct BoundExecutor {
   std::unique_ptr<Executor> executor;
 };
 
-BoundExecutor make_executor(int64_t hidden, int64_t intermediate, int64_t vocab, int heads, int kv_heads, int head_dim,
-                            float norm_eps, const std::string& activation, bool half_cache,
-                            std::vector<int> schedule, std::vector<py::dict> blocks, py::array final_norm,
-                            WeightTuple embedding, WeightTuple head, int threads, const std::string& isa, int64_t cache_nbytes) {
-  if (hidden < 1 || intermediate < 1 || vocab < 1 || kv_heads < 1 || heads < 1 || heads % kv_heads || head_dim < 2 || head_dim % 2)
+BoundExecutor make_executor(int64_t hidden, int64_t intermediate, int64_t vocab, int heads,
+                            int kv_heads, int head_dim, float norm_eps,
+                            const std::string& activation, bool half_cache,
+                            std::vector<int> schedule, std::vector<py::dict> blocks,
+                            py::array final_norm, WeightTuple embedding, WeightTuple head,
+                            int threads, const std::string& isa, int64_t cache_nbytes) {
+  if (hidden < 1 || intermediate < 1 || vocab < 1 || kv_heads < 1 || heads < 1 ||
+      heads % kv_heads || head_dim < 2 || head_dim % 2)
     throw py::value_error("sizes must be positive, heads a multiple of kv_heads, head_dim even");
   BoundExecutor bound;
-  const auto weight = [&](const WeightTuple& tuple, const char* name, int64_t rows, int64_t cols, ActivationKind kind) {
+  const auto weight = [&](const WeightTuple& tuple, const char* name, int64_t rows, int64_t cols,
+                          ActivationKind kind) {
     const Weight w = to_weight(tuple, name);
     if (w.rows != rows || w.cols != cols)
-      throw py::value_error(std::string(name) + " must have shape (" + std::to_string(rows) + ", " + std::to_string(cols) +
-                            "), got (" + std::to_string(w.rows) + ", " + std::to_string(w.cols) + ")");
+      throw py::value_error(std::string(name) + " must have shape (" + std::to_string(rows) + ", " +
+                            std::to_string(cols) + "), got (" + std::to_string(w.rows) + ", " +
+                            std::to_string(w.cols) + ")");
     check_activation(w, kind, name);
     bound.owners.push_back(std::get<3>(tuple));
     return w;
@@ -116,43 +133,51 @@ BoundExecutor make_executor(int64_t hidden, int64_t intermediate, int64_t vocab,
   model.norm_eps = norm_eps;
   model.activation = to_activation(activation);
   model.half_cache = half_cache;
-  const int64_t q_size = static_cast<int64_t>(heads) * head_dim, kv_size = static_cast<int64_t>(kv_heads) * head_dim;
+  const int64_t q_size = static_cast<int64_t>(heads) * head_dim,
+                kv_size = static_cast<int64_t>(kv_heads) * head_dim;
   for (const py::dict& block : blocks) {
     const auto named = [&](const char* name, int64_t rows, int64_t cols) {
       return weight(py::cast<WeightTuple>(block[name]), name, rows, cols, model.activation);
     };
-    model.blocks.push_back({norm(block["attention_norm"], "attention_norm"), norm(block["ffn_norm"], "ffn_norm"),
-                            named("q", q_size, hidden), named("k", kv_size, hidden), named("v", kv_size, hidden),
-                            named("o", hidden, q_size), named("gate", intermediate, hidden),
-                            named("up", intermediate, hidden), named("down", hidden, intermediate)});
+    model.blocks.push_back(
+        {norm(block["attention_norm"], "attention_norm"), norm(block["ffn_norm"], "ffn_norm"),
+         named("q", q_size, hidden), named("k", kv_size, hidden), named("v", kv_size, hidden),
+         named("o", hidden, q_size), named("gate", intermediate, hidden),
+         named("up", intermediate, hidden), named("down", hidden, intermediate)});
   }
   for (const int index : schedule)
     if (index < 0 || index >= static_cast<int>(blocks.size()))
-      throw py::value_error("schedule names block " + std::to_string(index) + " of " + std::to_string(blocks.size()));
+      throw py::value_error("schedule names block " + std::to_string(index) + " of " +
+                            std::to_string(blocks.size()));
   model.schedule = std::move(schedule);
   model.final_norm = norm(final_norm, "final_norm");
   model.embedding = weight(embedding, "embedding", vocab, hidden, model.activation);
   model.head = weight(head, "head", vocab, hidden, model.activation);
-  bound.executor = std::make_unique<Executor>(std::move(model), check_threads(threads), kernel_table(isa), cache_nbytes);
+  bound.executor = std::make_unique<Executor>(std::move(model), check_threads(threads),
+                                              kernel_table(isa), cache_nbytes);
   return bound;
 }
 
-py::array forward(BoundExecutor& self, KVCache& cache, py::array_t<int32_t, py::array::c_style> tokens, py::array cos,
-                  py::array sin, bool all_logits) {
+py::array forward(BoundExecutor& self, KVCache& cache,
+                  py::array_t<int32_t, py::array::c_style> tokens, py::array cos, py::array sin,
+                  bool all_logits) {
   Executor& executor = *self.executor;
   const Model& model = executor.model();
   const int64_t count = tokens.size();
   if (tokens.ndim() != 1 || count < 1) throw py::value_error("tokens must be a non-empty vector");
-  if (!cache.fits(static_cast<int>(model.schedule.size()), model.kv_heads, model.head_dim, model.half_cache))
+  if (!cache.fits(static_cast<int>(model.schedule.size()), model.kv_heads, model.head_dim,
+                  model.half_cache))
     throw py::value_error("cache was made by another model");
   const float* c = floats(cos, "cos", {count, model.head_dim / 2});
   const float* s = floats(sin, "sin", {count, model.head_dim / 2});
   Floats logits({all_logits ? count : 1, model.vocab});
   float* out = logits.mutable_data();
-  const std::vector<int32_t> ids(tokens.data(), tokens.data() + count);  // the array may change meanwhile
+  const std::vector<int32_t> ids(tokens.data(),
+                                 tokens.data() + count);  // the array may change meanwhile
   for (const int32_t id : ids)
     if (id < 0 || id >= model.vocab)
-      throw py::value_error("token ids must be in 0.." + std::to_string(model.vocab - 1) + ", got " + std::to_string(id));
+      throw py::value_error("token ids must be in 0.." + std::to_string(model.vocab - 1) +
+                            ", got " + std::to_string(id));
   {
     py::gil_scoped_release release;
     executor.forward(cache, ids.data(), count, c, s, all_logits, out);
@@ -167,11 +192,15 @@ struct PreparedRows {
   std::vector<int32_t> sums, group_sums;
   Activations activations;
 
-  PreparedRows(const KernelTable& kernels, const float* x, int64_t rows, int64_t cols, ActivationKind kind) {
+  PreparedRows(const KernelTable& kernels, const float* x, int64_t rows, int64_t cols,
+               ActivationKind kind) {
     const int64_t groups = ceil_div(cols, kGroup);
-    codes.resize(rows * groups * kGroup * 2), scales.resize(rows), sums.resize(rows), group_sums.resize(rows * groups);
-    activations = {const_cast<float*>(x), codes.data(), scales.data(), sums.data(), group_sums.data(), cols};
-    if (kind != ActivationKind::floating) kernels.quantize_activations(x, activations, 0, rows, max_code(kind, cols));
+    codes.resize(rows * groups * kGroup * 2), scales.resize(rows), sums.resize(rows),
+        group_sums.resize(rows * groups);
+    activations = {const_cast<float*>(x), codes.data(),      scales.data(),
+                   sums.data(),           group_sums.data(), cols};
+    if (kind != ActivationKind::floating)
+      kernels.quantize_activations(x, activations, 0, rows, max_code(kind, cols));
   }
 };
 
@@ -189,86 +218,114 @@ void over_tiles(int64_t tiles, int threads, Body body) {
 void bind_operators(py::module_& m) {
   using namespace pybind11::literals;
 
-  m.def("rms_norm", [](py::array x, py::array weight, float eps, py::array out, const std::string& isa) {
-    const float* in = floats(x, "x", {-1, -1});
-    const int64_t rows = x.shape(0), cols = x.shape(1);
-    const float* w = floats(weight, "weight", {cols});
-    float* y = output(out, "out", {rows, cols});
-    const KernelTable& kernels = kernel_table(isa);
-    py::gil_scoped_release release;
-    kernels.rms_norm(in, w, y, rows, cols, eps);
-  }, "x"_a, "weight"_a, "eps"_a, "out"_a, "isa"_a = "");
+  m.def(
+      "rms_norm",
+      [](py::array x, py::array weight, float eps, py::array out, const std::string& isa) {
+        const float* in = floats(x, "x", {-1, -1});
+        const int64_t rows = x.shape(0), cols = x.shape(1);
+        const float* w = floats(weight, "weight", {cols});
+        float* y = output(out, "out", {rows, cols});
+        const KernelTable& kernels = kernel_table(isa);
+        py::gil_scoped_release release;
+        kernels.rms_norm(in, w, y, rows, cols, eps);
+      },
+      "x"_a, "weight"_a, "eps"_a, "out"_a, "isa"_a = "");
 
-  m.def("rope", [](py::array x, py::array cos, py::array sin, py::array out, const std::string& isa) {
-    const float* in = floats(x, "x", {-1, -1, -1});
-    const int64_t tokens = x.shape(0), heads = x.shape(1), dim = x.shape(2);
-    if (dim % 2) throw py::value_error("x must have an even head_dim, got " + std::to_string(dim));
-    const float *c = floats(cos, "cos", {tokens, dim / 2}), *s = floats(sin, "sin", {tokens, dim / 2});
-    float* y = output(out, "out", {tokens, heads, dim});
-    const KernelTable& kernels = kernel_table(isa);
-    py::gil_scoped_release release;
-    for (int64_t t = 0; t < tokens; ++t)
-      kernels.rope(in + t * heads * dim, c + t * dim / 2, s + t * dim / 2, y + t * heads * dim, heads, dim);
-  }, "x"_a, "cos"_a, "sin"_a, "out"_a, "isa"_a = "");
+  m.def(
+      "rope",
+      [](py::array x, py::array cos, py::array sin, py::array out, const std::string& isa) {
+        const float* in = floats(x, "x", {-1, -1, -1});
+        const int64_t tokens = x.shape(0), heads = x.shape(1), dim = x.shape(2);
+        if (dim % 2)
+          throw py::value_error("x must have an even head_dim, got " + std::to_string(dim));
+        const float *c = floats(cos, "cos", {tokens, dim / 2}),
+                    *s = floats(sin, "sin", {tokens, dim / 2});
+        float* y = output(out, "out", {tokens, heads, dim});
+        const KernelTable& kernels = kernel_table(isa);
+        py::gil_scoped_release release;
+        for (int64_t t = 0; t < tokens; ++t)
+          kernels.rope(in + t * heads * dim, c + t * dim / 2, s + t * dim / 2, y + t * heads * dim,
+                       heads, dim);
+      },
+      "x"_a, "cos"_a, "sin"_a, "out"_a, "isa"_a = "");
 
-  m.def("gqa_attention", [](py::array q, py::array k, py::array v, float scale, py::array out, const std::string& isa) {
-    const float* queries = floats(q, "q", {-1, -1, -1});
-    const int64_t rows = q.shape(0), heads = q.shape(1), dim = q.shape(2);
-    const float* keys = floats(k, "k", {-1, -1, dim});
-    const int64_t tokens = k.shape(0), kv_heads = k.shape(1);
-    const float* values = floats(v, "v", {tokens, kv_heads, dim});
-    float* y = output(out, "out", {rows, heads, dim});
-    if (kv_heads < 1 || heads % kv_heads) throw py::value_error("heads of q must be a multiple of heads of k");
-    if (tokens < rows) throw py::value_error("k must hold at least as many tokens as q");
-    const KernelTable& kernels = kernel_table(isa);
-    py::gil_scoped_release release;
-    gqa_attention(kernels, queries, keys, values, y, rows, tokens, heads, kv_heads, dim, scale);
-  }, "q"_a, "k"_a, "v"_a, "scale"_a, "out"_a, "isa"_a = "");
+  m.def(
+      "gqa_attention",
+      [](py::array q, py::array k, py::array v, float scale, py::array out,
+         const std::string& isa) {
+        const float* queries = floats(q, "q", {-1, -1, -1});
+        const int64_t rows = q.shape(0), heads = q.shape(1), dim = q.shape(2);
+        const float* keys = floats(k, "k", {-1, -1, dim});
+        const int64_t tokens = k.shape(0), kv_heads = k.shape(1);
+        const float* values = floats(v, "v", {tokens, kv_heads, dim});
+        float* y = output(out, "out", {rows, heads, dim});
+        if (kv_heads < 1 || heads % kv_heads)
+          throw py::value_error("heads of q must be a multiple of heads of k");
+        if (tokens < rows) throw py::value_error("k must hold at least as many tokens as q");
+        const KernelTable& kernels = kernel_table(isa);
+        py::gil_scoped_release release;
+        gqa_attention(kernels, queries, keys, values, y, rows, tokens, heads, kv_heads, dim, scale);
+      },
+      "q"_a, "k"_a, "v"_a, "scale"_a, "out"_a, "isa"_a = "");
 
-  m.def("linear", [](py::array x, WeightTuple weight, py::array out, const std::string& activation, const std::string& isa, int threads) {
-    const Weight w = to_weight(weight, "weight");
-    const float* in = floats(x, "x", {-1, w.cols});
-    const int64_t rows = x.shape(0);
-    float* y = output(out, "out", {rows, w.rows});
-    const ActivationKind kind = to_activation(activation);
-    check_activation(w, kind, "weight");
-    const KernelTable& kernels = kernel_table(isa);
-    check_threads(threads);
-    py::gil_scoped_release release;
-    const PreparedRows prepared(kernels, in, rows, w.cols, kind);
-    over_tiles(w.tiles(), threads, [&](int64_t begin, int64_t end) {
-      kernels.linear(prepared.activations, w, y, rows, w.rows, {begin, end}, false);
-    });
-  }, "x"_a, "weight"_a, "out"_a, "activation"_a, "isa"_a = "", "threads"_a = 1);
+  m.def(
+      "linear",
+      [](py::array x, WeightTuple weight, py::array out, const std::string& activation,
+         const std::string& isa, int threads) {
+        const Weight w = to_weight(weight, "weight");
+        const float* in = floats(x, "x", {-1, w.cols});
+        const int64_t rows = x.shape(0);
+        float* y = output(out, "out", {rows, w.rows});
+        const ActivationKind kind = to_activation(activation);
+        check_activation(w, kind, "weight");
+        const KernelTable& kernels = kernel_table(isa);
+        check_threads(threads);
+        py::gil_scoped_release release;
+        const PreparedRows prepared(kernels, in, rows, w.cols, kind);
+        over_tiles(w.tiles(), threads, [&](int64_t begin, int64_t end) {
+          kernels.linear(prepared.activations, w, y, rows, w.rows, {begin, end}, false);
+        });
+      },
+      "x"_a, "weight"_a, "out"_a, "activation"_a, "isa"_a = "", "threads"_a = 1);
 
-  m.def("swiglu", [](py::array x, WeightTuple gate, WeightTuple up, py::array out, const std::string& activation, const std::string& isa, int threads) {
-    const Weight g = to_weight(gate, "gate"), u = to_weight(up, "up");
-    if (g.rows != u.rows || g.cols != u.cols || is_quantized(g.kind) != is_quantized(u.kind))
-      throw py::value_error("gate and up must have one shape, and both be integer or both be float");
-    const float* in = floats(x, "x", {-1, g.cols});
-    const int64_t rows = x.shape(0);
-    float* y = output(out, "out", {rows, g.rows});
-    const ActivationKind kind = to_activation(activation);
-    check_activation(g, kind, "gate");
-    const KernelTable& kernels = kernel_table(isa);
-    check_threads(threads);
-    py::gil_scoped_release release;
-    const PreparedRows prepared(kernels, in, rows, g.cols, kind);
-    over_tiles(g.tiles(), threads, [&](int64_t begin, int64_t end) {
-      kernels.swiglu(prepared.activations, g, u, y, rows, g.rows, {begin, end});
-    });
-  }, "x"_a, "gate"_a, "up"_a, "out"_a, "activation"_a, "isa"_a = "", "threads"_a = 1);
+  m.def(
+      "swiglu",
+      [](py::array x, WeightTuple gate, WeightTuple up, py::array out,
+         const std::string& activation, const std::string& isa, int threads) {
+        const Weight g = to_weight(gate, "gate"), u = to_weight(up, "up");
+        if (g.rows != u.rows || g.cols != u.cols || is_quantized(g.kind) != is_quantized(u.kind))
+          throw py::value_error(
+              "gate and up must have one shape, and both be integer or both be float");
+        const float* in = floats(x, "x", {-1, g.cols});
+        const int64_t rows = x.shape(0);
+        float* y = output(out, "out", {rows, g.rows});
+        const ActivationKind kind = to_activation(activation);
+        check_activation(g, kind, "gate");
+        const KernelTable& kernels = kernel_table(isa);
+        check_threads(threads);
+        py::gil_scoped_release release;
+        const PreparedRows prepared(kernels, in, rows, g.cols, kind);
+        over_tiles(g.tiles(), threads, [&](int64_t begin, int64_t end) {
+          kernels.swiglu(prepared.activations, g, u, y, rows, g.rows, {begin, end});
+        });
+      },
+      "x"_a, "gate"_a, "up"_a, "out"_a, "activation"_a, "isa"_a = "", "threads"_a = 1);
 
-  m.def("quantize_per_token", [](py::array x, py::array_t<int8_t, py::array::c_style> q, py::array scale, const std::string& isa) {
-    const float* in = floats(x, "x", {-1, -1});
-    const int64_t rows = x.shape(0), cols = x.shape(1);
-    if (q.ndim() != 2 || q.shape(0) != rows || q.shape(1) != cols) throw py::value_error("q must have the shape of x, got " + shape_text(q));
-    float* s = output(scale, "scale", {rows});
-    int8_t* codes = q.mutable_data();
-    const KernelTable& kernels = kernel_table(isa);
-    py::gil_scoped_release release;
-    kernels.quantize_per_token(in, codes, s, rows, cols);
-  }, "x"_a, py::arg("q").noconvert(), "scale"_a, "isa"_a = "");
+  m.def(
+      "quantize_per_token",
+      [](py::array x, py::array_t<int8_t, py::array::c_style> q, py::array scale,
+         const std::string& isa) {
+        const float* in = floats(x, "x", {-1, -1});
+        const int64_t rows = x.shape(0), cols = x.shape(1);
+        if (q.ndim() != 2 || q.shape(0) != rows || q.shape(1) != cols)
+          throw py::value_error("q must have the shape of x, got " + shape_text(q));
+        float* s = output(scale, "scale", {rows});
+        int8_t* codes = q.mutable_data();
+        const KernelTable& kernels = kernel_table(isa);
+        py::gil_scoped_release release;
+        kernels.quantize_per_token(in, codes, s, rows, cols);
+      },
+      "x"_a, py::arg("q").noconvert(), "scale"_a, "isa"_a = "");
 }
 
 }  // namespace
@@ -281,25 +338,36 @@ PYBIND11_MODULE(_C, m) {
   m.def("tile_nbytes", [](const std::string& kind, int64_t cols) {
     return tile_nbytes(to_kind(kind, "weight"), cols);
   });
-  m.def("read_bandwidth", [](int threads) {
-    check_threads(threads);
-    py::gil_scoped_release release;
-    return read_bandwidth(threads);
-  }, "threads"_a, "Bytes per second that `threads` threads read from memory together.");
-  m.def("allocate", [](int64_t nbytes) {
-    if (nbytes < 0) throw py::value_error("nbytes must not be negative, got " + std::to_string(nbytes));
-    auto memory = std::make_unique<Pages>(allocate_pages(nbytes));
-    uint8_t* data = memory->get();
-    py::capsule owner(memory.release(), [](void* p) { delete static_cast<Pages*>(p); });
-    return py::array_t<uint8_t>(nbytes, data, owner);
-  }, "nbytes"_a, "A zeroed uint8 array in huge pages where the system gives them.");
-  m.def("checksum", [](const py::buffer& data, int threads) {
-    const py::buffer_info info = data.request();
-    check_threads(threads);
-    if (!PyBuffer_IsContiguous(info.view(), 'C')) throw py::value_error("data must be contiguous");
-    py::gil_scoped_release release;
-    return checksum(static_cast<const uint8_t*>(info.ptr), info.size * info.itemsize, threads);
-  }, "data"_a, "threads"_a = 1, "64 bits that tell whether any byte changed; not cryptographic.");
+  m.def(
+      "read_bandwidth",
+      [](int threads) {
+        check_threads(threads);
+        py::gil_scoped_release release;
+        return read_bandwidth(threads);
+      },
+      "threads"_a, "Bytes per second that `threads` threads read from memory together.");
+  m.def(
+      "allocate",
+      [](int64_t nbytes) {
+        if (nbytes < 0)
+          throw py::value_error("nbytes must not be negative, got " + std::to_string(nbytes));
+        auto memory = std::make_unique<Pages>(allocate_pages(nbytes));
+        uint8_t* data = memory->get();
+        py::capsule owner(memory.release(), [](void* p) { delete static_cast<Pages*>(p); });
+        return py::array_t<uint8_t>(nbytes, data, owner);
+      },
+      "nbytes"_a, "A zeroed uint8 array in huge pages where the system gives them.");
+  m.def(
+      "checksum",
+      [](const py::buffer& data, int threads) {
+        const py::buffer_info info = data.request();
+        check_threads(threads);
+        if (!PyBuffer_IsContiguous(info.view(), 'C'))
+          throw py::value_error("data must be contiguous");
+        py::gil_scoped_release release;
+        return checksum(static_cast<const uint8_t*>(info.ptr), info.size * info.itemsize, threads);
+      },
+      "data"_a, "threads"_a = 1, "64 bits that tell whether any byte changed; not cryptographic.");
   m.def("last_level_cache_nbytes", &last_level_cache_nbytes);
   bind_operators(m);
 
@@ -308,17 +376,24 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("nbytes", &KVCache::nbytes)
       .def("truncate", [](KVCache& self, int64_t tokens) {
         if (tokens < 0 || tokens > self.length())
-          throw py::value_error("tokens must be in 0.." + std::to_string(self.length()) + ", got " + std::to_string(tokens));
+          throw py::value_error("tokens must be in 0.." + std::to_string(self.length()) + ", got " +
+                                std::to_string(tokens));
         self.set_length(tokens);
       });
   py::class_<BoundExecutor>(m, "Executor")
-      .def(py::init(&make_executor), py::kw_only(), "hidden_size"_a, "intermediate_size"_a, "vocab_size"_a, "num_attention_heads"_a,
-           "num_key_value_heads"_a, "head_dim"_a, "rms_norm_eps"_a, "activation"_a, "half_cache"_a,
-           "schedule"_a, "blocks"_a, "final_norm"_a, "embedding"_a, "head"_a, "threads"_a, "isa"_a, "cache_nbytes"_a)
-      .def_property_readonly("threads", [](const BoundExecutor& self) { return self.executor->threads(); })
+      .def(py::init(&make_executor), py::kw_only(), "hidden_size"_a, "intermediate_size"_a,
+           "vocab_size"_a, "num_attention_heads"_a, "num_key_value_heads"_a, "head_dim"_a,
+           "rms_norm_eps"_a, "activation"_a, "half_cache"_a, "schedule"_a, "blocks"_a,
+           "final_norm"_a, "embedding"_a, "head"_a, "threads"_a, "isa"_a, "cache_nbytes"_a)
+      .def_property_readonly("threads",
+                             [](const BoundExecutor& self) { return self.executor->threads(); })
       .def_property_readonly("isa", [](const BoundExecutor& self) { return self.executor->isa(); })
-      .def_property_readonly("memory_nbytes_per_token", [](const BoundExecutor& self) { return self.executor->plan().memory_nbytes; })
-      .def_property_readonly("cache_nbytes_per_token", [](const BoundExecutor& self) { return self.executor->plan().cache_nbytes; })
+      .def_property_readonly(
+          "memory_nbytes_per_token",
+          [](const BoundExecutor& self) { return self.executor->plan().memory_nbytes; })
+      .def_property_readonly(
+          "cache_nbytes_per_token",
+          [](const BoundExecutor& self) { return self.executor->plan().cache_nbytes; })
       .def("new_cache", [](const BoundExecutor& self) { return self.executor->new_cache(); })
       .def("forward", &forward, "cache"_a, "tokens"_a, "cos"_a, "sin"_a, "all_logits"_a = false);
 }

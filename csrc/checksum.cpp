@@ -9,8 +9,8 @@
 namespace mlf {
 namespace {
 
-constexpr int64_t kBlock = 1 << 20;                       // bytes hashed on their own, then combined
-constexpr int kLanes = 8;                                 // independent chains: one 64-byte line
+constexpr int64_t kBlock = 1 << 20;                      // bytes hashed on their own, then combined
+constexpr int kLanes = 8;                                // independent chains: one 64-byte line
 constexpr uint64_t kMultiplier = 0x9E3779B97F4A7C15ull;  // odd, so multiplying loses nothing
 
 // One step of every chain is a bijection of its state, so a single changed word always shows.

@@ -11,7 +11,7 @@ namespace mlf {
 struct Executor::Chunk {
   KVCache& cache;
   const int32_t* tokens;
-  const float* cos;    // (rows, head_dim / 2)
+  const float* cos;  // (rows, head_dim / 2)
   const float* sin;
   int64_t start;       // position of the first token in the sequence
   int64_t rows;        // tokens
@@ -23,12 +23,12 @@ struct Executor::Chunk {
 
 // Buffers of one thread, or of all threads together.
 struct Executor::Scratch {
-  std::vector<float> values;     // (rows, widest layer input)
+  std::vector<float> values;  // (rows, widest layer input)
   std::vector<uint8_t> codes;
   std::vector<float> scales;
   std::vector<int32_t> sums, group_sums;
-  std::vector<float> queries;    // (queries, head_dim)
-  std::vector<int> visible;      // tokens of a page that each query sees
+  std::vector<float> queries;            // (queries, head_dim)
+  std::vector<int> visible;              // tokens of a page that each query sees
   std::vector<float> state, page_state;  // AttentionState of those queries
 
   Activations activations(int64_t cols) {
@@ -98,8 +98,16 @@ void Executor::forward(KVCache& cache, const int32_t* tokens, int64_t count, con
   for (int64_t done = 0; done < count; done += kChunkTokens) {
     const int64_t rows = std::min(kChunkTokens, count - done);
     const bool last = done + rows == count;
-    const Chunk chunk{cache, tokens + done, cos + done * half, sin + done * half, start + done, rows,
-                      all_logits ? rows : last ? 1 : 0, logits + (all_logits ? done * model_.vocab : 0)};
+    const Chunk chunk{cache,
+                      tokens + done,
+                      cos + done * half,
+                      sin + done * half,
+                      start + done,
+                      rows,
+                      all_logits ? rows
+                      : last     ? 1
+                                 : 0,
+                      logits + (all_logits ? done * model_.vocab : 0)};
     pool_.run([&](int thread) { run_chunk(thread, chunk); });
   }
   cache.set_length(start + count);
@@ -117,7 +125,8 @@ void Executor::run_chunk(int thread, const Chunk& chunk) {
   for (int position = 0; position < static_cast<int>(model_.schedule.size()); ++position) {
     const BlockWeights& block = model_.blocks[model_.schedule[position]];
 
-    const Activations attention_in = prepare(thread, hidden_.data(), block.attention_norm, hidden, rows);
+    const Activations attention_in =
+        prepare(thread, hidden_.data(), block.attention_norm, hidden, rows);
     project_qkv(thread, attention_in, position, rows);
     pool_.barrier();
 
@@ -133,7 +142,8 @@ void Executor::run_chunk(int thread, const Chunk& chunk) {
       pool_.barrier();
     }
     const Activations attention_out = prepare(thread, attended, nullptr, q_size(), rows);
-    kernels_.linear(attention_out, block.o, hidden_.data(), rows, hidden, tiles(thread, position, &BlockWeights::o), true);
+    kernels_.linear(attention_out, block.o, hidden_.data(), rows, hidden,
+                    tiles(thread, position, &BlockWeights::o), true);
     pool_.barrier();
 
     const Activations ffn_in = prepare(thread, hidden_.data(), block.ffn_norm, hidden, rows);
@@ -142,7 +152,8 @@ void Executor::run_chunk(int thread, const Chunk& chunk) {
     pool_.barrier();
 
     const Activations ffn_out = prepare(thread, ffn_.data(), nullptr, model_.intermediate, rows);
-    kernels_.linear(ffn_out, block.down, hidden_.data(), rows, hidden, tiles(thread, position, &BlockWeights::down), true);
+    kernels_.linear(ffn_out, block.down, hidden_.data(), rows, hidden,
+                    tiles(thread, position, &BlockWeights::down), true);
     pool_.barrier();
   }
 
@@ -150,13 +161,14 @@ void Executor::run_chunk(int thread, const Chunk& chunk) {
   const float* last = hidden_.data() + (rows - chunk.logit_rows) * hidden;
   const Activations head_in = prepare(thread, last, model_.final_norm, hidden, chunk.logit_rows);
   const Share head = share(model_.head.tiles(), thread, pool_.size());
-  kernels_.linear(head_in, model_.head, chunk.logits, chunk.logit_rows, model_.vocab, {head.begin, head.end}, false);
+  kernels_.linear(head_in, model_.head, chunk.logits, chunk.logit_rows, model_.vocab,
+                  {head.begin, head.end}, false);
 }
 
 // The thread's share of a block's matrix, and how much of the same matrix in a later block to fetch
 // meanwhile. In one buffer, blocks lie alike and one distance serves gate and up; elsewhere the
 // fetch may miss what it is for, and harms nothing.
-Tiles Executor::tiles(int thread, int position, const Weight BlockWeights::*weight) const {
+Tiles Executor::tiles(int thread, int position, const Weight BlockWeights::* weight) const {
   const Weight& here = model_.blocks[model_.schedule[position]].*weight;
   const Share mine = share(here.tiles(), thread, pool_.size());
   Tiles tiles{mine.begin, mine.end};
@@ -172,13 +184,15 @@ Tiles Executor::tiles(int thread, int position, const Weight BlockWeights::*weig
 
 // The input of a linear layer: normalised if `norm` is given, rounded if the weights are integers.
 // A single row is prepared by every thread for itself, which is cheaper than waiting for another.
-Activations Executor::prepare(int thread, const float* x, const float* norm, int64_t cols, int64_t rows) {
+Activations Executor::prepare(int thread, const float* x, const float* norm, int64_t cols,
+                              int64_t rows) {
   const bool shared = rows > 1;
   Activations out = scratch_[shared ? pool_.size() : thread].activations(cols);
   const Share mine = shared ? share(rows, thread, pool_.size()) : Share{0, 1};
   const int64_t count = mine.end - mine.begin;
   if (norm) {
-    kernels_.rms_norm(x + mine.begin * cols, norm, out.values + mine.begin * cols, count, cols, model_.norm_eps);
+    kernels_.rms_norm(x + mine.begin * cols, norm, out.values + mine.begin * cols, count, cols,
+                      model_.norm_eps);
   } else {
     out.values = const_cast<float*>(x);
   }
@@ -193,7 +207,8 @@ Activations Executor::prepare(int thread, const float* x, const float* norm, int
 // Queries, keys and values side by side; the threads share the tiles of all three evenly.
 void Executor::project_qkv(int thread, const Activations& x, int position, int64_t rows) {
   const BlockWeights& block = model_.blocks[model_.schedule[position]];
-  const Share mine = share(block.q.tiles() + block.k.tiles() + block.v.tiles(), thread, pool_.size());
+  const Share mine =
+      share(block.q.tiles() + block.k.tiles() + block.v.tiles(), thread, pool_.size());
   float* out = qkv_.data();
   int64_t before = 0;  // tiles of the matrices so far
   for (const auto weight : {&BlockWeights::q, &BlockWeights::k, &BlockWeights::v}) {
@@ -243,7 +258,8 @@ const float* Executor::merge_one(int thread, const Chunk& chunk) {
     float* partial = partials_.data() + kv_head * pages * state_size;
     std::copy_n(partial, state_size, scratch.state.data());
     for (int64_t page = 1; page < pages; ++page)
-      kernels_.attend_merge(state, attention_state(partial + page * state_size, group(), padded_dim()),
+      kernels_.attend_merge(state,
+                            attention_state(partial + page * state_size, group(), padded_dim()),
                             group(), padded_dim());
     kernels_.attend_finish(state, scratch.values.data() + kv_head * group() * model_.head_dim,
                            group(), model_.head_dim);
@@ -284,7 +300,8 @@ void Executor::attend_many(int thread, const Chunk& chunk, int position) {
                   scratch.queries.data() + row * group() * dim);
 
     const AttentionState state = attention_state(scratch.state.data(), queries, padded_dim());
-    const AttentionState page_state = attention_state(scratch.page_state.data(), queries, padded_dim());
+    const AttentionState page_state =
+        attention_state(scratch.page_state.data(), queries, padded_dim());
     const int64_t pages = ceil_div(chunk.start + first + rows, kPageTokens);
     for (int64_t page = 0; page < pages; ++page) {
       for (int64_t i = 0; i < queries; ++i) {
@@ -292,13 +309,15 @@ void Executor::attend_many(int thread, const Chunk& chunk, int position) {
         scratch.visible[i] = static_cast<int>(std::clamp<int64_t>(seen, 0, kPageTokens));
       }
       const PageView view = chunk.cache.view(position, page, kv_head);
-      kernels_.attend_page(scratch.queries.data(), view, scratch.visible.data(), page ? page_state : state, queries, scale);
+      kernels_.attend_page(scratch.queries.data(), view, scratch.visible.data(),
+                           page ? page_state : state, queries, scale);
       if (page) kernels_.attend_merge(state, page_state, queries, padded_dim());
     }
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t i = row * group();
       const AttentionState one{state.values + i * padded_dim(), state.max + i, state.sum + i};
-      kernels_.attend_finish(one, attention_.data() + (first + row) * q_size() + kv_head * group() * dim,
+      kernels_.attend_finish(one,
+                             attention_.data() + (first + row) * q_size() + kv_head * group() * dim,
                              group(), dim);
     }
   }

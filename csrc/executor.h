@@ -18,7 +18,8 @@ struct BlockWeights {
   Weight q, k, v, o, gate, up, down;
 
   int64_t nbytes() const {
-    return q.nbytes() + k.nbytes() + v.nbytes() + o.nbytes() + gate.nbytes() + up.nbytes() + down.nbytes();
+    return q.nbytes() + k.nbytes() + v.nbytes() + o.nbytes() + gate.nbytes() + up.nbytes() +
+           down.nbytes();
   }
 };
 
@@ -27,11 +28,11 @@ struct Model {
   int heads, kv_heads, head_dim;
   float norm_eps;
   ActivationKind activation;
-  bool half_cache;               // KV cache in fp16, else float
-  std::vector<int> schedule;     // block of each position
+  bool half_cache;            // KV cache in fp16, else float
+  std::vector<int> schedule;  // block of each position
   std::vector<BlockWeights> blocks;
-  const float* final_norm;       // (hidden)
-  Weight embedding, head;        // (vocab, hidden)
+  const float* final_norm;  // (hidden)
+  Weight embedding, head;   // (vocab, hidden)
 };
 
 // Tokens of a prompt that go through the blocks together: enough to reuse each weight from cache
@@ -66,7 +67,7 @@ class Executor {
   void run_chunk(int thread, const Chunk& chunk);
   Activations prepare(int thread, const float* x, const float* norm, int64_t cols, int64_t rows);
   void project_qkv(int thread, const Activations& x, int position, int64_t rows);
-  Tiles tiles(int thread, int position, const Weight BlockWeights::*weight) const;
+  Tiles tiles(int thread, int position, const Weight BlockWeights::* weight) const;
   void attend_one(int thread, const Chunk& chunk, int position);
   const float* merge_one(int thread, const Chunk& chunk);
   void attend_many(int thread, const Chunk& chunk, int position);

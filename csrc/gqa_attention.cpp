@@ -7,8 +7,9 @@
 
 namespace mlf {
 
-void gqa_attention(const KernelTable& kernels, const float* q, const float* k, const float* v, float* out,
-                   int64_t rows, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim, float scale) {
+void gqa_attention(const KernelTable& kernels, const float* q, const float* k, const float* v,
+                   float* out, int64_t rows, int64_t tokens, int64_t heads, int64_t kv_heads,
+                   int64_t dim, float scale) {
   KVCache cache(1, static_cast<int>(kv_heads), static_cast<int>(dim), false);
   cache.reserve(tokens);
   for (int64_t t = 0; t < tokens; ++t)
@@ -20,7 +21,8 @@ void gqa_attention(const KernelTable& kernels, const float* q, const float* k, c
   const int64_t group = heads / kv_heads, padded = round_up(dim, 16);
   std::vector<float> state(group * (padded + 2)), page_state(state.size());
   const auto view = [&](std::vector<float>& buffer) {
-    return AttentionState{buffer.data(), buffer.data() + group * padded, buffer.data() + group * (padded + 1)};
+    return AttentionState{buffer.data(), buffer.data() + group * padded,
+                          buffer.data() + group * (padded + 1)};
   };
   std::vector<int> visible(group);
   for (int64_t row = 0; row < rows; ++row) {
@@ -28,7 +30,8 @@ void gqa_attention(const KernelTable& kernels, const float* q, const float* k, c
     for (int64_t head = 0; head < kv_heads; ++head) {
       const int64_t at = (row * heads + head * group) * dim;
       for (int64_t page = 0; page * kPageTokens < seen; ++page) {
-        std::fill(visible.begin(), visible.end(), static_cast<int>(std::min<int64_t>(seen - page * kPageTokens, kPageTokens)));
+        std::fill(visible.begin(), visible.end(),
+                  static_cast<int>(std::min<int64_t>(seen - page * kPageTokens, kPageTokens)));
         kernels.attend_page(q + at, cache.view(0, page, static_cast<int>(head)), visible.data(),
                             view(page ? page_state : state), group, scale);
         if (page) kernels.attend_merge(view(state), view(page_state), group, padded);

@@ -9,7 +9,8 @@ namespace mlf {
 
 // q, out (rows, heads, dim); k, v (tokens, kv_heads, dim). Causal and aligned at the end: query i
 // sees keys 0..tokens - rows + i.
-void gqa_attention(const KernelTable& kernels, const float* q, const float* k, const float* v, float* out,
-                   int64_t rows, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim, float scale);
+void gqa_attention(const KernelTable& kernels, const float* q, const float* k, const float* v,
+                   float* out, int64_t rows, int64_t tokens, int64_t heads, int64_t kv_heads,
+                   int64_t dim, float scale);
 
 }  // namespace mlf

@@ -26,10 +26,9 @@ namespace {
 }  // namespace
 
 extern const KernelTable MLF_JOIN(table_, MLF_ISA);
-const KernelTable MLF_JOIN(table_, MLF_ISA) = {
-    MLF_QUOTE(MLF_ISA),
+const KernelTable MLF_JOIN(table_, MLF_ISA) = {MLF_QUOTE(MLF_ISA),
 #define X(kernel, ...) kernel,
-    MLF_KERNELS(X)
+                                               MLF_KERNELS(X)
 #undef X
 };
 

@@ -11,7 +11,8 @@ int64_t KVCache::head_nbytes() const {
 }
 
 void KVCache::reserve(int64_t tokens) {
-  while (static_cast<int64_t>(pages_.size()) * kPageTokens < tokens) pages_.push_back(allocate_pages(page_nbytes()));
+  while (static_cast<int64_t>(pages_.size()) * kPageTokens < tokens)
+    pages_.push_back(allocate_pages(page_nbytes()));
 }
 
 PageView KVCache::view(int position, int64_t page, int kv_head) const {

@@ -26,7 +26,8 @@ class KVCache {
 
   // Was this cache made for a model of these sizes?
   bool fits(int positions, int kv_heads, int head_dim, bool half) const {
-    return positions == positions_ && kv_heads == kv_heads_ && head_dim == head_dim_ && half == half_;
+    return positions == positions_ && kv_heads == kv_heads_ && head_dim == head_dim_ &&
+           half == half_;
   }
 
  private:

@@ -18,7 +18,8 @@ void FreePages::operator()(uint8_t* memory) const { munmap(memory, nbytes); }
 Pages allocate_pages(int64_t nbytes) {
   nbytes = round_up(nbytes > 0 ? nbytes : 1, kHugePage);
   // One huge page more than needed; what lies before and behind the aligned part goes back.
-  void* memory = mmap(nullptr, nbytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* memory =
+      mmap(nullptr, nbytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   uint8_t* begin = static_cast<uint8_t*>(memory);
   const int64_t before = (kHugePage - reinterpret_cast<intptr_t>(begin) % kHugePage) % kHugePage;

@@ -21,7 +21,8 @@ int64_t last_level_cache_nbytes() {
   // Linux lists the caches of a processor in order of level, as "512K" or "32M".
   int64_t largest = 0;
   for (int index = 0;; ++index) {
-    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/size");
+    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) +
+                       "/size");
     std::string text;
     if (!(file >> text)) return largest;
     char* unit = nullptr;
@@ -33,8 +34,8 @@ int64_t last_level_cache_nbytes() {
 #endif
 }
 
-Plan make_plan(const std::vector<int>& schedule, const std::vector<int64_t>& block_nbytes, int64_t head_nbytes,
-               int64_t cache_nbytes, bool fetches) {
+Plan make_plan(const std::vector<int>& schedule, const std::vector<int64_t>& block_nbytes,
+               int64_t head_nbytes, int64_t cache_nbytes, bool fetches) {
   Plan plan{std::vector<Ahead>(schedule.size()), head_nbytes, 0};
   for (size_t first = 0, end; first < schedule.size(); first = end) {
     const int block = schedule[first];
@@ -47,7 +48,8 @@ Plan make_plan(const std::vector<int>& schedule, const std::vector<int64_t>& blo
     if (!fetches || passes == 1 || end == schedule.size()) continue;
     const int next = schedule[end];
     if (nbytes + block_nbytes[next] > cache_nbytes) continue;
-    for (size_t i = first; i < end; ++i) plan.ahead[i] = {next, passes, static_cast<int>(i - first)};
+    for (size_t i = first; i < end; ++i)
+      plan.ahead[i] = {next, passes, static_cast<int>(i - first)};
   }
   return plan;
 }

@@ -27,7 +27,7 @@ struct Plan {
 // memory never rests; otherwise, and for schedules that never repeat a block at once, each layer
 // just streams. `head_nbytes` is read once per token; `fetches` tells whether the kernels can fetch
 // ahead.
-Plan make_plan(const std::vector<int>& schedule, const std::vector<int64_t>& block_nbytes, int64_t head_nbytes,
-               int64_t cache_nbytes, bool fetches);
+Plan make_plan(const std::vector<int>& schedule, const std::vector<int64_t>& block_nbytes,
+               int64_t head_nbytes, int64_t cache_nbytes, bool fetches);
 
 }  // namespace mlf

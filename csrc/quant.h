@@ -24,8 +24,8 @@ MLF_INLINE constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a,
 MLF_INLINE constexpr bool is_quantized(WeightKind kind) { return kind >= WeightKind::int8; }
 
 // A tile is one forward stream: hardware prefetchers lose a stream that looks back, for instance at
-// scales kept apart from the codes (measured: half the bandwidth). Its records, each a multiple of a
-// cache line, are
+// scales kept apart from the codes (measured: half the bandwidth). Its records, each a multiple of
+// a cache line, are
 //   int8      float scale[16], then all steps: int8 code[steps][16 rows][4 inputs]
 //   int8_g32  for each two groups: fp16 scale[2][16], then their steps (the last may stand alone)
 //   int4_g32  for each group: fp16 scale[16], fp16 min[16], then 4 x 64 bytes: step j in the low
@@ -33,7 +33,9 @@ MLF_INLINE constexpr bool is_quantized(WeightKind kind) { return kind >= WeightK
 constexpr int kHeaderBytes = 64;
 MLF_INLINE constexpr int64_t tile_nbytes(WeightKind kind, int64_t cols) {
   const int64_t groups = ceil_div(cols, kGroup);
-  const int64_t headers = kind == WeightKind::int8 ? 1 : kind == WeightKind::int8_g32 ? ceil_div(groups, 2) : groups;
+  const int64_t headers = kind == WeightKind::int8       ? 1
+                          : kind == WeightKind::int8_g32 ? ceil_div(groups, 2)
+                                                         : groups;
   const int64_t code_nbytes = kTileRows * groups * kGroup / (kind == WeightKind::int4_g32 ? 2 : 1);
   return headers * kHeaderBytes + code_nbytes;
 }

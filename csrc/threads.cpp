@@ -25,7 +25,9 @@ void WaitCounter::increment() {
   value_.fetch_add(1, std::memory_order_seq_cst);
   // Either this load sees the sleeper, or the sleeper's check sees the new value.
   if (sleepers_.load(std::memory_order_seq_cst) > 0) {
-    { std::lock_guard<std::mutex> lock(mutex_); }
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+    }
     changed_.notify_all();
   }
 }
@@ -74,7 +76,8 @@ void ThreadPool::start() {
   new (&passed_) WaitCounter();
   arrived_.store(0);
   try {
-    for (int thread = 1; thread < size_; ++thread) workers_.emplace_back([this, thread] { work(thread, 0); });
+    for (int thread = 1; thread < size_; ++thread)
+      workers_.emplace_back([this, thread] { work(thread, 0); });
   } catch (...) {  // the system has no more threads: end those there are, and try anew next time
     stop_workers();
     throw;

@@ -41,7 +41,8 @@ class ForkSafeMutex {
 };
 
 // Runs a function on every thread at once; the calling thread is thread 0. Between calls the
-// workers spin for a moment, then sleep. Not for concurrent use: the owner serialises calls to run().
+// workers spin for a moment, then sleep. Not for concurrent use: the owner serialises calls to
+// run().
 class ThreadPool {
  public:
   explicit ThreadPool(int threads);  // >= 1

@@ -45,7 +45,8 @@ inline void for_each_vec(int64_t n, Body body) {
 }
 inline VecF load_upto(const float* p, int n) { return n == 16 ? load(p) : load_first(p, n); }
 inline void store_upto(float* p, VecF v, int n) {
-  if (n == 16) store(p, v); else store_first(p, v, n);
+  if (n == 16) store(p, v);
+  else store_first(p, v, n);
 }
 inline float half_value(uint16_t half) {
   const uint16_t halves[16] = {half};

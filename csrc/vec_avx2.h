@@ -1,14 +1,21 @@
 // The vector interface for AVX2 + FMA + F16C: a VecF is two 256-bit registers.
 #pragma once
 
-struct VecF { __m256 lo, hi; };
-struct VecI { __m256i lo, hi; };
+struct VecF {
+  __m256 lo, hi;
+};
+struct VecI {
+  __m256i lo, hi;
+};
 
 constexpr int kVecRegisters = 4;  // 8 of 16 registers; the rest hold operands
 
 inline VecF splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline VecF load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-inline void store(float* p, VecF v) { _mm256_storeu_ps(p, v.lo); _mm256_storeu_ps(p + 8, v.hi); }
+inline void store(float* p, VecF v) {
+  _mm256_storeu_ps(p, v.lo);
+  _mm256_storeu_ps(p + 8, v.hi);
+}
 inline VecF add(VecF a, VecF b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 inline VecF sub(VecF a, VecF b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 inline VecF mul(VecF a, VecF b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
@@ -56,26 +63,32 @@ inline void store_first(float* p, VecF v, int n) {
 
 inline VecF load_half(const uint16_t* p) {
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return {_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(h)),
+          _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
 }
 inline void store_half(uint16_t* p, VecF v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8),
+                   _mm256_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT));
 }
 inline VecF load_bf16(const uint16_t* p) {
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   const __m256i lo = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(h));
   const __m256i hi = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(h, 1));
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
 }
 
 inline VecF to_float(VecI v) { return {_mm256_cvtepi32_ps(v.lo), _mm256_cvtepi32_ps(v.hi)}; }
 inline VecI round_to_int(VecF v) { return {_mm256_cvtps_epi32(v.lo), _mm256_cvtps_epi32(v.hi)}; }
-inline VecI add(VecI a, VecI b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+inline VecI add(VecI a, VecI b) {
+  return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+}
 inline VecI splat_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 inline int32_t sum(VecI v) {
   const __m256i eight = _mm256_add_epi32(v.lo, v.hi);
-  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i four =
+      _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
   const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
 }
@@ -91,9 +104,15 @@ inline VecF exp2_int(VecI n) {
 constexpr int kDotRows = 2;  // 8 sums, 4 weights, 2 inputs: 14 of 16 registers
 constexpr int32_t kInt8Offset = 0;
 
-struct DotWeights { __m256i rows[4]; };
-struct DotInputs { __m256i pairs; };
-struct DotSum { __m256i rows[4]; };
+struct DotWeights {
+  __m256i rows[4];
+};
+struct DotInputs {
+  __m256i pairs;
+};
+struct DotSum {
+  __m256i rows[4];
+};
 
 inline DotSum dot_zero() {
   const __m256i zero = _mm256_setzero_si256();

@@ -1,8 +1,12 @@
 // The vector interface for AVX-512 (F, BW, DQ, VL) with VNNI: a VecF is one 512-bit register.
 #pragma once
 
-struct VecF { __m512 v; };
-struct VecI { __m512i v; };
+struct VecF {
+  __m512 v;
+};
+struct VecI {
+  __m512i v;
+};
 
 constexpr int kVecRegisters = 16;  // of 32; the rest hold operands
 
@@ -40,7 +44,8 @@ inline VecF load_half(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 inline void store_half(uint16_t* p, VecF a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 inline VecF load_bf16(const uint16_t* p) {
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -65,9 +70,15 @@ inline VecF exp2_int(VecI n) {
 constexpr int kDotRows = 8;  // 16 sums; weights and inputs in the other 16 registers
 constexpr int32_t kInt8Offset = 128;
 
-struct DotWeights { __m512i rows; };
-struct DotInputs { __m512i low, high; };
-struct DotSum { __m512i low, high; };
+struct DotWeights {
+  __m512i rows;
+};
+struct DotInputs {
+  __m512i low, high;
+};
+struct DotSum {
+  __m512i low, high;
+};
 
 inline DotSum dot_zero() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
 inline DotWeights load_step_int8(const uint8_t* p) {

@@ -5,25 +5,61 @@
 // sum() adds in one fixed tree, so a kernel written on them gives the same bits everywhere.
 #pragma once
 
-struct VecF { float lane[16]; };
-struct VecI { int32_t lane[16]; };
+struct VecF {
+  float lane[16];
+};
+struct VecI {
+  int32_t lane[16];
+};
 
 constexpr int kVecRegisters = 4;  // VecF values that a kernel may keep live as accumulators
 
 #define MLF_EACH_LANE for (int i = 0; i < 16; ++i)
 
-inline VecF splat(float x) { VecF r; MLF_EACH_LANE r.lane[i] = x; return r; }
-inline VecF load(const float* p) { VecF r; memcpy(r.lane, p, sizeof r); return r; }
+inline VecF splat(float x) {
+  VecF r;
+  MLF_EACH_LANE r.lane[i] = x;
+  return r;
+}
+inline VecF load(const float* p) {
+  VecF r;
+  memcpy(r.lane, p, sizeof r);
+  return r;
+}
 inline void store(float* p, VecF v) { memcpy(p, v.lane, sizeof v); }
-inline VecF add(VecF a, VecF b) { MLF_EACH_LANE a.lane[i] += b.lane[i]; return a; }
-inline VecF sub(VecF a, VecF b) { MLF_EACH_LANE a.lane[i] -= b.lane[i]; return a; }
-inline VecF mul(VecF a, VecF b) { MLF_EACH_LANE a.lane[i] *= b.lane[i]; return a; }
-inline VecF div(VecF a, VecF b) { MLF_EACH_LANE a.lane[i] /= b.lane[i]; return a; }
-inline VecF max(VecF a, VecF b) { MLF_EACH_LANE a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; return a; }
-inline VecF min(VecF a, VecF b) { MLF_EACH_LANE a.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; return a; }
-inline VecF abs(VecF a) { MLF_EACH_LANE a.lane[i] = fabsf(a.lane[i]); return a; }
+inline VecF add(VecF a, VecF b) {
+  MLF_EACH_LANE a.lane[i] += b.lane[i];
+  return a;
+}
+inline VecF sub(VecF a, VecF b) {
+  MLF_EACH_LANE a.lane[i] -= b.lane[i];
+  return a;
+}
+inline VecF mul(VecF a, VecF b) {
+  MLF_EACH_LANE a.lane[i] *= b.lane[i];
+  return a;
+}
+inline VecF div(VecF a, VecF b) {
+  MLF_EACH_LANE a.lane[i] /= b.lane[i];
+  return a;
+}
+inline VecF max(VecF a, VecF b) {
+  MLF_EACH_LANE a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+  return a;
+}
+inline VecF min(VecF a, VecF b) {
+  MLF_EACH_LANE a.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i];
+  return a;
+}
+inline VecF abs(VecF a) {
+  MLF_EACH_LANE a.lane[i] = fabsf(a.lane[i]);
+  return a;
+}
 // a * b + c, rounded once.
-inline VecF fma(VecF a, VecF b, VecF c) { MLF_EACH_LANE c.lane[i] = fmaf(a.lane[i], b.lane[i], c.lane[i]); return c; }
+inline VecF fma(VecF a, VecF b, VecF c) {
+  MLF_EACH_LANE c.lane[i] = fmaf(a.lane[i], b.lane[i], c.lane[i]);
+  return c;
+}
 
 // ((l0+l8)+(l4+l12)) + ((l2+l10)+(l6+l14)) and so on: halves are added until one lane is left.
 inline float sum(VecF v) {
@@ -37,9 +73,16 @@ inline float max_lane(VecF v) {
 }
 
 // Lanes n..15 replaced by fill; n in 0..16.
-inline VecF keep_first(VecF v, int n, float fill) { for (int i = n; i < 16; ++i) v.lane[i] = fill; return v; }
+inline VecF keep_first(VecF v, int n, float fill) {
+  for (int i = n; i < 16; ++i) v.lane[i] = fill;
+  return v;
+}
 // The first n floats, zeros behind them; reads nothing beyond p[n - 1].
-inline VecF load_first(const float* p, int n) { VecF r = splat(0.0f); memcpy(r.lane, p, sizeof(float) * n); return r; }
+inline VecF load_first(const float* p, int n) {
+  VecF r = splat(0.0f);
+  memcpy(r.lane, p, sizeof(float) * n);
+  return r;
+}
 inline void store_first(float* p, VecF v, int n) { memcpy(p, v.lane, sizeof(float) * n); }
 
 inline float half_to_float(uint16_t h) {
@@ -77,24 +120,53 @@ inline uint16_t float_to_half(float x) {
   bits += 0xfff + (bits >> 13 & 1);
   return static_cast<uint16_t>(sign | ((bits - (112u << 23)) >> 13));
 }
-inline VecF load_half(const uint16_t* p) { VecF r; MLF_EACH_LANE r.lane[i] = half_to_float(p[i]); return r; }
+inline VecF load_half(const uint16_t* p) {
+  VecF r;
+  MLF_EACH_LANE r.lane[i] = half_to_float(p[i]);
+  return r;
+}
 inline void store_half(uint16_t* p, VecF v) { MLF_EACH_LANE p[i] = float_to_half(v.lane[i]); }
 inline VecF load_bf16(const uint16_t* p) {
   VecF r;
-  MLF_EACH_LANE { const uint32_t bits = static_cast<uint32_t>(p[i]) << 16; memcpy(&r.lane[i], &bits, 4); }
+  MLF_EACH_LANE {
+    const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
+    memcpy(&r.lane[i], &bits, 4);
+  }
   return r;
 }
 
-inline VecF to_float(VecI v) { VecF r; MLF_EACH_LANE r.lane[i] = static_cast<float>(v.lane[i]); return r; }
+inline VecF to_float(VecI v) {
+  VecF r;
+  MLF_EACH_LANE r.lane[i] = static_cast<float>(v.lane[i]);
+  return r;
+}
 // Nearest integer, ties to even.
-inline VecI round_to_int(VecF v) { VecI r; MLF_EACH_LANE r.lane[i] = static_cast<int32_t>(nearbyintf(v.lane[i])); return r; }
-inline VecI add(VecI a, VecI b) { MLF_EACH_LANE a.lane[i] += b.lane[i]; return a; }
-inline VecI splat_int(int32_t x) { VecI r; MLF_EACH_LANE r.lane[i] = x; return r; }
-inline int32_t sum(VecI v) { int32_t s = 0; MLF_EACH_LANE s += v.lane[i]; return s; }
+inline VecI round_to_int(VecF v) {
+  VecI r;
+  MLF_EACH_LANE r.lane[i] = static_cast<int32_t>(nearbyintf(v.lane[i]));
+  return r;
+}
+inline VecI add(VecI a, VecI b) {
+  MLF_EACH_LANE a.lane[i] += b.lane[i];
+  return a;
+}
+inline VecI splat_int(int32_t x) {
+  VecI r;
+  MLF_EACH_LANE r.lane[i] = x;
+  return r;
+}
+inline int32_t sum(VecI v) {
+  int32_t s = 0;
+  MLF_EACH_LANE s += v.lane[i];
+  return s;
+}
 // 2^n as a float, n in -126..127.
 inline VecF exp2_int(VecI n) {
   VecF r;
-  MLF_EACH_LANE { const uint32_t bits = static_cast<uint32_t>(n.lane[i] + 127) << 23; memcpy(&r.lane[i], &bits, 4); }
+  MLF_EACH_LANE {
+    const uint32_t bits = static_cast<uint32_t>(n.lane[i] + 127) << 23;
+    memcpy(&r.lane[i], &bits, 4);
+  }
   return r;
 }
 
@@ -103,12 +175,22 @@ inline VecF exp2_int(VecI n) {
 constexpr int kDotRows = 1;         // activation rows per register tile
 constexpr int32_t kInt8Offset = 0;  // what load_step_int8 adds to each code
 
-struct DotWeights { int8_t code[16][4]; };
-struct DotInputs { int16_t code[4]; };
-struct DotSum { int32_t lane[16]; };
+struct DotWeights {
+  int8_t code[16][4];
+};
+struct DotInputs {
+  int16_t code[4];
+};
+struct DotSum {
+  int32_t lane[16];
+};
 
 inline DotSum dot_zero() { return DotSum{}; }
-inline DotWeights load_step_int8(const uint8_t* p) { DotWeights w; memcpy(w.code, p, 64); return w; }
+inline DotWeights load_step_int8(const uint8_t* p) {
+  DotWeights w;
+  memcpy(w.code, p, 64);
+  return w;
+}
 // 64 bytes hold two steps: one in the low nibbles, one in the high ones.
 inline void load_steps_int4(const uint8_t* p, DotWeights& low, DotWeights& high) {
   for (int i = 0; i < 64; ++i) {
@@ -116,11 +198,19 @@ inline void load_steps_int4(const uint8_t* p, DotWeights& low, DotWeights& high)
     high.code[i / 4][i % 4] = static_cast<int8_t>(p[i] >> 4);
   }
 }
-inline DotInputs load_inputs(const uint8_t* codes, int step) { DotInputs a; memcpy(a.code, codes + step * 8, 8); return a; }
+inline DotInputs load_inputs(const uint8_t* codes, int step) {
+  DotInputs a;
+  memcpy(a.code, codes + step * 8, 8);
+  return a;
+}
 inline void dot(DotSum& acc, const DotWeights& w, const DotInputs& a) {
   MLF_EACH_LANE for (int k = 0; k < 4; ++k) acc.lane[i] += w.code[i][k] * a.code[k];
 }
-inline VecI dot_result(const DotSum& acc) { VecI r; memcpy(r.lane, acc.lane, sizeof r); return r; }
+inline VecI dot_result(const DotSum& acc) {
+  VecI r;
+  memcpy(r.lane, acc.lane, sizeof r);
+  return r;
+}
 // Store 16 activation codes, inputs k..k+15 of a row, in the order that load_inputs reads.
 inline void store_inputs(uint8_t* codes, int64_t k, VecI v) {
   int16_t narrow[16];

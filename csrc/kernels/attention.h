@@ -27,7 +27,8 @@ void kv_store(const float* key, const float* value, const PageView& page, int sl
   else kv_store_as<float>(key, value, page, slot);
 }
 
-// Q queries x T tiles of 16 tokens fill the accumulator registers; likewise Q x D vectors of values.
+// Q queries x T tiles of 16 tokens fill the accumulator registers; likewise Q x D vectors of
+// values.
 constexpr int kQueries = kVecRegisters >= 16 ? 4 : 2;
 constexpr int kSpan = kVecRegisters / kQueries;
 
@@ -83,7 +84,8 @@ inline void attend_queries(const float* q, const PageView& page, const int* toke
       for (int s = 0; s < kSpan; ++s) acc[i][s] = splat(0.0f);
     for (int t = 0; t < longest; ++t) {
       VecF v[kSpan];
-      for (int s = 0; s < kSpan; ++s) v[s] = load_kv(values + t * padded + d + 16 * (s < span ? s : 0));
+      for (int s = 0; s < kSpan; ++s)
+        v[s] = load_kv(values + t * padded + d + 16 * (s < span ? s : 0));
       for (int i = 0; i < Q; ++i) {
         const VecF weight = splat(p[i][t]);
         for (int s = 0; s < kSpan; ++s) acc[i][s] = fma(weight, v[s], acc[i][s]);
@@ -99,7 +101,8 @@ inline void attend_page_as(const float* q, const PageView& page, const int* toke
                            AttentionState out, int64_t queries, float scale) {
   for_each_block<kQueries>(queries, [&](auto count, int64_t i) {
     const AttentionState block{out.values + i * page.padded_dim(), out.max + i, out.sum + i};
-    attend_queries<decltype(count)::value, T>(q + i * page.head_dim, page, tokens + i, block, scale);
+    attend_queries<decltype(count)::value, T>(q + i * page.head_dim, page, tokens + i, block,
+                                              scale);
   });
 }
 

@@ -3,7 +3,8 @@
 template <class T>
 inline void embed_float(const Weight& table, int64_t row, float* out) {
   const T* values = reinterpret_cast<const T*>(table.data) + row * table.cols;
-  for_each_vec(table.cols, [&](int64_t i, int n) { store_upto(out + i, load_weights(values + i, n), n); });
+  for_each_vec(table.cols,
+               [&](int64_t i, int n) { store_upto(out + i, load_weights(values + i, n), n); });
 }
 
 inline void embed_packed(const Weight& table, int64_t row, float* out) {

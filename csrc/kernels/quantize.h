@@ -33,7 +33,9 @@ void quantize_activations(const float* x, const Activations& out, int64_t first_
       VecI group_sum = splat_int(0);
       for (int64_t k = group * kGroup; k < (group + 1) * kGroup; k += 16) {
         const int64_t left = out.cols - k;  // inputs beyond cols are padded with code 0
-        const VecF v = scale.inverse == 0.0f ? splat(0.0f) : left >= 16 ? load(x + k) : load_first(x + k, left > 0 ? static_cast<int>(left) : 0);
+        const VecF v = scale.inverse == 0.0f ? splat(0.0f)
+                       : left >= 16 ? load(x + k)
+                                    : load_first(x + k, left > 0 ? static_cast<int>(left) : 0);
         const VecI code = round_to_int(mul(v, inverse));
         store_inputs(codes, k, code);
         group_sum = add(group_sum, code);
@@ -53,7 +55,8 @@ void quantize_per_token(const float* x, int8_t* q, float* scale, int64_t rows, i
     const VecF inverse = splat(of_row.inverse);
     for_each_vec(cols, [&](int64_t i, int n) {
       float rounded[16];
-      store(rounded, to_float(round_to_int(of_row.inverse == 0.0f ? inverse : mul(load_upto(x + i, n), inverse))));
+      store(rounded, to_float(round_to_int(
+                         of_row.inverse == 0.0f ? inverse : mul(load_upto(x + i, n), inverse))));
       for (int j = 0; j < n; ++j) q[i + j] = static_cast<int8_t>(rounded[j]);
     });
     scale[row] = of_row.scale;

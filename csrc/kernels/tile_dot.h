@@ -24,7 +24,8 @@ struct TileReader {
 
 // Takes back what load_step_int8 added to the codes; modulo 2^32, like the sum it is added to.
 inline VecI int8_offset(int32_t sum) {
-  return splat_int(static_cast<int32_t>(0u - static_cast<uint32_t>(kInt8Offset) * static_cast<uint32_t>(sum)));
+  return splat_int(
+      static_cast<int32_t>(0u - static_cast<uint32_t>(kInt8Offset) * static_cast<uint32_t>(sum)));
 }
 
 // y[m] (16 outputs) = x[first_row + m] . tile, for m < M.
@@ -114,7 +115,8 @@ inline VecF load_weights(const uint16_t* p, int n) {
 
 // Float weights are row-major, as torch has them: dot products along the row, R rows at a time.
 template <int M, int R, class T>
-inline void rows_dot(const T* weight, const Activations& x, int64_t first_row, float (*y)[kTileRows]) {
+inline void rows_dot(const T* weight, const Activations& x, int64_t first_row,
+                     float (*y)[kTileRows]) {
   VecF acc[M][R];
   for (int m = 0; m < M; ++m)
     for (int r = 0; r < R; ++r) acc[m][r] = splat(0.0f);
@@ -138,26 +140,33 @@ inline void tile_dot_float(const T* weight, int64_t rows, const Activations& x, 
   float out[M][kTileRows] = {};
   int64_t r = 0;
   for (; r + R <= rows; r += R)
-    rows_dot<M, R>(weight + r * x.cols, x, first_row, reinterpret_cast<float(*)[kTileRows]>(&out[0][r]));
+    rows_dot<M, R>(weight + r * x.cols, x, first_row,
+                   reinterpret_cast<float (*)[kTileRows]>(&out[0][r]));
   for (; r < rows; ++r)
-    rows_dot<M, 1>(weight + r * x.cols, x, first_row, reinterpret_cast<float(*)[kTileRows]>(&out[0][r]));
+    rows_dot<M, 1>(weight + r * x.cols, x, first_row,
+                   reinterpret_cast<float (*)[kTileRows]>(&out[0][r]));
   for (int m = 0; m < M; ++m) y[m] = load(out[m]);
 }
 
 // Not inlined: its callers share one copy of these loops, and a call is small beside a tile.
 template <int M>
-__attribute__((noinline)) void tile_dot(const Activations& x, const Weight& weight, int64_t tile, int64_t first_row, int64_t ahead,
-                     VecF* y) {
+__attribute__((noinline)) void tile_dot(const Activations& x, const Weight& weight, int64_t tile,
+                                        int64_t first_row, int64_t ahead, VecF* y) {
   const int64_t row = tile * kTileRows;
   const int64_t rows = weight.rows - row < kTileRows ? weight.rows - row : kTileRows;
   const TileReader reader{weight.data + tile * tile_nbytes(weight.kind, weight.cols), ahead};
   switch (weight.kind) {
     case WeightKind::fp32:
-      return tile_dot_float<M>(reinterpret_cast<const float*>(weight.data) + row * weight.cols, rows, x, first_row, y);
+      return tile_dot_float<M>(reinterpret_cast<const float*>(weight.data) + row * weight.cols,
+                               rows, x, first_row, y);
     case WeightKind::bf16:
-      return tile_dot_float<M>(reinterpret_cast<const uint16_t*>(weight.data) + row * weight.cols, rows, x, first_row, y);
-    case WeightKind::int8: return tile_dot_int8<M>(reader, x, first_row, y);
-    case WeightKind::int8_g32: return tile_dot_int8_g32<M>(reader, x, first_row, y);
-    case WeightKind::int4_g32: return tile_dot_int4_g32<M>(reader, x, first_row, y);
+      return tile_dot_float<M>(reinterpret_cast<const uint16_t*>(weight.data) + row * weight.cols,
+                               rows, x, first_row, y);
+    case WeightKind::int8:
+      return tile_dot_int8<M>(reader, x, first_row, y);
+    case WeightKind::int8_g32:
+      return tile_dot_int8_g32<M>(reader, x, first_row, y);
+    case WeightKind::int4_g32:
+      return tile_dot_int4_g32<M>(reader, x, first_row, y);
   }
 }
