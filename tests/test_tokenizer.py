@@ -376,7 +376,9 @@ def test_sentencepiece_gguf_equals_transformers(tmp_path):
     fields = sentencepiece_metadata()
     write_vocabulary(tmp_path / "t.gguf", fields)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="t.gguf")
-    check_same_as_transformers(Tokenizer.from_gguf(fields), theirs, UNINDENTED)
+    # Its older releases (the last for Python 3.10 among them) leave an empty text without BOS.
+    texts = [text for text in UNINDENTED if text or theirs("").input_ids]
+    check_same_as_transformers(Tokenizer.from_gguf(fields), theirs, texts)
 
 
 def test_sentencepiece_decodes_broken_characters():
