@@ -10,6 +10,7 @@
 #include "bandwidth.h"
 #include "checksum.h"
 #include "dispatch.h"
+#include "activation_buffer.h"
 #include "executor.h"
 #include "gqa_attention.h"
 #include "memory.h"
@@ -78,9 +79,9 @@ Weight to_weight(const WeightTuple& tuple, const char* name) {
 
 ActivationKind to_activation(const std::string& name) {
   if (name == "float") return ActivationKind::floating;
-  if (name == "int16") return ActivationKind::int16;
   if (name == "int8") return ActivationKind::int8;
-  throw py::value_error("activation must be float, int16 or int8, got " + name);
+  if (name == "int8_g32") return ActivationKind::int8_g32;
+  throw py::value_error("activation must be float, int8 or int8_g32, got " + name);
 }
 
 void check_activation(const Weight& weight, ActivationKind activation, const char* name) {
@@ -187,20 +188,15 @@ py::array forward(BoundExecutor& self, KVCache& cache,
 
 // Input rows of a stand-alone linear layer, prepared as the executor would.
 struct PreparedRows {
-  std::vector<uint8_t> codes;
-  std::vector<float> scales;
-  std::vector<int32_t> sums, group_sums;
+  ActivationBuffer buffer;
   Activations activations;
 
   PreparedRows(const KernelTable& kernels, const float* x, int64_t rows, int64_t cols,
                ActivationKind kind) {
-    const int64_t groups = ceil_div(cols, kGroup);
-    codes.resize(rows * groups * kGroup * 2), scales.resize(rows), sums.resize(rows),
-        group_sums.resize(rows * groups);
-    activations = {const_cast<float*>(x), codes.data(),      scales.data(),
-                   sums.data(),           group_sums.data(), cols};
-    if (kind != ActivationKind::floating)
-      kernels.quantize_activations(x, activations, 0, rows, max_code(kind, cols));
+    buffer.resize(rows, cols);
+    activations = buffer.view(kind, cols);
+    activations.values = const_cast<float*>(x);
+    if (kind != ActivationKind::floating) kernels.quantize_activations(x, activations, rows);
   }
 };
 
@@ -305,8 +301,10 @@ void bind_operators(py::module_& m) {
         check_threads(threads);
         py::gil_scoped_release release;
         const PreparedRows prepared(kernels, in, rows, g.cols, kind);
+        Activations result{};  // as values
+        result.cols = g.rows, result.values = y;
         over_tiles(g.tiles(), threads, [&](int64_t begin, int64_t end) {
-          kernels.swiglu(prepared.activations, g, u, y, rows, g.rows, {begin, end});
+          kernels.swiglu(prepared.activations, g, u, result, rows, {begin, end});
         });
       },
       "x"_a, "gate"_a, "up"_a, "out"_a, "activation"_a, "isa"_a = "", "threads"_a = 1);

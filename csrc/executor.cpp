@@ -23,17 +23,10 @@ struct Executor::Chunk {
 
 // Buffers of one thread, or of all threads together.
 struct Executor::Scratch {
-  std::vector<float> values;  // (rows, widest layer input)
-  std::vector<uint8_t> codes;
-  std::vector<float> scales;
-  std::vector<int32_t> sums, group_sums;
+  ActivationBuffer input;                // of a linear layer
   std::vector<float> queries;            // (queries, head_dim)
   std::vector<int> visible;              // tokens of a page that each query sees
   std::vector<float> state, page_state;  // AttentionState of those queries
-
-  Activations activations(int64_t cols) {
-    return {values.data(), codes.data(), scales.data(), sums.data(), group_sums.data(), cols};
-  }
 };
 
 namespace {
@@ -63,18 +56,13 @@ Executor::Executor(Model model, int threads, const KernelTable& kernels, int64_t
       hidden_(kChunkTokens * model_.hidden),
       qkv_(kChunkTokens * qkv_size()),
       attention_(kChunkTokens * q_size()),
-      ffn_(kChunkTokens * model_.intermediate),
       scratch_(threads + 1) {
   const int64_t widest = std::max({model_.hidden, q_size(), model_.intermediate});
-  const int64_t padded = round_up(widest, kGroup);
   const int64_t queries = static_cast<int64_t>(kAttentionRows) * group();
+  ffn_.resize(kChunkTokens, model_.intermediate);
   for (Scratch& scratch : scratch_) {
     const int64_t rows = &scratch == &scratch_.back() ? kChunkTokens : 1;
-    scratch.values.resize(rows * widest);
-    scratch.codes.resize(rows * 2 * padded);
-    scratch.scales.resize(rows);
-    scratch.sums.resize(rows);
-    scratch.group_sums.resize(rows * padded / kGroup);
+    scratch.input.resize(rows, widest);
     scratch.queries.resize(queries * model_.head_dim);
     scratch.visible.resize(queries);
     scratch.state.resize(queries * (padded_dim() + 2));
@@ -147,11 +135,13 @@ void Executor::run_chunk(int thread, const Chunk& chunk) {
     pool_.barrier();
 
     const Activations ffn_in = prepare(thread, hidden_.data(), block.ffn_norm, hidden, rows);
-    kernels_.swiglu(ffn_in, block.gate, block.up, ffn_.data(), rows, model_.intermediate,
-                    tiles(thread, position, &BlockWeights::gate));
+    Activations ffn_out = ffn_.view(model_.activation, model_.intermediate);
+    kernels_.swiglu(ffn_in, block.gate, block.up, ffn_out, rows,
+                    tiles(thread, position, &BlockWeights::gate, kTilesPerGroup));
     pool_.barrier();
 
-    const Activations ffn_out = prepare(thread, ffn_.data(), nullptr, model_.intermediate, rows);
+    if (model_.activation == ActivationKind::int8)  // one scale for what all threads wrote
+      ffn_out = prepare(thread, ffn_out.values, nullptr, model_.intermediate, rows);
     kernels_.linear(ffn_out, block.down, hidden_.data(), rows, hidden,
                     tiles(thread, position, &BlockWeights::down), true);
     pool_.barrier();
@@ -167,11 +157,12 @@ void Executor::run_chunk(int thread, const Chunk& chunk) {
 
 // The thread's share of a block's matrix, and how much of the same matrix in a later block to fetch
 // meanwhile. In one buffer, blocks lie alike and one distance serves gate and up; elsewhere the
-// fetch may miss what it is for, and harms nothing.
-Tiles Executor::tiles(int thread, int position, const Weight BlockWeights::* weight) const {
+// fetch may miss what it is for, and harms nothing. `unit` tiles stay together.
+Tiles Executor::tiles(int thread, int position, const Weight BlockWeights::* weight,
+                      int unit) const {
   const Weight& here = model_.blocks[model_.schedule[position]].*weight;
-  const Share mine = share(here.tiles(), thread, pool_.size());
-  Tiles tiles{mine.begin, mine.end};
+  const Share mine = share(ceil_div(here.tiles(), unit), thread, pool_.size());
+  Tiles tiles{mine.begin * unit, std::min(mine.end * unit, here.tiles())};
   const Ahead& ahead = plan_.ahead[position];
   if (ahead.block >= 0) {
     const Weight& there = model_.blocks[ahead.block].*weight;
@@ -187,7 +178,7 @@ Tiles Executor::tiles(int thread, int position, const Weight BlockWeights::* wei
 Activations Executor::prepare(int thread, const float* x, const float* norm, int64_t cols,
                               int64_t rows) {
   const bool shared = rows > 1;
-  Activations out = scratch_[shared ? pool_.size() : thread].activations(cols);
+  Activations out = scratch_[shared ? pool_.size() : thread].input.view(model_.activation, cols);
   const Share mine = shared ? share(rows, thread, pool_.size()) : Share{0, 1};
   const int64_t count = mine.end - mine.begin;
   if (norm) {
@@ -196,10 +187,8 @@ Activations Executor::prepare(int thread, const float* x, const float* norm, int
   } else {
     out.values = const_cast<float*>(x);
   }
-  if (model_.activation != ActivationKind::floating) {
-    kernels_.quantize_activations(out.values + mine.begin * cols, out, mine.begin, count,
-                                  max_code(model_.activation, cols));
-  }
+  if (model_.activation != ActivationKind::floating)
+    kernels_.quantize_activations(out.values + mine.begin * cols, out.from_row(mine.begin), count);
   if (shared) pool_.barrier();
   return out;
 }
@@ -254,6 +243,7 @@ const float* Executor::merge_one(int thread, const Chunk& chunk) {
   Scratch& scratch = scratch_[thread];
   const int64_t pages = chunk.pages(), state_size = group() * (padded_dim() + 2);
   const AttentionState state = attention_state(scratch.state.data(), group(), padded_dim());
+  float* out = scratch.input.view(ActivationKind::floating, q_size()).values;
   for (int kv_head = 0; kv_head < model_.kv_heads; ++kv_head) {
     float* partial = partials_.data() + kv_head * pages * state_size;
     std::copy_n(partial, state_size, scratch.state.data());
@@ -261,10 +251,10 @@ const float* Executor::merge_one(int thread, const Chunk& chunk) {
       kernels_.attend_merge(state,
                             attention_state(partial + page * state_size, group(), padded_dim()),
                             group(), padded_dim());
-    kernels_.attend_finish(state, scratch.values.data() + kv_head * group() * model_.head_dim,
-                           group(), model_.head_dim);
+    kernels_.attend_finish(state, out + kv_head * group() * model_.head_dim, group(),
+                           model_.head_dim);
   }
-  return scratch.values.data();
+  return out;
 }
 
 // Prefill: rotate queries in place, rotate and store keys, store values.

@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "activation_buffer.h"
 #include "kernels.h"
 #include "kv_cache.h"
 #include "plan.h"
@@ -67,7 +68,7 @@ class Executor {
   void run_chunk(int thread, const Chunk& chunk);
   Activations prepare(int thread, const float* x, const float* norm, int64_t cols, int64_t rows);
   void project_qkv(int thread, const Activations& x, int position, int64_t rows);
-  Tiles tiles(int thread, int position, const Weight BlockWeights::* weight) const;
+  Tiles tiles(int thread, int position, const Weight BlockWeights::* weight, int unit = 1) const;
   void attend_one(int thread, const Chunk& chunk, int position);
   const float* merge_one(int thread, const Chunk& chunk);
   void attend_many(int thread, const Chunk& chunk, int position);
@@ -87,7 +88,7 @@ class Executor {
   std::vector<float> hidden_;     // (chunk, hidden): the residual stream
   std::vector<float> qkv_;        // (chunk, qkv_size)
   std::vector<float> attention_;  // (chunk, q_size)
-  std::vector<float> ffn_;        // (chunk, intermediate)
+  ActivationBuffer ffn_;          // (chunk, intermediate)
   std::vector<float> partials_;   // one token's AttentionState per KV head and page
   std::vector<Scratch> scratch_;  // one per thread, and one shared by all at the end
 };

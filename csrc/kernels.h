@@ -44,17 +44,17 @@ struct Tiles {
   /* out = x / sqrt(mean(x^2) + eps) * weight; x, out (rows, cols) */                               \
   X(rms_norm,            void(const float* x, const float* weight, float* out, int64_t rows,        \
                               int64_t cols, float eps))                                             \
-  /* Rows of x as integer codes: scale = max|x| / max_code; out.values is not touched. */           \
-  X(quantize_activations, void(const float* x, const Activations& out, int64_t first_row,           \
-                              int64_t rows, int32_t max_code))                                      \
+  /* Rows of x (rows, out.cols) as codes of out.kind; out.values is not touched. */                 \
+  X(quantize_activations, void(const float* x, const Activations& out, int64_t rows))               \
   /* q = round(x * 127 / max|x|), scale = max|x| / 127, per row */                                  \
   X(quantize_per_token,  void(const float* x, int8_t* q, float* scale, int64_t rows, int64_t cols)) \
   /* out[m][n] = (+=, if accumulate) x[m] . w[n], for the weight rows of some tiles */               \
   X(linear,              void(const Activations& x, const Weight& weight, float* out, int64_t rows, \
                               int64_t out_stride, const Tiles& tiles, bool accumulate))             \
-  /* out[m][n] = silu(x[m] . gate[n]) * (x[m] . up[n]), for the weight rows of some tiles */        \
+  /* out[m][n] = silu(x[m] . gate[n]) * (x[m] . up[n]), for the weight rows of some tiles. Codes if \
+     out.kind is int8_g32 (tiles then begins at a multiple of kTilesPerGroup), else values. */      \
   X(swiglu,              void(const Activations& x, const Weight& gate, const Weight& up,           \
-                              float* out, int64_t rows, int64_t out_stride, const Tiles& tiles))    \
+                              const Activations& out, int64_t rows, const Tiles& tiles))            \
   /* out = one row of an embedding table, as floats */                                              \
   X(embed,               void(const Weight& table, int64_t row, float* out))                        \
   /* Rotate the two halves of each head: x, out (heads, head_dim); cos, sin (head_dim / 2). */      \

@@ -16,6 +16,7 @@ constexpr int kStep = 4;       // inputs of one row side by side: one lane of a 
 constexpr int kGroup = 32;     // inputs that share a scale; quantized inputs are padded to it
 constexpr int kStepBytes = kTileRows * kStep;
 constexpr int kStepsPerGroup = kGroup / kStep;
+constexpr int kTilesPerGroup = kGroup / kTileRows;  // output tiles that make an input group
 static_assert(kStepBytes == 64, "one step of one tile is one cache line");
 
 MLF_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -55,29 +56,33 @@ struct Weight {
   }
 };
 
+// What the inputs of a linear layer are rounded to: nothing, 8 bits with one scale per token (the
+// paper's W8A8), or 8 bits with one scale per token and group.
+enum class ActivationKind : int32_t { floating, int8, int8_g32 };
+
+constexpr int32_t kMaxCode = 127;  // codes are symmetric: -127..127
+
 // Inputs of a linear layer, one row per token: floats for float weights, integer codes otherwise.
-// Codes take 2 bytes per input; each ISA orders them as its dot product likes.
 struct Activations {
-  float* values;        // (rows, cols)
-  uint8_t* codes;       // (rows, 2 * padded cols)
-  float* scales;        // (rows): value = scale * code
-  int32_t* sums;        // (rows): sum of all codes
-  int32_t* group_sums;  // (rows, groups): sum of the codes of each group of 32
+  ActivationKind kind;
   int64_t cols;
+  float* values;      // (rows, cols)
+  int8_t* codes;      // (rows, padded cols), 0 beyond cols
+  float* scales;      // (rows, groups): value = scale * code
+  int32_t* offsets;   // (rows, groups): what the sum of products of a group starts from
+  float* group_sums;  // (rows, groups): sum of the values of a group
 
   MLF_INLINE int64_t groups() const { return ceil_div(cols, kGroup); }
-  MLF_INLINE int64_t codes_stride() const { return 2 * groups() * kGroup; }
-  MLF_INLINE uint8_t* row_codes(int64_t row) const { return codes + row * codes_stride(); }
+  MLF_INLINE int64_t padded_cols() const { return groups() * kGroup; }
+  MLF_INLINE Activations from_row(int64_t row) const {
+    return {kind,
+            cols,
+            values + row * cols,
+            codes + row * padded_cols(),
+            scales + row * groups(),
+            offsets + row * groups(),
+            group_sums + row * groups()};
+  }
 };
-
-enum class ActivationKind : int32_t { floating, int16, int8 };
-
-// Largest activation code. 16 bits as far as they go: a sum of `cols` products with int8 codes
-// must fit int32 (2^31 / (128 * cols)), and a code must split into two signed bytes (<= 127 * 256).
-MLF_INLINE constexpr int32_t max_code(ActivationKind kind, int64_t cols) {
-  if (kind == ActivationKind::int8) return 127;
-  const int64_t fits = ((int64_t{1} << 31) - 1) / (128 * round_up(cols, kGroup));
-  return static_cast<int32_t>(fits < 127 * 256 ? fits : 127 * 256);
-}
 
 }  // namespace mlf

@@ -98,8 +98,9 @@ inline VecF exp2_int(VecI n) {
           _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n.hi, bias), 23))};
 }
 
-// --- integer dot products: weights widened to int16, multiplied and added in pairs -------------
-// A register holds 4 rows x 4 inputs; each int32 sum holds half of a row's products.
+// --- integer dot products of int8 weights: widened to int16, multiplied and added in pairs ------
+// A register holds 4 rows x 4 inputs; each int32 sum holds half of a row's products. (The bytewise
+// product saturates on two weights of 8 bits; undoing that costs more than widening.)
 
 constexpr int kDotRows = 2;  // 8 sums, 4 weights, 2 inputs: 14 of 16 registers
 constexpr int32_t kInt8Offset = 0;
@@ -114,7 +115,7 @@ struct DotSum {
   __m256i rows[4];
 };
 
-inline DotSum dot_zero() {
+inline DotSum dot_begin(int32_t) {
   const __m256i zero = _mm256_setzero_si256();
   return {{zero, zero, zero, zero}};
 }
@@ -124,18 +125,10 @@ inline DotWeights load_step_int8(const uint8_t* p) {
     w.rows[i] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * i)));
   return w;
 }
-inline void load_steps_int4(const uint8_t* p, DotWeights& low, DotWeights& high) {
-  const __m128i mask = _mm_set1_epi8(15);
-  for (int i = 0; i < 4; ++i) {
-    const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16 * i));
-    low.rows[i] = _mm256_cvtepu8_epi16(_mm_and_si128(both, mask));
-    high.rows[i] = _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(both, 4), mask));
-  }
-}
-inline DotInputs load_inputs(const uint8_t* codes, int step) {
-  int64_t four;
-  memcpy(&four, codes + step * 8, 8);
-  return {_mm256_set1_epi64x(four)};
+inline DotInputs load_inputs(const int8_t* codes) {
+  int32_t four;
+  memcpy(&four, codes, 4);
+  return {_mm256_cvtepi8_epi16(_mm_set1_epi32(four))};
 }
 inline void dot(DotSum& acc, const DotWeights& w, const DotInputs& a) {
   for (int i = 0; i < 4; ++i)
@@ -147,7 +140,47 @@ inline VecI dot_result(const DotSum& acc) {
   const __m256i hi = _mm256_hadd_epi32(acc.rows[2], acc.rows[3]);
   return {_mm256_permute4x64_epi64(lo, 0xd8), _mm256_permute4x64_epi64(hi, 0xd8)};
 }
-inline void store_inputs(uint8_t* codes, int64_t k, VecI v) {
-  const __m256i narrow = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.lo, v.hi), 0xd8);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + 2 * k), narrow);
+
+// --- of int4 weights: bytewise products in int16 ------------------------------------------------
+// Codes are at most 15, so the 16 products of a group that meet in one int16 cannot overflow it:
+// 16 * 15 * 127 = 30480.
+
+struct NibbleWeights {
+  __m256i rows[2];
+};
+struct NibbleInputs {
+  __m256i four;
+};
+struct NibbleSum {
+  __m256i pairs[2];
+};
+
+inline NibbleSum nibble_begin() { return {{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+inline void load_steps_int4(const uint8_t* p, NibbleWeights& low, NibbleWeights& high) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  for (int i = 0; i < 2; ++i) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32 * i));
+    low.rows[i] = _mm256_and_si256(both, mask);
+    high.rows[i] = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
+  }
+}
+inline NibbleInputs load_nibble_inputs(const int8_t* codes) {
+  int32_t four;
+  memcpy(&four, codes, 4);
+  return {_mm256_set1_epi32(four)};
+}
+inline void dot(NibbleSum& acc, const NibbleWeights& w, const NibbleInputs& a) {
+  for (int i = 0; i < 2; ++i)
+    acc.pairs[i] = _mm256_add_epi16(acc.pairs[i], _mm256_maddubs_epi16(w.rows[i], a.four));
+}
+inline VecI dot_result(const NibbleSum& acc) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  return {_mm256_madd_epi16(acc.pairs[0], ones), _mm256_madd_epi16(acc.pairs[1], ones)};
+}
+
+inline void store_codes(int8_t* p, VecI v) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.lo, v.hi), 0xd8);
+  const __m128i bytes =
+      _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }

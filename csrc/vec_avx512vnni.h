@@ -63,51 +63,46 @@ inline VecF exp2_int(VecI n) {
 }
 
 // --- integer dot products: VNNI multiplies unsigned by signed bytes ----------------------------
-// Weights are made unsigned (int8: +128, taken back through the sum of the inputs); an input code
-// is split into two signed bytes, code = 256 * high + low, each with a sum of its own. The sums may
-// wrap: the whole result fits int32, so arithmetic modulo 2^32 is exact.
+// int8 weights are made unsigned by adding 128; the sum starts from what takes that back.
 
-constexpr int kDotRows = 8;  // 16 sums; weights and inputs in the other 16 registers
+constexpr int kDotRows = 8;  // 8 integer and 8 float sums; weights and inputs in other registers
 constexpr int32_t kInt8Offset = 128;
 
 struct DotWeights {
   __m512i rows;
 };
 struct DotInputs {
-  __m512i low, high;
+  __m512i four;
 };
 struct DotSum {
-  __m512i low, high;
+  __m512i rows;
 };
 
-inline DotSum dot_zero() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+inline DotSum dot_begin(int32_t offset) { return {_mm512_set1_epi32(offset)}; }
 inline DotWeights load_step_int8(const uint8_t* p) {
   return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))};
 }
-inline void load_steps_int4(const uint8_t* p, DotWeights& low, DotWeights& high) {
+inline DotInputs load_inputs(const int8_t* codes) {
+  int32_t four;
+  memcpy(&four, codes, 4);
+  return {_mm512_set1_epi32(four)};
+}
+inline void dot(DotSum& acc, const DotWeights& w, const DotInputs& a) {
+  acc.rows = _mm512_dpbusd_epi32(acc.rows, w.rows, a.four);
+}
+inline VecI dot_result(const DotSum& acc) { return {acc.rows}; }
+
+using NibbleWeights = DotWeights;
+using NibbleSum = DotSum;
+inline NibbleSum nibble_begin() { return {_mm512_setzero_si512()}; }
+inline void load_steps_int4(const uint8_t* p, NibbleWeights& low, NibbleWeights& high) {
   const __m512i mask = _mm512_set1_epi8(15);
   const __m512i both = _mm512_loadu_si512(p);
   low.rows = _mm512_and_si512(both, mask);
   high.rows = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
 }
-inline DotInputs load_inputs(const uint8_t* codes, int step) {
-  int32_t low, high;
-  memcpy(&low, codes + step * 8, 4);
-  memcpy(&high, codes + step * 8 + 4, 4);
-  return {_mm512_set1_epi32(low), _mm512_set1_epi32(high)};
-}
-inline void dot(DotSum& acc, const DotWeights& w, const DotInputs& a) {
-  acc.low = _mm512_dpbusd_epi32(acc.low, w.rows, a.low);
-  acc.high = _mm512_dpbusd_epi32(acc.high, w.rows, a.high);
-}
-inline VecI dot_result(const DotSum& acc) {
-  return {_mm512_add_epi32(acc.low, _mm512_slli_epi32(acc.high, 8))};
-}
-inline void store_inputs(uint8_t* codes, int64_t k, VecI a) {
-  const __m128i low = _mm512_cvtepi32_epi8(a.v);  // keeps the low byte, read as signed
-  const __m512i rest = _mm512_sub_epi32(a.v, _mm512_cvtepi8_epi32(low));
-  const __m128i high = _mm512_cvtepi32_epi8(_mm512_srai_epi32(rest, 8));
-  __m128i* out = reinterpret_cast<__m128i*>(codes + 2 * k);
-  _mm_storeu_si128(out, _mm_unpacklo_epi32(low, high));
-  _mm_storeu_si128(out + 1, _mm_unpackhi_epi32(low, high));
+inline DotInputs load_nibble_inputs(const int8_t* codes) { return load_inputs(codes); }
+
+inline void store_codes(int8_t* p, VecI a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
 }

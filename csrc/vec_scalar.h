@@ -179,28 +179,22 @@ struct DotWeights {
   int8_t code[16][4];
 };
 struct DotInputs {
-  int16_t code[4];
+  int8_t code[4];
 };
 struct DotSum {
   int32_t lane[16];
 };
 
-inline DotSum dot_zero() { return DotSum{}; }
+// Sums of 8-bit weights; `offset` takes back what kInt8Offset adds.
+inline DotSum dot_begin(int32_t) { return DotSum{}; }
 inline DotWeights load_step_int8(const uint8_t* p) {
   DotWeights w;
   memcpy(w.code, p, 64);
   return w;
 }
-// 64 bytes hold two steps: one in the low nibbles, one in the high ones.
-inline void load_steps_int4(const uint8_t* p, DotWeights& low, DotWeights& high) {
-  for (int i = 0; i < 64; ++i) {
-    low.code[i / 4][i % 4] = static_cast<int8_t>(p[i] & 15);
-    high.code[i / 4][i % 4] = static_cast<int8_t>(p[i] >> 4);
-  }
-}
-inline DotInputs load_inputs(const uint8_t* codes, int step) {
+inline DotInputs load_inputs(const int8_t* codes) {
   DotInputs a;
-  memcpy(a.code, codes + step * 8, 8);
+  memcpy(a.code, codes, 4);
   return a;
 }
 inline void dot(DotSum& acc, const DotWeights& w, const DotInputs& a) {
@@ -211,9 +205,18 @@ inline VecI dot_result(const DotSum& acc) {
   memcpy(r.lane, acc.lane, sizeof r);
   return r;
 }
-// Store 16 activation codes, inputs k..k+15 of a row, in the order that load_inputs reads.
-inline void store_inputs(uint8_t* codes, int64_t k, VecI v) {
-  int16_t narrow[16];
-  MLF_EACH_LANE narrow[i] = static_cast<int16_t>(v.lane[i]);
-  memcpy(codes + 2 * k, narrow, sizeof narrow);
+
+// Sums of 4-bit weights, over one group at most. 64 bytes hold two steps: one in the low nibbles,
+// one in the high ones.
+using NibbleWeights = DotWeights;
+using NibbleSum = DotSum;
+inline NibbleSum nibble_begin() { return DotSum{}; }
+inline void load_steps_int4(const uint8_t* p, NibbleWeights& low, NibbleWeights& high) {
+  for (int i = 0; i < 64; ++i) {
+    low.code[i / 4][i % 4] = static_cast<int8_t>(p[i] & 15);
+    high.code[i / 4][i % 4] = static_cast<int8_t>(p[i] >> 4);
+  }
 }
+inline DotInputs load_nibble_inputs(const int8_t* codes) { return load_inputs(codes); }
+
+inline void store_codes(int8_t* p, VecI v) { MLF_EACH_LANE p[i] = static_cast<int8_t>(v.lane[i]); }

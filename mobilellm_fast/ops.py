@@ -171,9 +171,9 @@ def _check_linear(
     _expect_dtype("linear", FLOATS, x=x)
     _expect_shape("linear", "x", x, ("...", cols))
     _check_packed("linear", packed, kind, rows, cols)
-    if activation not in ("float", "int16", "int8"):
+    if activation not in ("float", "int8", "int8_g32"):
         raise MobileLLMError(
-            f"[linear] activation must be 'float', 'int16' or 'int8', got {activation!r}"
+            f"[linear] activation must be 'float', 'int8' or 'int8_g32', got {activation!r}"
         )
 
 

@@ -303,8 +303,8 @@ def aligned_empty(nbytes: int) -> np.ndarray:
 
 
 def activation_of(format: str) -> str:
-    """What a linear layer's input is rounded to in ``format``: ``float``, ``int16`` or ``int8``."""
-    return {"fp32": "float", "bf16": "float", "w8a8": "int8"}.get(format, "int16")
+    """What a linear layer's input is rounded to in ``format``, see `reference.linear`."""
+    return {"fp32": "float", "bf16": "float", "w8a8": "int8"}.get(format, "int8_g32")
 
 
 def kind_of(format: str, name: str, dtype: str) -> str:

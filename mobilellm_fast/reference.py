@@ -106,14 +106,14 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
         codes: (..., n) int8 in [-127, 127].
         scales: (...) float32, `max|x| / 127`; 0 where `max|x|` is below `TINY`.
     """
-    codes, scales = round_rows(x, 127)
+    codes, scales = round_rows(x)
     return codes.to(torch.int8), scales
 
 
 def linear(
     x: Tensor, packed: Tensor, kind: str, rows: int, cols: int, activation: str = "float"
 ) -> Tensor:
-    """Multiply by a packed weight matrix: `x W^T`, with `x` rounded per token as asked.
+    """Multiply by a packed weight matrix: `x W^T`, with `x` rounded as asked.
 
     Args:
         x: (..., cols) float.
@@ -121,8 +121,8 @@ def linear(
             the bits of (rows, cols) bfloat16 as a 16-bit integer.
         kind: "fp32", "bf16", "int8", "int8_g32" or "int4_g32", see `mobilellm_fast.quant`.
         rows, cols: output and input features.
-        activation: "float" leaves `x` as it is; "int16" and "int8" round every row of it
-            symmetrically to integers of at most `max_code(activation, cols)`.
+        activation: "float" leaves `x` as it is; the others round it to 8-bit codes, symmetrically:
+            "int8" with one scale per row, "int8_g32" with one per group of 32 inputs.
 
     Returns:
         (..., rows), dtype of `x`.
@@ -132,16 +132,20 @@ def linear(
     if activation == "float":
         weight = dequantize(packed, kind, rows, cols)
         return F.linear(x.to(torch.float64), weight.to(torch.float64)).to(x.dtype)
-    codes, scales = round_rows(x.to(torch.float32), max_code(activation, cols))
-    codes, scales = codes.to(torch.float64), scales.unsqueeze(-1)
-    if kind == "int8":  # no float sum: an exact integer, scaled in float32
-        weight = quant.unpack(PackedWeight(kind, rows, cols, packed.cpu().numpy()))
-        total = F.linear(codes, torch.from_numpy(weight.codes).to(codes)).to(torch.float32)
-        out = total * (torch.from_numpy(weight.scales).to(scales) * scales)
-    else:
+    rounded = x.to(torch.float32)
+    if kind != "int8":
         weight = dequantize(packed, kind, rows, cols).to(torch.float64)
-        out = F.linear(codes, weight) * scales
-    return out.to(x.dtype)
+        return F.linear(round_activations(rounded, activation), weight).to(x.dtype)
+    weight = quant.unpack(PackedWeight(kind, rows, cols, packed.cpu().numpy()))
+    codes, scales = (
+        torch.from_numpy(array).to(x.device) for array in (weight.codes, weight.scales)
+    )
+    codes = codes.to(torch.float64)
+    if activation == "int8":  # an exact integer, scaled in float32
+        row_codes, row_scales = round_rows(rounded)
+        total = F.linear(row_codes.to(torch.float64), codes).to(torch.float32)
+        return (total * (scales * row_scales.unsqueeze(-1))).to(x.dtype)
+    return (F.linear(round_activations(rounded, activation), codes) * scales).to(x.dtype)
 
 
 def embed(ids: Tensor, packed: Tensor, kind: str, rows: int, cols: int) -> Tensor:
@@ -173,29 +177,28 @@ def dequantize(packed: Tensor, kind: str, rows: int, cols: int) -> Tensor:
     return torch.from_numpy(weight.dequantize()).to(packed.device)
 
 
-def max_code(activation: str, cols: int) -> int:
-    """Largest activation code: an int32 must hold `cols` products with an int8 weight code.
+def round_activations(x: Tensor, activation: str) -> Tensor:
+    """Return x (..., n) float32 as its codes see it, "int8" or "int8_g32": (..., n) float64."""
+    cols = x.shape[-1]
+    if activation == "int8_g32":
+        x = F.pad(x, (0, -cols % GROUP)).unflatten(-1, (-1, GROUP))
+    codes, scales = round_rows(x)
+    values = codes.to(torch.float64) * scales.unsqueeze(-1)
+    return values.flatten(-2)[..., :cols] if activation == "int8_g32" else values
 
-    `csrc/quant.h` has the same rule for C++.
-    """
-    if activation == "int8":
-        return 127
-    padded = -(-cols // GROUP) * GROUP
-    return min((2**31 - 1) // (128 * padded), 127 * 256)
 
-
-def round_rows(x: Tensor, largest: int) -> tuple[Tensor, Tensor]:
-    """Round each row of x (..., n) to integers in [-largest, largest].
+def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each row of x (..., n) to integers in [-127, 127].
 
     Returns:
         codes (..., n), whole numbers in the dtype of `x`, and scales (...); x is about
         `codes * scales`.
     """
     peak = x.abs().amax(-1)
-    # not `largest / peak`, which torch computes as a reciprocal and a product, rounding twice
-    inverse = torch.where(peak >= TINY, torch.full_like(peak, largest) / peak, 0)
+    # not `127 / peak`, which torch computes as a reciprocal and a product, rounding twice
+    inverse = torch.where(peak >= TINY, torch.full_like(peak, 127) / peak, 0)
     codes = torch.round(x * inverse.unsqueeze(-1))
-    return codes, torch.where(peak >= TINY, peak / largest, 0)
+    return codes, torch.where(peak >= TINY, peak / 127, 0)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mobilellm_fast import reference
 from mobilellm_fast.quant import GROUP, PackedWeight, unpack
-from mobilellm_fast.reference import max_code
 
 U = 2.0**-24  # unit roundoff of float32
 PAGE = 128  # tokens that attention reduces at once
@@ -82,22 +81,23 @@ def _linear(x: Tensor, packed: Tensor, kind: str, rows: int, cols: int, activati
     if activation == "float":
         weight = reference.dequantize(packed, kind, rows, cols).to(torch.float64)
         return _chain(cols) * U * (x.abs() @ weight.abs().T)
-    assert kind != "int8", "exact"
+    assert (kind, activation) != ("int8", "int8"), "exact"
     grid = unpack(PackedWeight(kind, rows, cols, packed.numpy()))
-    codes, scales = reference.round_rows(x.to(torch.float32), max_code(activation, cols))
-    codes, weight_codes = (
+    values = reference.round_activations(x.to(torch.float32), activation)
+    values, weight_codes = (
         torch.nn.functional.pad(t.to(torch.float64), (0, -cols % GROUP)).unflatten(-1, (-1, GROUP))
-        for t in (codes, torch.from_numpy(grid.codes))
+        for t in (values, torch.from_numpy(grid.codes))
     )
     # what is added up: a product with the scale of each group, and one with its min
-    sums = torch.einsum("mgi,rgi->mrg", codes, weight_codes)
-    size = (sums * torch.from_numpy(grid.scales).to(torch.float64)).abs().sum(-1)
+    sums = torch.einsum("mgi,rgi->mrg", values, weight_codes)
+    scales = torch.from_numpy(grid.scales).to(torch.float64).reshape(rows, -1)
+    size = (sums * scales).abs().sum(-1)
     if grid.mins is not None:
         mins = torch.from_numpy(grid.mins).to(torch.float64).abs()
-        size += codes.sum(-1).abs() @ mins.T
-    # an fma for each of them; integers to float; the product with the scale of the row
+        size += values.sum(-1).abs() @ mins.T
+    # an fma for each of them; the products with the scales of input and weight
     terms = 2 * weight_codes.shape[1] + 3
-    return terms * U * size * scales.unsqueeze(-1)
+    return terms * U * size
 
 
 _BOUNDS = {

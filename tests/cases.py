@@ -72,7 +72,7 @@ CASES: dict[str, list[dict]] = {
 LINEAR_KINDS = [
     ("fp32", "float"),
     ("bf16", "float"),
-    *((kind, activation) for kind in quant.QUANTIZED_KINDS for activation in ("int16", "int8")),
+    *((kind, activation) for kind in quant.QUANTIZED_KINDS for activation in ("int8_g32", "int8")),
 ]
 
 

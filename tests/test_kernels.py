@@ -26,37 +26,42 @@ def matrix(rows, cols, seed):
     return np.random.default_rng(seed).normal(size=(rows, cols)).astype(np.float32)
 
 
-def max_code(activation: str, cols: int) -> int:
-    padded = -(-cols // 32) * 32
-    return 127 if activation == "int8" else min(127 * 256, (2**31 - 1) // (128 * padded))
-
-
-def quantized_rows(x, limit):
+def quantized_rows(x):
     """What the kernels do to activations: codes (int64) and scales (float32), per row."""
     largest = np.abs(x).max(axis=1, keepdims=True)
-    inverse = np.divide(np.float32(limit), largest, out=np.zeros_like(largest), where=largest > 0)
-    return np.rint(x * inverse).astype(np.int64), (largest / np.float32(limit))[:, 0]
+    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    return np.rint(x * inverse).astype(np.int64), (largest / np.float32(127))[:, 0]
 
 
 def exact_linear(x, tensor, activation):
     """The integer kernels' result, operation by operation."""
-    codes, scale = quantized_rows(x, max_code(activation, x.shape[1]))
     weights = tensor.codes.astype(np.int64)
-    if tensor.kind == "int8":
+    codes, scale = quantized_rows(x)
+    if tensor.kind == activation == "int8":
         total = codes @ weights.T
         assert np.abs(total).max() < 2**31
         return total.astype(np.float32) * (tensor.scales[None] * scale[:, None])
-    # Groups: one fused multiply-add each; 64 bits of mantissa hold its exact sum.
     acc = np.zeros((len(x), len(weights)), np.float32)
-    for group in range(tensor.scales.shape[1]):
-        part = slice(32 * group, 32 * group + 32)
-        total = (codes[:, part] @ weights[:, part].T).astype(np.float32).astype(np.longdouble)
-        acc = (total * tensor.scales[:, group].astype(np.longdouble) + acc).astype(np.float32)
+
+    def fma(a, b):  # 64 bits of mantissa hold the exact sum
+        wide = a.astype(np.longdouble) * b.astype(np.longdouble) + acc
+        return wide.astype(np.float32)
+
+    for first in range(0, x.shape[1], 32):
+        part, group = slice(first, first + 32), first // 32
+        if activation == "int8_g32":
+            codes_of_group, scale = quantized_rows(x[:, part])
+        else:
+            codes_of_group = codes[:, part]
+        total = (codes_of_group @ weights[:, part].T).astype(np.float32)
+        if tensor.kind == "int8":
+            acc = fma(total, scale[:, None])
+            continue
+        acc = fma(total * scale[:, None], tensor.scales[:, group])
         if tensor.mins is not None:
-            sums = codes[:, part].sum(axis=1, keepdims=True).astype(np.float32)
-            mins = tensor.mins[:, group].astype(np.longdouble)
-            acc = (mins * sums.astype(np.longdouble) + acc).astype(np.float32)
-    return acc * scale[:, None]
+            sums = codes_of_group.sum(axis=1).astype(np.float32) * scale
+            acc = fma(tensor.mins[:, group], sums[:, None])
+    return acc * tensor.scales if tensor.kind == "int8" else acc
 
 
 def linear(x, weight, activation, isa, threads=1):
@@ -67,7 +72,7 @@ def linear(x, weight, activation, isa, threads=1):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", quant.QUANTIZED_KINDS)
-@pytest.mark.parametrize("activation", ["int16", "int8"])
+@pytest.mark.parametrize("activation", ["int8_g32", "int8"])
 @pytest.mark.parametrize("shape", WEIGHT_SHAPES, ids=str)
 def test_linear_is_exact(isa, kind, activation, shape):
     tensor = quant.quantize(matrix(*shape, 0), kind)
@@ -81,7 +86,7 @@ def test_linear_is_exact(isa, kind, activation, shape):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("activation", ["int16", "int8"])
+@pytest.mark.parametrize("activation", ["int8_g32", "int8"])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_linear_does_not_saturate(isa, activation, sign):
     """Every product at its largest, all of one sign, over the longest row of any model."""
@@ -111,7 +116,7 @@ def test_every_weight_byte(isa, code):
     tensor = quant.QuantizedTensor("int8_g32", codes, np.ones((16, 2), np.float16))
     x = matrix(5, 64, 2)
     assert np.array_equal(
-        linear(x, quant.pack(tensor), "int16", isa), exact_linear(x, tensor, "int16")
+        linear(x, quant.pack(tensor), "int8_g32", isa), exact_linear(x, tensor, "int8_g32")
     )
 
 
@@ -164,8 +169,8 @@ def test_swiglu_of_integer_weights(isa, kind):
     gate, up = (quant.pack(matrix(40, 96, seed), kind) for seed in (0, 1))
     x = matrix(9, 96, 2)
     out = np.full((9, 40), np.nan, np.float32)
-    _C.swiglu(x, gate.as_tuple(), up.as_tuple(), out, "int16", isa)
-    g, u = (linear(x, w, "int16", isa).astype(np.float64) for w in (gate, up))
+    _C.swiglu(x, gate.as_tuple(), up.as_tuple(), out, "int8_g32", isa)
+    g, u = (linear(x, w, "int8_g32", isa).astype(np.float64) for w in (gate, up))
     want = g / (1 + np.exp(-g)) * u
     assert (np.abs(out - want) <= 8 * 2**-24 * np.abs(want) + 1e-30).all()
 
@@ -177,7 +182,7 @@ def test_quantize_per_token(isa):
     x[4] = np.arange(-22, 23) + 0.5  # ties
     q, scale = np.full((7, 45), 99, np.int8), np.full(7, np.nan, np.float32)
     _C.quantize_per_token(x, q, scale, isa)
-    codes, scales = quantized_rows(x, 127)
+    codes, scales = quantized_rows(x)
     assert np.array_equal(q, codes)
     assert np.array_equal(scale, scales)
 
@@ -212,7 +217,7 @@ def test_nothing_is_touched_beyond_the_arrays(isa):
         for kind in ("fp32", "bf16", *quant.QUANTIZED_KINDS):
             weight = quant.pack(matrix(rows, cols, 0), kind)
             weight = quant.PackedWeight(kind, rows, cols, guarded.copy(weight.data))
-            activation = "float" if kind in ("fp32", "bf16") else "int16"
+            activation = "float" if kind in ("fp32", "bf16") else "int8_g32"
             for m in (1, 2, 5, 9):
                 x, out = guarded.copy(matrix(m, cols, 1)), guarded.copy(matrix(m, rows, 2))
                 _C.linear(x, weight.as_tuple(), out, activation, isa)
@@ -245,8 +250,11 @@ def test_bad_arguments_are_refused():
         ((x.astype(np.float64), weight.as_tuple(), out, "float"), "x must be C-contiguous float32"),
         ((x.T.copy().T, weight.as_tuple(), out, "float"), "x must be C-contiguous float32"),
         ((x, weight.as_tuple(), out[:1], "float"), r"out must be .* of shape \(2, 4\)"),
-        ((x, weight.as_tuple(), out, "int16"), "float weights float ones"),
-        ((x, weight.as_tuple(), out, "int5"), "activation must be float, int16 or int8, got int5"),
+        ((x, weight.as_tuple(), out, "int8_g32"), "float weights float ones"),
+        (
+            (x, weight.as_tuple(), out, "int5"),
+            "activation must be float, int8 or int8_g32, got int5",
+        ),
         ((x, ("int3", 4, 8, weight.data), out, "float"), "unknown weight kind int3"),
         (
             (x, ("fp32", 5, 8, weight.data), out, "float"),

@@ -115,23 +115,16 @@ def test_linear_multiplies_what_it_says(kind, activation):
     weight = quant.PackedWeight(kind, 37, 70, packed.numpy()).dequantize()
     rounded = x.double()
     if activation != "float":
-        largest = reference.max_code(activation, 70)
-        step = x.abs().amax(-1, keepdim=True).double() / largest
-        rounded = (x.double() / step).round() * step
+        for part in x.split(32 if activation == "int8_g32" else 70, dim=-1):
+            step = part.abs().amax(-1, keepdim=True).double() / 127
+            at = part.storage_offset()
+            rounded[:, at : at + part.shape[1]] = (part.double() / step).round() * step
     want = rounded.numpy() @ weight.astype(np.float64).T
     got = reference.linear(x, packed, *rest).numpy()
     np.testing.assert_allclose(got, want, rtol=0, atol=3e-7 * np.abs(want).max())
     exact = reference.linear(x.double(), packed, kind, 37, 70).numpy()
     plain = x.double().numpy() @ weight.astype(np.float64).T
     np.testing.assert_allclose(exact, plain, rtol=0, atol=1e-13 * np.abs(want).max())
-
-
-@pytest.mark.parametrize("cols", [1, 32, 576, 4352, 100_000])
-def test_max_code_keeps_sums_in_int32(cols):
-    padded = -(-cols // 32) * 32
-    assert reference.max_code("int8", cols) == 127
-    assert 127 < reference.max_code("int16", cols) <= 2**15 - 1
-    assert reference.max_code("int16", cols) * 128 * padded < 2**31
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", *quant.QUANTIZED_KINDS])

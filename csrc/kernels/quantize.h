@@ -1,4 +1,4 @@
-// Rounding of activations to integer codes, one scale per token.
+// Rounding of activations to 8-bit codes.
 
 // The largest |x|, or NaN if any x is not finite.
 inline float max_abs(const float* x, int64_t cols) {
@@ -13,45 +13,52 @@ inline float max_abs(const float* x, int64_t cols) {
 
 // The factor that turns a row into codes, and its scale. A row too small for its reciprocal to be
 // finite counts as zero; one that is not finite has codes 0 and the scale NaN.
-struct RowScale {
+struct CodeScale {
   float inverse, scale;
 };
-inline RowScale row_scale(float largest, float max_code) {
+inline CodeScale code_scale(float largest) {
   if (!(largest >= 0x1p-100f)) return {0.0f, largest < 0x1p-100f ? 0.0f : NAN};
-  return {max_code / largest, largest / max_code};
+  return {kMaxCode / largest, largest / kMaxCode};
 }
 
-void quantize_activations(const float* x, const Activations& out, int64_t first_row, int64_t rows,
-                          int32_t max_code) {
-  const int64_t groups = out.groups();
-  for (int64_t row = first_row; row < first_row + rows; ++row, x += out.cols) {
-    const RowScale scale = row_scale(max_abs(x, out.cols), static_cast<float>(max_code));
-    const VecF inverse = splat(scale.inverse);
-    uint8_t* codes = out.row_codes(row);
-    int32_t total = 0;
-    for (int64_t group = 0; group < groups; ++group) {
-      VecI group_sum = splat_int(0);
-      for (int64_t k = group * kGroup; k < (group + 1) * kGroup; k += 16) {
-        const int64_t left = out.cols - k;  // inputs beyond cols are padded with code 0
-        const VecF v = scale.inverse == 0.0f ? splat(0.0f)
-                       : left >= 16 ? load(x + k)
-                                    : load_first(x + k, left > 0 ? static_cast<int>(left) : 0);
-        const VecI code = round_to_int(mul(v, inverse));
-        store_inputs(codes, k, code);
-        group_sum = add(group_sum, code);
-      }
-      const int32_t group_total = sum(group_sum);
-      out.group_sums[row * groups + group] = group_total;
-      total += group_total;
+// Round one group of inputs: x holds those that are there, at most 32.
+inline void quantize_group(const float* x, int64_t count, CodeScale scale, const Activations& out,
+                           int64_t row, int64_t group) {
+  int8_t* codes = out.codes + row * out.padded_cols() + group * kGroup;
+  const VecF inverse = splat(scale.inverse);
+  VecI sums = splat_int(0);
+  for (int64_t i = 0; i < kGroup; i += 16) {
+    const int64_t left = count - i;
+    const VecF v = scale.inverse == 0.0f ? splat(0.0f)  // also where x is not finite
+                   : left >= 16          ? load(x + i)
+                                         : load_first(x + i, left > 0 ? static_cast<int>(left) : 0);
+    const VecI code = round_to_int(mul(v, inverse));
+    store_codes(codes + i, code);
+    sums = add(sums, code);
+  }
+  const int32_t total = sum(sums);
+  const int64_t at = row * out.groups() + group;
+  out.scales[at] = scale.scale;
+  out.offsets[at] = -kInt8Offset * total;
+  out.group_sums[at] = scale.scale * static_cast<float>(total);
+}
+
+void quantize_activations(const float* x, const Activations& out, int64_t rows) {
+  const bool per_token = out.kind == ActivationKind::int8;
+  for (int64_t row = 0; row < rows; ++row, x += out.cols) {
+    CodeScale scale = per_token ? code_scale(max_abs(x, out.cols)) : CodeScale{};
+    for (int64_t group = 0; group < out.groups(); ++group) {
+      const float* values = x + group * kGroup;
+      const int64_t left = out.cols - group * kGroup, count = left < kGroup ? left : kGroup;
+      if (!per_token) scale = code_scale(max_abs(values, count));
+      quantize_group(values, count, scale, out, row, group);
     }
-    out.scales[row] = scale.scale;
-    out.sums[row] = total;
   }
 }
 
 void quantize_per_token(const float* x, int8_t* q, float* scale, int64_t rows, int64_t cols) {
   for (int64_t row = 0; row < rows; ++row, x += cols, q += cols) {
-    const RowScale of_row = row_scale(max_abs(x, cols), 127.0f);
+    const CodeScale of_row = code_scale(max_abs(x, cols));
     const VecF inverse = splat(of_row.inverse);
     for_each_vec(cols, [&](int64_t i, int n) {
       float rounded[16];
