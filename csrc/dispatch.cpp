@@ -1,6 +1,9 @@
 #include "dispatch.h"
 
 #include <stdexcept>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace mlf {
 namespace {
@@ -13,11 +16,16 @@ bool runs_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
          __builtin_cpu_supports("f16c");
 }
+bool runs_avxvnni() {
+  unsigned eax = 0, ebx, ecx, edx;  // __builtin_cpu_supports knows it in new compilers alone
+  return runs_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 4 & 1);
+}
 bool runs_avx512vnni() {
   return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512vnni");
 }
+bool runs_avx512vnni_ymm() { return runs_avx512vnni(); }
 #endif
 
 }  // namespace

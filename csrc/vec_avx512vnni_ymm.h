@@ -1,0 +1,4 @@
+// See vec_avxvnni.h.
+#pragma once
+
+#include "vec_avxvnni.h"
