@@ -31,9 +31,9 @@ inline DotWeights load_step_int8(const uint8_t* p) {
   return w;
 }
 inline DotInputs load_inputs(const int8_t* codes) {
-  int32_t four;
-  memcpy(&four, codes, 4);
-  return {_mm256_cvtepi8_epi16(_mm_set1_epi32(four))};
+  // as a float, because compilers then broadcast while loading
+  const __m128 four = _mm_broadcast_ss(reinterpret_cast<const float*>(codes));
+  return {_mm256_cvtepi8_epi16(_mm_castps_si128(four))};
 }
 inline void dot(DotSum& acc, const DotWeights& w, const DotInputs& a) {
   for (int i = 0; i < 4; ++i)
