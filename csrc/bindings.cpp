@@ -96,6 +96,13 @@ int check_threads(int threads) {
   return threads;
 }
 
+py::array_t<uint8_t> as_array(Pages pages, int64_t nbytes) {
+  auto memory = std::make_unique<Pages>(std::move(pages));
+  uint8_t* data = memory->get();
+  py::capsule owner(memory.release(), [](void* p) { delete static_cast<Pages*>(p); });
+  return py::array_t<uint8_t>(nbytes, data, owner);
+}
+
 // An executor and the Python arrays that its weights live in.
 struct BoundExecutor {
   std::vector<py::object> owners;
@@ -303,8 +310,9 @@ void bind_operators(py::module_& m) {
         const PreparedRows prepared(kernels, in, rows, g.cols, kind);
         Activations result{};  // as values
         result.cols = g.rows, result.values = y;
-        over_tiles(g.tiles(), threads, [&](int64_t begin, int64_t end) {
-          kernels.swiglu(prepared.activations, g, u, result, rows, {begin, end});
+        over_tiles(ceil_div(g.tiles(), kTilesPerGroup), threads, [&](int64_t begin, int64_t end) {
+          kernels.swiglu(prepared.activations, g, u, result, rows,
+                         {begin * kTilesPerGroup, std::min(end * kTilesPerGroup, g.tiles())});
         });
       },
       "x"_a, "gate"_a, "up"_a, "out"_a, "activation"_a, "isa"_a = "", "threads"_a = 1);
@@ -349,12 +357,23 @@ PYBIND11_MODULE(_C, m) {
       [](int64_t nbytes) {
         if (nbytes < 0)
           throw py::value_error("nbytes must not be negative, got " + std::to_string(nbytes));
-        auto memory = std::make_unique<Pages>(allocate_pages(nbytes));
-        uint8_t* data = memory->get();
-        py::capsule owner(memory.release(), [](void* p) { delete static_cast<Pages*>(p); });
-        return py::array_t<uint8_t>(nbytes, data, owner);
+        return as_array(allocate_pages(nbytes), nbytes);
       },
       "nbytes"_a, "A zeroed uint8 array in huge pages where the system gives them.");
+  m.def(
+      "map_file",
+      [](const py::bytes& path) {
+        int64_t nbytes = 0;
+        try {
+          Pages pages = map_file(std::string(path).c_str(), nbytes);
+          return as_array(std::move(pages), nbytes);
+        } catch (const std::system_error& error) {
+          errno = error.code().value();
+          PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, path.ptr());
+          throw py::error_already_set();
+        }
+      },
+      "path"_a, "A file as uint8 array, in huge pages likewise; changes stay in this process.");
   m.def(
       "checksum",
       [](const py::buffer& data, int threads) {

@@ -52,7 +52,7 @@ struct Tiles {
   X(linear,              void(const Activations& x, const Weight& weight, float* out, int64_t rows, \
                               int64_t out_stride, const Tiles& tiles, bool accumulate))             \
   /* out[m][n] = silu(x[m] . gate[n]) * (x[m] . up[n]), for the weight rows of some tiles. Codes if \
-     out.kind is int8_g32 (tiles then begins at a multiple of kTilesPerGroup), else values. */      \
+     out.kind is int8_g32, else values; tiles.begin is a multiple of kTilesPerGroup. */             \
   X(swiglu,              void(const Activations& x, const Weight& gate, const Weight& up,           \
                               const Activations& out, int64_t rows, const Tiles& tiles))            \
   /* out = one row of an embedding table, as floats */                                              \

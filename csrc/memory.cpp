@@ -1,8 +1,13 @@
 #include "memory.h"
 
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
+#include <cerrno>
 #include <new>
+#include <system_error>
 
 #include "quant.h"
 
@@ -10,6 +15,12 @@ namespace mlf {
 namespace {
 
 constexpr int64_t kHugePage = int64_t{2} << 20;
+
+void ask_for_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t nbytes) {
+#ifdef MADV_HUGEPAGE
+  madvise(memory, nbytes, MADV_HUGEPAGE);
+#endif
+}
 
 }  // namespace
 
@@ -25,10 +36,28 @@ Pages allocate_pages(int64_t nbytes) {
   const int64_t before = (kHugePage - reinterpret_cast<intptr_t>(begin) % kHugePage) % kHugePage;
   if (before > 0) munmap(begin, before);
   munmap(begin + before + nbytes, kHugePage - before);
-#ifdef MADV_HUGEPAGE
-  madvise(begin + before, nbytes, MADV_HUGEPAGE);
-#endif
+  ask_for_huge_pages(begin + before, nbytes);
   return Pages(begin + before, FreePages{nbytes});
+}
+
+Pages map_file(const char* path, int64_t& nbytes) {
+  const int file = open(path, O_RDONLY | O_CLOEXEC);
+  if (file < 0) throw std::system_error(errno, std::generic_category());
+  struct stat status;
+  int error = fstat(file, &status) ? errno : 0;
+  if (!error && S_ISDIR(status.st_mode)) error = EISDIR;
+  Pages pages;
+  if (!error && status.st_size > 0) {
+    pages = allocate_pages(status.st_size);
+    if (mmap(pages.get(), status.st_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, file,
+             0) == MAP_FAILED)
+      error = errno;
+    else ask_for_huge_pages(pages.get(), status.st_size);
+  }
+  close(file);
+  if (error) throw std::system_error(error, std::generic_category());
+  nbytes = status.st_size;
+  return pages;
 }
 
 }  // namespace mlf

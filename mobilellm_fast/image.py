@@ -93,6 +93,9 @@ class Image:
                     file.write(self.buffer)
                     file.flush()
                     os.fsync(file.fileno())
+                    if hasattr(os, "posix_fadvise"):
+                        # Only what is read back can lie in huge pages.
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -132,8 +135,8 @@ def open_image(path: Path, source: str | None = None, threads: int = 1) -> Image
         CheckpointError: it is not an image of this version, from this source, or not whole.
     """
     try:
-        data = np.memmap(path, np.uint8, mode="c")
-    except (OSError, ValueError) as error:
+        data = _C.map_file(os.fsencode(path))
+    except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({brief(error)})") from None
 
     def refuse(why: str) -> CheckpointError:

@@ -1,10 +1,13 @@
-// Products of activation rows with one tile (16 rows) of a weight matrix: the inner loops of
-// linear and swiglu. Every output is one chain of operations whose order depends on the weight
-// kind alone, so the bits do not depend on how many activation rows are computed together.
+// Products of M activation rows with T tiles (of 16 rows) of a weight matrix: the inner loops of
+// linear and swiglu. Every output is one chain of operations whose order depends on the kinds of
+// weight and activation alone, so the bits do not depend on what is computed together.
 
 // Bytes between the load of a weight and its software prefetch. The hardware prefetcher stops at
 // every 4 KB page; one page ahead covers a DRAM latency at 40 GB/s per core (100 ns).
 constexpr int kPrefetchBytes = 4096;
+
+// Tiles that are read side by side when few activation rows leave registers for them.
+constexpr int kMaxStreams = kDotRows < 4 ? kDotRows : 4;
 
 // Reads a tile from front to end, a cache line at a time. Besides, each step may fetch the line
 // `ahead` bytes away, which a later layer wants, into the second-level cache; 0 names the line at
@@ -15,113 +18,135 @@ struct TileReader {
 
   const uint8_t* next() {
     const uint8_t* at = line;
-    __builtin_prefetch(at + kPrefetchBytes);
+    __builtin_prefetch(at + kPrefetchBytes, 0, 2);
     __builtin_prefetch(at + ahead, 0, 2);
     line += kStepBytes;
     return at;
   }
 };
 
-// One group of 8-bit weights times M activation rows, exactly: an integer sum per row.
-template <int M>
-inline void group_dot_int8(TileReader& reader, const Activations& x, int64_t group, DotSum* acc) {
+// One group of 8-bit weights, exactly: an integer sum per row and tile, acc[m * T + t].
+template <int M, int T>
+inline void group_dot_int8(TileReader* tiles, const Activations& x, int64_t group, DotSum* acc) {
   const int8_t* inputs = x.codes + group * kGroup;
   MLF_UNROLL for (int step = 0; step < kStepsPerGroup; ++step) {
-    const DotWeights w = load_step_int8(reader.next());
-    MLF_UNROLL for (int m = 0; m < M; ++m)
-        dot(acc[m], w, load_inputs(inputs + m * x.padded_cols() + step * kStep));
+    DotWeights w[T];
+    MLF_UNROLL for (int t = 0; t < T; ++t) w[t] = load_step_int8(tiles[t].next());
+    MLF_UNROLL for (int m = 0; m < M; ++m) {
+      const DotInputs a = load_inputs(inputs + m * x.padded_cols() + step * kStep);
+      MLF_UNROLL for (int t = 0; t < T; ++t) dot(acc[m * T + t], w[t], a);
+    }
   }
 }
 
 // As above for 4-bit weights.
-template <int M>
-inline void group_dot_int4(TileReader& reader, const Activations& x, int64_t group,
-                           NibbleSum* acc) {
+template <int M, int T>
+inline void group_dot_int4(TileReader* tiles, const Activations& x, int64_t group, NibbleSum* acc) {
   const int8_t* inputs = x.codes + group * kGroup;
   MLF_UNROLL for (int step = 0; step < kStepsPerGroup / 2; ++step) {
-    NibbleWeights low, high;
-    load_steps_int4(reader.next(), low, high);
+    NibbleWeights low[T], high[T];
+    MLF_UNROLL for (int t = 0; t < T; ++t) load_steps_int4(tiles[t].next(), low[t], high[t]);
     MLF_UNROLL for (int m = 0; m < M; ++m) {
       const int8_t* row = inputs + m * x.padded_cols() + step * kStep;
-      dot(acc[m], low, load_nibble_inputs(row));
-      dot(acc[m], high, load_nibble_inputs(row + kGroup / 2));
+      const auto first = load_nibble_inputs(row), second = load_nibble_inputs(row + kGroup / 2);
+      MLF_UNROLL for (int t = 0; t < T; ++t) {
+        dot(acc[m * T + t], low[t], first);
+        dot(acc[m * T + t], high[t], second);
+      }
     }
   }
 }
 
-// y[m] (16 outputs) = x[m] . tile, for m < M, with one scale per token: the sum over all inputs is
+// y[m * T + t] (16 outputs) = x[m] . tile[t], with one scale per token: the sum over all inputs is
 // an exact integer. It fits int32 up to 2^31 / 127^2 = 133000 inputs.
-template <int M>
-inline void tile_dot_w8a8(TileReader reader, const Activations& x, VecF* y) {
-  const VecF scales = load(reinterpret_cast<const float*>(reader.next()));
+template <int M, int T>
+inline void tile_dot_w8a8(TileReader* tiles, const Activations& x, VecF* y) {
   const int64_t groups = x.groups();
-  DotSum acc[M];
-  MLF_UNROLL for (int m = 0; m < M; ++m) acc[m] = dot_begin(0);
-  for (int64_t group = 0; group < groups; ++group) group_dot_int8<M>(reader, x, group, acc);
+  VecF scales[T];
+  MLF_UNROLL for (int t = 0; t < T; ++t) scales[t] =
+      load(reinterpret_cast<const float*>(tiles[t].next()));
+  DotSum acc[M * T];
+  MLF_UNROLL for (int i = 0; i < M * T; ++i) acc[i] = dot_begin(0);
+  for (int64_t group = 0; group < groups; ++group) group_dot_int8<M, T>(tiles, x, group, acc);
   MLF_UNROLL for (int m = 0; m < M; ++m) {
     int32_t offset = 0;
     if (kInt8Offset)
       for (int64_t group = 0; group < groups; ++group) offset += x.offsets[m * groups + group];
-    const VecF total = to_float(add(dot_result(acc[m]), splat_int(offset)));
-    y[m] = mul(total, mul(scales, splat(x.scales[m * groups])));
+    const VecF scale = splat(x.scales[m * groups]);
+    MLF_UNROLL for (int t = 0; t < T; ++t) {
+      const VecF total = to_float(add(dot_result(acc[m * T + t]), splat_int(offset)));
+      y[m * T + t] = mul(total, mul(scales[t], scale));
+    }
   }
 }
 
 // With one scale per token and group: an exact integer per group, then one fma with its scale.
-template <int M>
-inline void tile_dot_int8(TileReader reader, const Activations& x, VecF* y) {
-  const VecF scales = load(reinterpret_cast<const float*>(reader.next()));
+template <int M, int T>
+inline void tile_dot_int8(TileReader* tiles, const Activations& x, VecF* y) {
   const int64_t groups = x.groups();
-  VecF total[M];
-  MLF_UNROLL for (int m = 0; m < M; ++m) total[m] = splat(0.0f);
+  VecF scales[T], total[M * T];
+  MLF_UNROLL for (int t = 0; t < T; ++t) scales[t] =
+      load(reinterpret_cast<const float*>(tiles[t].next()));
+  MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = splat(0.0f);
   for (int64_t group = 0; group < groups; ++group) {
-    DotSum acc[M];
-    MLF_UNROLL for (int m = 0; m < M; ++m) acc[m] = dot_begin(x.offsets[m * groups + group]);
-    group_dot_int8<M>(reader, x, group, acc);
-    MLF_UNROLL for (int m = 0; m < M; ++m) {
-      const VecF scale = splat(x.scales[m * groups + group]);
-      total[m] = fma(to_float(dot_result(acc[m])), scale, total[m]);
+    DotSum acc[M * T];
+    MLF_UNROLL for (int i = 0; i < M * T; ++i) acc[i] =
+        dot_begin(x.offsets[i / T * groups + group]);
+    group_dot_int8<M, T>(tiles, x, group, acc);
+    MLF_UNROLL for (int i = 0; i < M * T; ++i) {
+      const VecF scale = splat(x.scales[i / T * groups + group]);
+      total[i] = fma(to_float(dot_result(acc[i])), scale, total[i]);
     }
   }
-  MLF_UNROLL for (int m = 0; m < M; ++m) y[m] = mul(total[m], scales);
+  MLF_UNROLL for (int i = 0; i < M * T; ++i) y[i] = mul(total[i], scales[i % T]);
 }
 
 // Weights with a scale per group, too.
-template <int M>
-inline void tile_dot_int8_g32(TileReader reader, const Activations& x, VecF* y) {
+template <int M, int T>
+inline void tile_dot_int8_g32(TileReader* tiles, const Activations& x, VecF* y) {
   const int64_t groups = x.groups();
-  const uint16_t* halves = nullptr;
-  MLF_UNROLL for (int m = 0; m < M; ++m) y[m] = splat(0.0f);
+  const uint16_t* halves[T];
+  VecF total[M * T];
+  MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = splat(0.0f);
   for (int64_t group = 0; group < groups; ++group) {
-    halves = group % 2 ? halves + kTileRows : reinterpret_cast<const uint16_t*>(reader.next());
-    DotSum acc[M];
-    MLF_UNROLL for (int m = 0; m < M; ++m) acc[m] = dot_begin(x.offsets[m * groups + group]);
-    group_dot_int8<M>(reader, x, group, acc);
-    const VecF scales = load_half(halves);
-    MLF_UNROLL for (int m = 0; m < M; ++m) {
-      const VecF scale = splat(x.scales[m * groups + group]);
-      y[m] = fma(mul(to_float(dot_result(acc[m])), scale), scales, y[m]);
+    DotSum acc[M * T];
+    MLF_UNROLL for (int t = 0; t < T; ++t) halves[t] =
+        group % 2 ? halves[t] + kTileRows : reinterpret_cast<const uint16_t*>(tiles[t].next());
+    MLF_UNROLL for (int i = 0; i < M * T; ++i) acc[i] =
+        dot_begin(x.offsets[i / T * groups + group]);
+    group_dot_int8<M, T>(tiles, x, group, acc);
+    MLF_UNROLL for (int i = 0; i < M * T; ++i) {
+      const VecF scale = splat(x.scales[i / T * groups + group]);
+      total[i] = fma(mul(to_float(dot_result(acc[i])), scale), load_half(halves[i % T]), total[i]);
     }
   }
+  MLF_UNROLL for (int i = 0; i < M * T; ++i) y[i] = total[i];
 }
 
 // With scale and min: the sum of (scale * code + min) * x = scale * dot + min * sum(x).
-template <int M>
-inline void tile_dot_int4_g32(TileReader reader, const Activations& x, VecF* y) {
+template <int M, int T>
+inline void tile_dot_int4_g32(TileReader* tiles, const Activations& x, VecF* y) {
   const int64_t groups = x.groups();
-  MLF_UNROLL for (int m = 0; m < M; ++m) y[m] = splat(0.0f);
+  VecF total[M * T];
+  MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = splat(0.0f);
   for (int64_t group = 0; group < groups; ++group) {
-    const uint16_t* halves = reinterpret_cast<const uint16_t*>(reader.next());
-    NibbleSum acc[M];
-    MLF_UNROLL for (int m = 0; m < M; ++m) acc[m] = nibble_begin();
-    group_dot_int4<M>(reader, x, group, acc);
-    const VecF scales = load_half(halves), mins = load_half(halves + kTileRows);
-    MLF_UNROLL for (int m = 0; m < M; ++m) {
-      const int64_t at = m * groups + group;
-      y[m] = fma(mul(to_float(dot_result(acc[m])), splat(x.scales[at])), scales, y[m]);
-      y[m] = fma(mins, splat(x.group_sums[at]), y[m]);
+    const uint16_t* halves[T];
+    NibbleSum acc[M * T];
+    MLF_UNROLL for (int t = 0; t < T; ++t) halves[t] =
+        reinterpret_cast<const uint16_t*>(tiles[t].next());
+    MLF_UNROLL for (int i = 0; i < M * T; ++i) acc[i] = nibble_begin();
+    group_dot_int4<M, T>(tiles, x, group, acc);
+    MLF_UNROLL for (int t = 0; t < T; ++t) {
+      const VecF scales = load_half(halves[t]), mins = load_half(halves[t] + kTileRows);
+      MLF_UNROLL for (int m = 0; m < M; ++m) {
+        const int64_t at = m * groups + group;
+        VecF& sum = total[m * T + t];
+        sum = fma(mul(to_float(dot_result(acc[m * T + t])), splat(x.scales[at])), scales, sum);
+        sum = fma(mins, splat(x.group_sums[at]), sum);
+      }
     }
   }
+  MLF_UNROLL for (int i = 0; i < M * T; ++i) y[i] = total[i];
 }
 
 inline VecF load_weights(const float* p, int n) { return load_upto(p, n); }
@@ -162,27 +187,39 @@ inline void tile_dot_float(const T* weight, int64_t rows, const Activations& x, 
   for (int m = 0; m < M; ++m) y[m] = load(out[m]);
 }
 
-// y[m] (16 outputs) = x[m] . tile, for m < M.
+// Which tiles are multiplied together: first, first + stride, ... Tiles far from each other are
+// separate streams for the hardware prefetcher, which one stream alone leaves half idle.
+struct TileSet {
+  int64_t first, stride;
+  int64_t ahead[kMaxStreams];  // see TileReader, for each tile
+};
+
+// y[m * T + t] (16 outputs) = x[m] . tile[t], for m < M and t < T.
 // Not inlined: its callers share one copy of these loops, and a call is small beside a tile.
-template <int M>
-__attribute__((noinline)) void tile_dot(const Activations& x, const Weight& weight, int64_t tile,
-                                        int64_t ahead, VecF* y) {
-  const int64_t row = tile * kTileRows;
-  const int64_t rows = weight.rows - row < kTileRows ? weight.rows - row : kTileRows;
-  const TileReader reader{weight.data + tile * tile_nbytes(weight.kind, weight.cols), ahead};
-  switch (weight.kind) {
-    case WeightKind::fp32:
-      return tile_dot_float<M>(reinterpret_cast<const float*>(weight.data) + row * weight.cols,
-                               rows, x, y);
-    case WeightKind::bf16:
-      return tile_dot_float<M>(reinterpret_cast<const uint16_t*>(weight.data) + row * weight.cols,
-                               rows, x, y);
-    case WeightKind::int8:
-      if (x.kind == ActivationKind::int8) return tile_dot_w8a8<M>(reader, x, y);
-      return tile_dot_int8<M>(reader, x, y);
-    case WeightKind::int8_g32:
-      return tile_dot_int8_g32<M>(reader, x, y);
-    case WeightKind::int4_g32:
-      return tile_dot_int4_g32<M>(reader, x, y);
+template <int M, int T>
+__attribute__((noinline)) void tile_dot(const Activations& x, const Weight& weight,
+                                        const TileSet& set, VecF* y) {
+  if (!is_quantized(weight.kind)) {
+    for (int t = 0; t < T; ++t) {
+      const int64_t row = (set.first + t * set.stride) * kTileRows;
+      const int64_t rows = weight.rows - row < kTileRows ? weight.rows - row : kTileRows;
+      VecF column[M];
+      if (weight.kind == WeightKind::fp32)
+        tile_dot_float<M>(reinterpret_cast<const float*>(weight.data) + row * weight.cols, rows, x,
+                          column);
+      else
+        tile_dot_float<M>(reinterpret_cast<const uint16_t*>(weight.data) + row * weight.cols, rows,
+                          x, column);
+      for (int m = 0; m < M; ++m) y[m * T + t] = column[m];
+    }
+    return;
   }
+  TileReader tiles[T];
+  const int64_t nbytes = tile_nbytes(weight.kind, weight.cols);
+  for (int t = 0; t < T; ++t)
+    tiles[t] = {weight.data + (set.first + t * set.stride) * nbytes, set.ahead[t]};
+  if (weight.kind == WeightKind::int4_g32) return tile_dot_int4_g32<M, T>(tiles, x, y);
+  if (weight.kind == WeightKind::int8_g32) return tile_dot_int8_g32<M, T>(tiles, x, y);
+  if (x.kind == ActivationKind::int8) return tile_dot_w8a8<M, T>(tiles, x, y);
+  tile_dot_int8<M, T>(tiles, x, y);
 }
