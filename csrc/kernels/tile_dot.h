@@ -2,10 +2,6 @@
 // linear and swiglu. Every output is one chain of operations whose order depends on the kinds of
 // weight and activation alone, so the bits do not depend on what is computed together.
 
-// Bytes between the load of a weight and its software prefetch. The hardware prefetcher stops at
-// every 4 KB page; one page ahead covers a DRAM latency at 40 GB/s per core (100 ns).
-constexpr int kPrefetchBytes = 4096;
-
 // Tiles that are read side by side when few activation rows leave registers for them.
 constexpr int kMaxStreams = kDotRows < 4 ? kDotRows : 4;
 
@@ -18,8 +14,7 @@ struct TileReader {
 
   const uint8_t* next() {
     const uint8_t* at = line;
-    __builtin_prefetch(at + kPrefetchBytes, 0, 2);
-    __builtin_prefetch(at + ahead, 0, 2);
+    if (ahead) __builtin_prefetch(at + ahead, 0, 2);
     line += kStepBytes;
     return at;
   }
