@@ -27,12 +27,21 @@ struct Executor::Scratch {
   std::vector<uint8_t> codes;
   std::vector<float> scales;
   std::vector<int32_t> sums, group_sums;
-  std::vector<float> queries;            // (queries, head_dim)
+  std::vector<float> queries;        // (queries, head_dim)
+  std::vector<uint8_t> query_codes;  // Queries of those
+  std::vector<float> query_scales;
+  std::vector<int32_t> query_offsets;
   std::vector<int> visible;              // tokens of a page that each query sees
   std::vector<float> state, page_state;  // AttentionState of those queries
 
   Activations activations(int64_t cols) {
     return {values.data(), codes.data(), scales.data(), sums.data(), group_sums.data(), cols};
+  }
+  // The queries from `first` on.
+  Queries prepared(int64_t first, int64_t head_dim) {
+    return {queries.data() + first * head_dim,
+            query_codes.data() + first * 2 * round_up(head_dim, 16), query_scales.data() + first,
+            query_offsets.data() + first};
   }
 };
 
@@ -67,7 +76,7 @@ Executor::Executor(Model model, int threads, const KernelTable& kernels, int64_t
       scratch_(threads + 1) {
   const int64_t widest = std::max({model_.hidden, q_size(), model_.intermediate});
   const int64_t padded = round_up(widest, kGroup);
-  const int64_t queries = static_cast<int64_t>(kAttentionRows) * group();
+  const int64_t queries = std::max(kAttentionRows * group(), model_.heads);
   for (Scratch& scratch : scratch_) {
     const int64_t rows = &scratch == &scratch_.back() ? kChunkTokens : 1;
     scratch.values.resize(rows * widest);
@@ -76,6 +85,9 @@ Executor::Executor(Model model, int threads, const KernelTable& kernels, int64_t
     scratch.sums.resize(rows);
     scratch.group_sums.resize(rows * padded / kGroup);
     scratch.queries.resize(queries * model_.head_dim);
+    scratch.query_codes.resize(queries * 2 * padded_dim());
+    scratch.query_scales.resize(queries);
+    scratch.query_offsets.resize(queries);
     scratch.visible.resize(queries);
     scratch.state.resize(queries * (padded_dim() + 2));
     scratch.page_state.resize(queries * (padded_dim() + 2));
@@ -86,7 +98,7 @@ Executor::~Executor() = default;
 
 std::unique_ptr<KVCache> Executor::new_cache() const {
   return std::make_unique<KVCache>(static_cast<int>(model_.schedule.size()), model_.kv_heads,
-                                   model_.head_dim, model_.half_cache);
+                                   model_.head_dim, model_.kv_kind);
 }
 
 void Executor::forward(KVCache& cache, const int32_t* tokens, int64_t count, const float* cos,
@@ -222,30 +234,39 @@ void Executor::project_qkv(int thread, const Activations& x, int position, int64
   }
 }
 
-// Decode: each KV head and page is one task. The tasks rotate the queries for themselves, and that
-// of the last page stores the new key and value, so no stage of its own is needed for it.
+// Decode: each KV head and page is one task. Every thread rotates the queries for itself, and the
+// tasks of the last page store the new key and value, so no stage of its own is needed for it.
 void Executor::attend_one(int thread, const Chunk& chunk, int position) {
   Scratch& scratch = scratch_[thread];
   const int dim = model_.head_dim;
   const int64_t pages = chunk.pages(), state_size = group() * (padded_dim() + 2);
   const int in_last = static_cast<int>(chunk.start % kPageTokens) + 1;
-  for (int64_t task = thread; task < pages * model_.kv_heads; task += pool_.size()) {
+  // In the order of memory, so that each thread reads few and long streams.
+  const Share mine = share(pages * model_.kv_heads, thread, pool_.size());
+  const auto page_of = [&](int64_t task) {
+    return chunk.cache.view(position, task / model_.kv_heads,
+                            static_cast<int>(task % model_.kv_heads));
+  };
+  if (mine.begin == mine.end) return;
+  kernels_.rope(qkv_.data(), chunk.cos, chunk.sin, scratch.queries.data(), model_.heads, dim);
+  if (model_.kv_kind == KVKind::int8)
+    kernels_.attend_prepare(scratch.prepared(0, dim), model_.heads, dim);
+  for (int64_t task = mine.begin; task < mine.end; ++task) {
     const int kv_head = static_cast<int>(task % model_.kv_heads);
     const int64_t page = task / model_.kv_heads;
     const bool last = page == pages - 1;
-    const PageView view = chunk.cache.view(position, page, kv_head);
+    PageView view = page_of(task);
+    if (task + 1 < mine.end) view.ahead = page_of(task + 1).data - view.data;
     if (last) {
-      const float* key = qkv_.data() + q_size() + kv_head * dim;
-      kernels_.rope(key, chunk.cos, chunk.sin, scratch.queries.data(), 1, dim);
-      kernels_.kv_store(scratch.queries.data(), key + kv_size(), view, in_last - 1);
+      float* key = qkv_.data() + q_size() + kv_head * dim;
+      kernels_.rope(key, chunk.cos, chunk.sin, key, 1, dim);
+      kernels_.kv_store(key, key + kv_size(), view, in_last - 1);
     }
-    const float* q = qkv_.data() + static_cast<int64_t>(kv_head) * group() * dim;
-    kernels_.rope(q, chunk.cos, chunk.sin, scratch.queries.data(), group(), dim);
     std::fill_n(scratch.visible.begin(), group(), last ? in_last : kPageTokens);
     float* state = partials_.data() + (kv_head * pages + page) * state_size;
-    kernels_.attend_page(scratch.queries.data(), view, scratch.visible.data(),
-                         attention_state(state, group(), padded_dim()), group(),
-                         1.0f / std::sqrt(static_cast<float>(dim)));
+    kernels_.attend_page(scratch.prepared(static_cast<int64_t>(kv_head) * group(), dim), view,
+                         scratch.visible.data(), attention_state(state, group(), padded_dim()),
+                         group(), 1.0f / std::sqrt(static_cast<float>(dim)));
   }
 }
 
@@ -298,6 +319,8 @@ void Executor::attend_many(int thread, const Chunk& chunk, int position) {
     for (int64_t row = 0; row < rows; ++row)
       std::copy_n(qkv_.data() + (first + row) * qkv_size() + kv_head * group() * dim, group() * dim,
                   scratch.queries.data() + row * group() * dim);
+    const Queries prepared = scratch.prepared(0, dim);
+    if (model_.kv_kind == KVKind::int8) kernels_.attend_prepare(prepared, queries, dim);
 
     const AttentionState state = attention_state(scratch.state.data(), queries, padded_dim());
     const AttentionState page_state =
@@ -309,8 +332,8 @@ void Executor::attend_many(int thread, const Chunk& chunk, int position) {
         scratch.visible[i] = static_cast<int>(std::clamp<int64_t>(seen, 0, kPageTokens));
       }
       const PageView view = chunk.cache.view(position, page, kv_head);
-      kernels_.attend_page(scratch.queries.data(), view, scratch.visible.data(),
-                           page ? page_state : state, queries, scale);
+      kernels_.attend_page(prepared, view, scratch.visible.data(), page ? page_state : state,
+                           queries, scale);
       if (page) kernels_.attend_merge(state, page_state, queries, padded_dim());
     }
     for (int64_t row = 0; row < rows; ++row) {

@@ -28,7 +28,7 @@ struct Model {
   int heads, kv_heads, head_dim;
   float norm_eps;
   ActivationKind activation;
-  bool half_cache;            // KV cache in fp16, else float
+  KVKind kv_kind;
   std::vector<int> schedule;  // block of each position
   std::vector<BlockWeights> blocks;
   const float* final_norm;  // (hidden)
