@@ -37,17 +37,14 @@ struct Executor::Scratch {
   Activations activations(int64_t cols) {
     return {values.data(), codes.data(), scales.data(), sums.data(), group_sums.data(), cols};
   }
-  // The queries from `first` on.
-  Queries prepared(int64_t first, int64_t head_dim) {
-    return {queries.data() + first * head_dim,
-            query_codes.data() + first * 2 * round_up(head_dim, 16), query_scales.data() + first,
-            query_offsets.data() + first};
+  Queries prepared() {
+    return {queries.data(), query_codes.data(), query_scales.data(), query_offsets.data()};
   }
 };
 
 namespace {
 
-constexpr int kAttentionRows = 8;  // tokens of a prompt that attend together
+constexpr int kAttentionRows = 16;  // tokens of a prompt that attend together
 
 // Split one buffer of (queries) x (padded_dim + 2) floats.
 AttentionState attention_state(float* buffer, int64_t queries, int64_t padded_dim) {
@@ -73,10 +70,11 @@ Executor::Executor(Model model, int threads, const KernelTable& kernels, int64_t
       qkv_(kChunkTokens * qkv_size()),
       attention_(kChunkTokens * q_size()),
       ffn_(kChunkTokens * model_.intermediate),
+      merged_pages_(model_.kv_heads),
       scratch_(threads + 1) {
   const int64_t widest = std::max({model_.hidden, q_size(), model_.intermediate});
   const int64_t padded = round_up(widest, kGroup);
-  const int64_t queries = std::max(kAttentionRows * group(), model_.heads);
+  const int64_t queries = static_cast<int64_t>(kAttentionRows) * group();
   for (Scratch& scratch : scratch_) {
     const int64_t rows = &scratch == &scratch_.back() ? kChunkTokens : 1;
     scratch.values.resize(rows * widest);
@@ -234,43 +232,52 @@ void Executor::project_qkv(int thread, const Activations& x, int position, int64
   }
 }
 
-// Decode: each KV head and page is one task. Every thread rotates the queries for itself, and the
-// tasks of the last page store the new key and value, so no stage of its own is needed for it.
+// Decode: each KV head and page is one task. A thread's run of pages that begins with a head's
+// first is merged at once, in order; what other threads have of that head is left to merge_one.
+// Threads rotate the queries of their heads for themselves, and the task of a last page stores the
+// new key and value, so no stage of its own is needed for it.
 void Executor::attend_one(int thread, const Chunk& chunk, int position) {
   Scratch& scratch = scratch_[thread];
   const int dim = model_.head_dim;
   const int64_t pages = chunk.pages(), state_size = group() * (padded_dim() + 2);
   const int in_last = static_cast<int>(chunk.start % kPageTokens) + 1;
-  // In the order of memory, so that each thread reads few and long streams.
   const Share mine = share(pages * model_.kv_heads, thread, pool_.size());
   const auto page_of = [&](int64_t task) {
-    return chunk.cache.view(position, task / model_.kv_heads,
-                            static_cast<int>(task % model_.kv_heads));
+    return chunk.cache.view(position, task % pages, static_cast<int>(task / pages));
   };
-  if (mine.begin == mine.end) return;
-  kernels_.rope(qkv_.data(), chunk.cos, chunk.sin, scratch.queries.data(), model_.heads, dim);
-  if (model_.kv_kind == KVKind::int8)
-    kernels_.attend_prepare(scratch.prepared(0, dim), model_.heads, dim);
   for (int64_t task = mine.begin; task < mine.end; ++task) {
-    const int kv_head = static_cast<int>(task % model_.kv_heads);
-    const int64_t page = task / model_.kv_heads;
-    const bool last = page == pages - 1;
+    const int kv_head = static_cast<int>(task / pages);
+    const int64_t page = task % pages;
     PageView view = page_of(task);
     if (task + 1 < mine.end) view.ahead = page_of(task + 1).data - view.data;
+    const Queries queries = scratch.prepared();
+    if (page == 0 || task == mine.begin) {
+      kernels_.rope(qkv_.data() + static_cast<int64_t>(kv_head) * group() * dim, chunk.cos,
+                    chunk.sin, scratch.queries.data(), group(), dim);
+      if (model_.kv_kind == KVKind::int8) kernels_.attend_prepare(queries, group(), dim);
+    }
+    const bool last = page == pages - 1;
     if (last) {
       float* key = qkv_.data() + q_size() + kv_head * dim;
       kernels_.rope(key, chunk.cos, chunk.sin, key, 1, dim);
       kernels_.kv_store(key, key + kv_size(), view, in_last - 1);
     }
     std::fill_n(scratch.visible.begin(), group(), last ? in_last : kPageTokens);
-    float* state = partials_.data() + (kv_head * pages + page) * state_size;
-    kernels_.attend_page(scratch.prepared(static_cast<int64_t>(kv_head) * group(), dim), view,
-                         scratch.visible.data(), attention_state(state, group(), padded_dim()),
-                         group(), 1.0f / std::sqrt(static_cast<float>(dim)));
+    const auto state_of = [&](int64_t at) {
+      return attention_state(partials_.data() + at * state_size, group(), padded_dim());
+    };
+    const int64_t first = kv_head * pages;
+    const bool merge = page > 0 && first >= mine.begin;
+    const AttentionState state =
+        merge ? attention_state(scratch.page_state.data(), group(), padded_dim()) : state_of(task);
+    kernels_.attend_page(queries, view, scratch.visible.data(), state, group(),
+                         1.0f / std::sqrt(static_cast<float>(dim)));
+    if (merge) kernels_.attend_merge(state_of(first), state, group(), padded_dim());
+    if (first >= mine.begin) merged_pages_[kv_head] = page + 1;
   }
 }
 
-// Every thread merges the pages for itself: all heads of one token are a few kilobytes.
+// Every thread merges what is left for itself: all heads of one token are a few kilobytes.
 const float* Executor::merge_one(int thread, const Chunk& chunk) {
   Scratch& scratch = scratch_[thread];
   const int64_t pages = chunk.pages(), state_size = group() * (padded_dim() + 2);
@@ -278,7 +285,7 @@ const float* Executor::merge_one(int thread, const Chunk& chunk) {
   for (int kv_head = 0; kv_head < model_.kv_heads; ++kv_head) {
     float* partial = partials_.data() + kv_head * pages * state_size;
     std::copy_n(partial, state_size, scratch.state.data());
-    for (int64_t page = 1; page < pages; ++page)
+    for (int64_t page = merged_pages_[kv_head]; page < pages; ++page)
       kernels_.attend_merge(state,
                             attention_state(partial + page * state_size, group(), padded_dim()),
                             group(), padded_dim());
@@ -312,14 +319,15 @@ void Executor::attend_many(int thread, const Chunk& chunk, int position) {
   const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
   const int64_t blocks = ceil_div(chunk.rows, kAttentionRows);
   for (int64_t task = thread; task < blocks * model_.kv_heads; task += pool_.size()) {
-    const int kv_head = static_cast<int>(task % model_.kv_heads);
-    const int64_t first = task / model_.kv_heads * kAttentionRows;
+    // Head by head, whose keys and values then come from the second-level cache.
+    const int kv_head = static_cast<int>(task / blocks);
+    const int64_t first = task % blocks * kAttentionRows;
     const int64_t rows = std::min<int64_t>(kAttentionRows, chunk.rows - first);
     const int64_t queries = rows * group();
     for (int64_t row = 0; row < rows; ++row)
       std::copy_n(qkv_.data() + (first + row) * qkv_size() + kv_head * group() * dim, group() * dim,
                   scratch.queries.data() + row * group() * dim);
-    const Queries prepared = scratch.prepared(0, dim);
+    const Queries prepared = scratch.prepared();
     if (model_.kv_kind == KVKind::int8) kernels_.attend_prepare(prepared, queries, dim);
 
     const AttentionState state = attention_state(scratch.state.data(), queries, padded_dim());
