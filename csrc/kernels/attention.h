@@ -239,11 +239,10 @@ void attend_prepare(const Queries& q, int64_t queries, int64_t head_dim) {
   }
 }
 
-// 2^x for x <= 0, relative error below 3 * 2^-24; at least 2^-126, also where x is NaN. 2^0 is
-// exact. x = n + r, and a polynomial of degree 5 for 2^r on |r| <= 1/2 that minimises the relative
-// error.
+// 2^x for x <= 0, relative error below 3 * 2^-24; at least 2^-126, exact for 0, NaN for NaN.
+// x = n + r, and a polynomial of degree 5 for 2^r on |r| <= 1/2 that minimises the relative error.
 inline VecF exp2_negative(VecF x) {
-  x = max(x, splat(-126.0f));
+  x = max(splat(-126.0f), x);  // max() returns its second argument if either is NaN
   const VecI n = round_to_int(x);
   const VecF r = sub(x, to_float(n));
   VecF p = splat(1.3264714333e-3f);
@@ -255,28 +254,28 @@ inline VecF exp2_negative(VecF x) {
   return mul(p, exp2_int(n));
 }
 
+inline VecF keep_upto(VecF v, int n, float fill) { return n == 16 ? v : keep_first(v, n, fill); }
+
 // Turn n scores into weights 2^(score - max), times their factors if there are any, and zeros up to
 // `end`. What is not finite makes the sum, hence the result, NaN. Returns the largest weight, NaN
 // if the sum is.
 inline float softmax(float* p, int n, int end, const float* factors, float& max_out,
                      float& sum_out) {
-  // max() returns its second argument if either is NaN.
   VecF largest = splat(-INFINITY), total = splat(0.0f), heaviest = splat(0.0f);
   for_each_vec(n, [&](int64_t t, int lanes) {
-    largest = max(keep_first(load(p + t), lanes, -INFINITY), largest);
+    largest = max(keep_upto(load(p + t), lanes, -INFINITY), largest);  // skips NaN
   });
   max_out = max_lane(largest);
   const VecF shift = splat(max_out), zero = splat(0.0f);
   for_each_vec(n, [&](int64_t t, int lanes) {
-    const VecF x = sub(load(p + t), shift);
-    VecF weight = exp2_negative(x), term = fma(x, zero, weight);
+    VecF weight = exp2_negative(sub(load(p + t), shift)), term = weight;
     if (factors) {
-      weight = keep_first(mul(weight, load(factors + t)), lanes, 0.0f);
+      weight = keep_upto(mul(weight, load(factors + t)), lanes, 0.0f);
       term = fma(weight, zero, term);
       heaviest = max(weight, heaviest);
     }
-    total = add(total, keep_first(term, lanes, 0.0f));
-    store(p + t, keep_first(weight, lanes, 0.0f));
+    total = add(total, keep_upto(term, lanes, 0.0f));
+    store(p + t, keep_upto(weight, lanes, 0.0f));
   });
   sum_out = sum(total);
   for (int64_t t = round_up(n, 16); t < end; t += 16) store(p + t, zero);
