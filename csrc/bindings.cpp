@@ -84,6 +84,13 @@ ActivationKind to_activation(const std::string& name) {
   throw py::value_error("activation must be float, int8 or int8_g32, got " + name);
 }
 
+KVKind to_kv_kind(const std::string& name) {
+  if (name == "fp32") return KVKind::fp32;
+  if (name == "fp16") return KVKind::fp16;
+  if (name == "int8") return KVKind::int8;
+  throw py::value_error("kv_format must be fp16, fp32 or int8, got " + name);
+}
+
 void check_activation(const Weight& weight, ActivationKind activation, const char* name) {
   if (is_quantized(weight.kind) != (activation != ActivationKind::floating))
     throw py::value_error(std::string(name) +
@@ -111,7 +118,7 @@ struct BoundExecutor {
 
 BoundExecutor make_executor(int64_t hidden, int64_t intermediate, int64_t vocab, int heads,
                             int kv_heads, int head_dim, float norm_eps,
-                            const std::string& activation, bool half_cache,
+                            const std::string& activation, const std::string& kv_format,
                             std::vector<int> schedule, std::vector<py::dict> blocks,
                             py::array final_norm, WeightTuple embedding, WeightTuple head,
                             int threads, const std::string& isa, int64_t cache_nbytes) {
@@ -140,7 +147,7 @@ BoundExecutor make_executor(int64_t hidden, int64_t intermediate, int64_t vocab,
   model.heads = heads, model.kv_heads = kv_heads, model.head_dim = head_dim;
   model.norm_eps = norm_eps;
   model.activation = to_activation(activation);
-  model.half_cache = half_cache;
+  model.kv_kind = to_kv_kind(kv_format);
   const int64_t q_size = static_cast<int64_t>(heads) * head_dim,
                 kv_size = static_cast<int64_t>(kv_heads) * head_dim;
   for (const py::dict& block : blocks) {
@@ -174,7 +181,7 @@ py::array forward(BoundExecutor& self, KVCache& cache,
   const int64_t count = tokens.size();
   if (tokens.ndim() != 1 || count < 1) throw py::value_error("tokens must be a non-empty vector");
   if (!cache.fits(static_cast<int>(model.schedule.size()), model.kv_heads, model.head_dim,
-                  model.half_cache))
+                  model.kv_kind))
     throw py::value_error("cache was made by another model");
   const float* c = floats(cos, "cos", {count, model.head_dim / 2});
   const float* s = floats(sin, "sin", {count, model.head_dim / 2});
@@ -254,8 +261,8 @@ void bind_operators(py::module_& m) {
 
   m.def(
       "gqa_attention",
-      [](py::array q, py::array k, py::array v, float scale, py::array out,
-         const std::string& isa) {
+      [](py::array q, py::array k, py::array v, float scale, py::array out, const std::string& isa,
+         const std::string& kv_format) {
         const float* queries = floats(q, "q", {-1, -1, -1});
         const int64_t rows = q.shape(0), heads = q.shape(1), dim = q.shape(2);
         const float* keys = floats(k, "k", {-1, -1, dim});
@@ -266,10 +273,12 @@ void bind_operators(py::module_& m) {
           throw py::value_error("heads of q must be a multiple of heads of k");
         if (tokens < rows) throw py::value_error("k must hold at least as many tokens as q");
         const KernelTable& kernels = kernel_table(isa);
+        const KVKind kind = to_kv_kind(kv_format);
         py::gil_scoped_release release;
-        gqa_attention(kernels, queries, keys, values, y, rows, tokens, heads, kv_heads, dim, scale);
+        gqa_attention(kernels, queries, keys, values, y, rows, tokens, heads, kv_heads, dim, scale,
+                      kind);
       },
-      "q"_a, "k"_a, "v"_a, "scale"_a, "out"_a, "isa"_a = "");
+      "q"_a, "k"_a, "v"_a, "scale"_a, "out"_a, "isa"_a = "", "kv_format"_a = "fp32");
 
   m.def(
       "linear",
@@ -400,7 +409,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<BoundExecutor>(m, "Executor")
       .def(py::init(&make_executor), py::kw_only(), "hidden_size"_a, "intermediate_size"_a,
            "vocab_size"_a, "num_attention_heads"_a, "num_key_value_heads"_a, "head_dim"_a,
-           "rms_norm_eps"_a, "activation"_a, "half_cache"_a, "schedule"_a, "blocks"_a,
+           "rms_norm_eps"_a, "activation"_a, "kv_format"_a, "schedule"_a, "blocks"_a,
            "final_norm"_a, "embedding"_a, "head"_a, "threads"_a, "isa"_a, "cache_nbytes"_a)
       .def_property_readonly("threads",
                              [](const BoundExecutor& self) { return self.executor->threads(); })

@@ -23,15 +23,22 @@ struct Executor::Chunk {
 
 // Buffers of one thread, or of all threads together.
 struct Executor::Scratch {
-  ActivationBuffer input;                // of a linear layer
-  std::vector<float> queries;            // (queries, head_dim)
+  ActivationBuffer input;           // of a linear layer
+  std::vector<float> queries;       // (queries, head_dim)
+  std::vector<int8_t> query_codes;  // Queries of those
+  std::vector<float> query_scales;
+  std::vector<int32_t> query_offsets;
   std::vector<int> visible;              // tokens of a page that each query sees
   std::vector<float> state, page_state;  // AttentionState of those queries
+
+  Queries prepared() {
+    return {queries.data(), query_codes.data(), query_scales.data(), query_offsets.data()};
+  }
 };
 
 namespace {
 
-constexpr int kAttentionRows = 8;  // tokens of a prompt that attend together
+constexpr int kAttentionRows = 16;  // tokens of a prompt that attend together
 
 // Split one buffer of (queries) x (padded_dim + 2) floats.
 AttentionState attention_state(float* buffer, int64_t queries, int64_t padded_dim) {
@@ -56,6 +63,7 @@ Executor::Executor(Model model, int threads, const KernelTable& kernels, int64_t
       hidden_(kChunkTokens * model_.hidden),
       qkv_(kChunkTokens * qkv_size()),
       attention_(kChunkTokens * q_size()),
+      merged_pages_(model_.kv_heads),
       scratch_(threads + 1) {
   const int64_t widest = std::max({model_.hidden, q_size(), model_.intermediate});
   const int64_t queries = static_cast<int64_t>(kAttentionRows) * group();
@@ -64,6 +72,9 @@ Executor::Executor(Model model, int threads, const KernelTable& kernels, int64_t
     const int64_t rows = &scratch == &scratch_.back() ? kChunkTokens : 1;
     scratch.input.resize(rows, widest);
     scratch.queries.resize(queries * model_.head_dim);
+    scratch.query_codes.resize(queries * 2 * padded_dim());
+    scratch.query_scales.resize(queries);
+    scratch.query_offsets.resize(2 * queries);
     scratch.visible.resize(queries);
     scratch.state.resize(queries * (padded_dim() + 2));
     scratch.page_state.resize(queries * (padded_dim() + 2));
@@ -74,7 +85,7 @@ Executor::~Executor() = default;
 
 std::unique_ptr<KVCache> Executor::new_cache() const {
   return std::make_unique<KVCache>(static_cast<int>(model_.schedule.size()), model_.kv_heads,
-                                   model_.head_dim, model_.half_cache);
+                                   model_.head_dim, model_.kv_kind);
 }
 
 void Executor::forward(KVCache& cache, const int32_t* tokens, int64_t count, const float* cos,
@@ -211,34 +222,52 @@ void Executor::project_qkv(int thread, const Activations& x, int position, int64
   }
 }
 
-// Decode: each KV head and page is one task. The tasks rotate the queries for themselves, and that
-// of the last page stores the new key and value, so no stage of its own is needed for it.
+// Decode: each KV head and page is one task. A thread's run of pages that begins with a head's
+// first is merged at once, in order; what other threads have of that head is left to merge_one.
+// Threads rotate the queries of their heads for themselves, and the task of a last page stores the
+// new key and value, so no stage of its own is needed for it.
 void Executor::attend_one(int thread, const Chunk& chunk, int position) {
   Scratch& scratch = scratch_[thread];
   const int dim = model_.head_dim;
   const int64_t pages = chunk.pages(), state_size = group() * (padded_dim() + 2);
   const int in_last = static_cast<int>(chunk.start % kPageTokens) + 1;
-  for (int64_t task = thread; task < pages * model_.kv_heads; task += pool_.size()) {
-    const int kv_head = static_cast<int>(task % model_.kv_heads);
-    const int64_t page = task / model_.kv_heads;
-    const bool last = page == pages - 1;
-    const PageView view = chunk.cache.view(position, page, kv_head);
-    if (last) {
-      const float* key = qkv_.data() + q_size() + kv_head * dim;
-      kernels_.rope(key, chunk.cos, chunk.sin, scratch.queries.data(), 1, dim);
-      kernels_.kv_store(scratch.queries.data(), key + kv_size(), view, in_last - 1);
+  const Share mine = share(pages * model_.kv_heads, thread, pool_.size());
+  const auto page_of = [&](int64_t task) {
+    return chunk.cache.view(position, task % pages, static_cast<int>(task / pages));
+  };
+  for (int64_t task = mine.begin; task < mine.end; ++task) {
+    const int kv_head = static_cast<int>(task / pages);
+    const int64_t page = task % pages;
+    PageView view = page_of(task);
+    if (task + 1 < mine.end) view.ahead = page_of(task + 1).data - view.data;
+    const Queries queries = scratch.prepared();
+    if (page == 0 || task == mine.begin) {
+      kernels_.rope(qkv_.data() + static_cast<int64_t>(kv_head) * group() * dim, chunk.cos,
+                    chunk.sin, scratch.queries.data(), group(), dim);
+      if (model_.kv_kind == KVKind::int8) kernels_.attend_prepare(queries, group(), dim);
     }
-    const float* q = qkv_.data() + static_cast<int64_t>(kv_head) * group() * dim;
-    kernels_.rope(q, chunk.cos, chunk.sin, scratch.queries.data(), group(), dim);
+    const bool last = page == pages - 1;
+    if (last) {
+      float* key = qkv_.data() + q_size() + kv_head * dim;
+      kernels_.rope(key, chunk.cos, chunk.sin, key, 1, dim);
+      kernels_.kv_store(key, key + kv_size(), view, in_last - 1);
+    }
     std::fill_n(scratch.visible.begin(), group(), last ? in_last : kPageTokens);
-    float* state = partials_.data() + (kv_head * pages + page) * state_size;
-    kernels_.attend_page(scratch.queries.data(), view, scratch.visible.data(),
-                         attention_state(state, group(), padded_dim()), group(),
+    const auto state_of = [&](int64_t at) {
+      return attention_state(partials_.data() + at * state_size, group(), padded_dim());
+    };
+    const int64_t first = kv_head * pages;
+    const bool merge = page > 0 && first >= mine.begin;
+    const AttentionState state =
+        merge ? attention_state(scratch.page_state.data(), group(), padded_dim()) : state_of(task);
+    kernels_.attend_page(queries, view, scratch.visible.data(), state, group(),
                          1.0f / std::sqrt(static_cast<float>(dim)));
+    if (merge) kernels_.attend_merge(state_of(first), state, group(), padded_dim());
+    if (first >= mine.begin) merged_pages_[kv_head] = page + 1;
   }
 }
 
-// Every thread merges the pages for itself: all heads of one token are a few kilobytes.
+// Every thread merges what is left for itself: all heads of one token are a few kilobytes.
 const float* Executor::merge_one(int thread, const Chunk& chunk) {
   Scratch& scratch = scratch_[thread];
   const int64_t pages = chunk.pages(), state_size = group() * (padded_dim() + 2);
@@ -247,7 +276,7 @@ const float* Executor::merge_one(int thread, const Chunk& chunk) {
   for (int kv_head = 0; kv_head < model_.kv_heads; ++kv_head) {
     float* partial = partials_.data() + kv_head * pages * state_size;
     std::copy_n(partial, state_size, scratch.state.data());
-    for (int64_t page = 1; page < pages; ++page)
+    for (int64_t page = merged_pages_[kv_head]; page < pages; ++page)
       kernels_.attend_merge(state,
                             attention_state(partial + page * state_size, group(), padded_dim()),
                             group(), padded_dim());
@@ -281,13 +310,16 @@ void Executor::attend_many(int thread, const Chunk& chunk, int position) {
   const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
   const int64_t blocks = ceil_div(chunk.rows, kAttentionRows);
   for (int64_t task = thread; task < blocks * model_.kv_heads; task += pool_.size()) {
-    const int kv_head = static_cast<int>(task % model_.kv_heads);
-    const int64_t first = task / model_.kv_heads * kAttentionRows;
+    // Head by head, whose keys and values then come from the second-level cache.
+    const int kv_head = static_cast<int>(task / blocks);
+    const int64_t first = task % blocks * kAttentionRows;
     const int64_t rows = std::min<int64_t>(kAttentionRows, chunk.rows - first);
     const int64_t queries = rows * group();
     for (int64_t row = 0; row < rows; ++row)
       std::copy_n(qkv_.data() + (first + row) * qkv_size() + kv_head * group() * dim, group() * dim,
                   scratch.queries.data() + row * group() * dim);
+    const Queries prepared = scratch.prepared();
+    if (model_.kv_kind == KVKind::int8) kernels_.attend_prepare(prepared, queries, dim);
 
     const AttentionState state = attention_state(scratch.state.data(), queries, padded_dim());
     const AttentionState page_state =
@@ -299,8 +331,8 @@ void Executor::attend_many(int thread, const Chunk& chunk, int position) {
         scratch.visible[i] = static_cast<int>(std::clamp<int64_t>(seen, 0, kPageTokens));
       }
       const PageView view = chunk.cache.view(position, page, kv_head);
-      kernels_.attend_page(scratch.queries.data(), view, scratch.visible.data(),
-                           page ? page_state : state, queries, scale);
+      kernels_.attend_page(prepared, view, scratch.visible.data(), page ? page_state : state,
+                           queries, scale);
       if (page) kernels_.attend_merge(state, page_state, queries, padded_dim());
     }
     for (int64_t row = 0; row < rows; ++row) {

@@ -29,7 +29,7 @@ struct Model {
   int heads, kv_heads, head_dim;
   float norm_eps;
   ActivationKind activation;
-  bool half_cache;            // KV cache in fp16, else float
+  KVKind kv_kind;
   std::vector<int> schedule;  // block of each position
   std::vector<BlockWeights> blocks;
   const float* final_norm;  // (hidden)
@@ -85,12 +85,13 @@ class Executor {
   const Plan plan_;
   ThreadPool pool_;
   ForkSafeMutex mutex_;
-  std::vector<float> hidden_;     // (chunk, hidden): the residual stream
-  std::vector<float> qkv_;        // (chunk, qkv_size)
-  std::vector<float> attention_;  // (chunk, q_size)
-  ActivationBuffer ffn_;          // (chunk, intermediate)
-  std::vector<float> partials_;   // one token's AttentionState per KV head and page
-  std::vector<Scratch> scratch_;  // one per thread, and one shared by all at the end
+  std::vector<float> hidden_;          // (chunk, hidden): the residual stream
+  std::vector<float> qkv_;             // (chunk, qkv_size)
+  std::vector<float> attention_;       // (chunk, q_size)
+  ActivationBuffer ffn_;               // (chunk, intermediate)
+  std::vector<float> partials_;        // one token's AttentionState per KV head and page
+  std::vector<int64_t> merged_pages_;  // per KV head, how many are merged into the first of those
+  std::vector<Scratch> scratch_;       // one per thread, and one shared by all at the end
 };
 
 }  // namespace mlf

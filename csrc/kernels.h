@@ -12,21 +12,53 @@ namespace mlf {
 // order, so its result depends neither on how a prompt was chunked nor on the thread count.
 constexpr int kPageTokens = 128;
 
-// One KV head of one page. Keys lie in tiles of 16 tokens, [tile][head_dim][16], so that a vector
-// of scores needs no horizontal sum; values are rows, [token][head_dim padded to 16].
-struct PageView {
-  void* keys;
-  void* values;
-  bool half;  // fp16, else float
-  int head_dim;
+// How keys and values are stored. `int8`: symmetric codes with one float scale for each key and one
+// for each value, max |x| / 127.
+enum class KVKind : int32_t { fp32, fp16, int8 };
 
-  MLF_INLINE int padded_dim() const { return static_cast<int>(round_up(head_dim, 16)); }
+// One KV head of one page: keys, then values.
+//   fp32, fp16  keys in tiles of 16 tokens, [tile][head_dim][16], so that a vector of scores needs
+//               no horizontal sum; values as rows, [token][padded_dim]
+//   int8        both as the tiles of a weight matrix: float scale[128 tokens], then keys
+//               [tile of 16 tokens][head_dim / 4][16][4 inputs]; float scale[128 tokens], then
+//               values [tile of 16 outputs][32][16][4 tokens]
+struct PageView {
+  uint8_t* data;
+  KVKind kind;
+  int head_dim;
+  int64_t ahead = 0;  // distance in bytes to the page that is wanted next, 0 for none
+
+  MLF_INLINE int64_t padded_dim() const { return round_up(head_dim, 16); }
+  MLF_INLINE int64_t scales_nbytes() const { return kind == KVKind::int8 ? 4 * kPageTokens : 0; }
+  MLF_INLINE int64_t element_nbytes() const {
+    return kind == KVKind::fp32 ? 4 : kind == KVKind::fp16 ? 2 : 1;
+  }
+  MLF_INLINE int64_t key_tile_nbytes() const {
+    return 16 * element_nbytes() * (kind == KVKind::int8 ? round_up(head_dim, kStep) : head_dim);
+  }
+  MLF_INLINE float* key_scales() const { return reinterpret_cast<float*>(data); }
+  MLF_INLINE uint8_t* keys() const { return data + scales_nbytes(); }
+  MLF_INLINE uint8_t* value_part() const { return keys() + kPageTokens / 16 * key_tile_nbytes(); }
+  MLF_INLINE float* value_scales() const { return reinterpret_cast<float*>(value_part()); }
+  MLF_INLINE uint8_t* values() const { return value_part() + scales_nbytes(); }
+  MLF_INLINE int64_t nbytes() const {
+    return 2 * scales_nbytes() + kPageTokens / 16 * key_tile_nbytes() +
+           kPageTokens * padded_dim() * element_nbytes();
+  }
+};
+
+// Some queries of one KV head: floats, and what attend_prepare makes of them for int8 keys.
+struct Queries {
+  const float* values;  // (queries, head_dim)
+  int8_t* codes;        // (queries, 2, padded head_dim): low and high bytes, signed
+  float* scales;        // (queries): value = scale * (low + 256 * high)
+  int32_t* offsets;     // (queries, 2): what the sums of products start from
 };
 
 // Softmax-weighted values of some queries over some keys, not yet normalised.
 struct AttentionState {
   float* values;  // (queries, padded head_dim)
-  float* max;     // (queries): largest score
+  float* max;     // (queries): largest score, times log2(e)
   float* sum;     // (queries): sum of exp(score - max)
 };
 
@@ -62,8 +94,10 @@ struct Tiles {
                               int64_t heads, int64_t head_dim))                                     \
   /* Put one token's key and value (head_dim) at slot of a page. */                                 \
   X(kv_store,            void(const float* key, const float* value, const PageView& page, int slot)) \
-  /* Attend to the first tokens[i] >= 0 tokens of a page, per query; q (queries, head_dim). */      \
-  X(attend_page,         void(const float* q, const PageView& page, const int* tokens,              \
+  /* Round queries to the codes that attend_page reads for int8 pages; others need none. */         \
+  X(attend_prepare,      void(const Queries& q, int64_t queries, int64_t head_dim))                 \
+  /* Attend to the first tokens[i] >= 0 tokens of a page, per query. */                             \
+  X(attend_page,         void(const Queries& q, const PageView& page, const int* tokens,            \
                               const AttentionState& out, int64_t queries, float scale))             \
   /* into = into and from together, in that order. */                                               \
   X(attend_merge,        void(const AttentionState& into, const AttentionState& from,               \

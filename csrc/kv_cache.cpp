@@ -2,13 +2,8 @@
 
 namespace mlf {
 
-KVCache::KVCache(int positions, int kv_heads, int head_dim, bool half)
-    : positions_(positions), kv_heads_(kv_heads), head_dim_(head_dim), half_(half) {}
-
-int64_t KVCache::head_nbytes() const {
-  const int64_t element = half_ ? 2 : 4;
-  return kPageTokens * (head_dim_ + round_up(head_dim_, 16)) * element;
-}
+KVCache::KVCache(int positions, int kv_heads, int head_dim, KVKind kind)
+    : positions_(positions), kv_heads_(kv_heads), head_dim_(head_dim), kind_(kind) {}
 
 void KVCache::reserve(int64_t tokens) {
   while (static_cast<int64_t>(pages_.size()) * kPageTokens < tokens)
@@ -17,9 +12,7 @@ void KVCache::reserve(int64_t tokens) {
 
 PageView KVCache::view(int position, int64_t page, int kv_head) const {
   const int64_t index = static_cast<int64_t>(position) * kv_heads_ + kv_head;
-  uint8_t* keys = pages_[page].get() + index * head_nbytes();
-  uint8_t* values = keys + kPageTokens * head_dim_ * (half_ ? 2 : 4);
-  return {keys, values, half_, head_dim_};
+  return {pages_[page].get() + index * head_nbytes(), kind_, head_dim_};
 }
 
 }  // namespace mlf

@@ -13,7 +13,7 @@ namespace mlf {
 // moves what is stored.
 class KVCache {
  public:
-  KVCache(int positions, int kv_heads, int head_dim, bool half);
+  KVCache(int positions, int kv_heads, int head_dim, KVKind kind);
 
   int64_t length() const { return length_; }
   // Make room for `tokens` tokens in all. Throws std::bad_alloc.
@@ -25,17 +25,18 @@ class KVCache {
   PageView view(int position, int64_t page, int kv_head) const;
 
   // Was this cache made for a model of these sizes?
-  bool fits(int positions, int kv_heads, int head_dim, bool half) const {
+  bool fits(int positions, int kv_heads, int head_dim, KVKind kind) const {
     return positions == positions_ && kv_heads == kv_heads_ && head_dim == head_dim_ &&
-           half == half_;
+           kind == kind_;
   }
 
  private:
-  int64_t head_nbytes() const;  // keys and values of one position and KV head in one page
+  // Keys and values of one position and KV head in one page.
+  int64_t head_nbytes() const { return PageView{nullptr, kind_, head_dim_}.nbytes(); }
   int64_t page_nbytes() const { return head_nbytes() * positions_ * kv_heads_; }
 
   int positions_, kv_heads_, head_dim_;
-  bool half_;
+  KVKind kind_;
   int64_t length_ = 0;
   std::vector<Pages> pages_;
 };

@@ -55,6 +55,7 @@ inline VecF load_bf16(const uint16_t* p) {
 inline VecF to_float(VecI a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline VecI round_to_int(VecF a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline VecI add(VecI a, VecI b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline VecI shift_left(VecI a, int bits) { return {_mm512_slli_epi32(a.v, bits)}; }
 inline VecI splat_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline int32_t sum(VecI a) { return _mm512_reduce_add_epi32(a.v); }
 inline VecF exp2_int(VecI n) {

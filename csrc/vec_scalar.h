@@ -140,14 +140,19 @@ inline VecF to_float(VecI v) {
   MLF_EACH_LANE r.lane[i] = static_cast<float>(v.lane[i]);
   return r;
 }
-// Nearest integer, ties to even.
+// Nearest integer, ties to even; any integer for NaN.
 inline VecI round_to_int(VecF v) {
   VecI r;
-  MLF_EACH_LANE r.lane[i] = static_cast<int32_t>(nearbyintf(v.lane[i]));
+  MLF_EACH_LANE r.lane[i] =
+      v.lane[i] == v.lane[i] ? static_cast<int32_t>(nearbyintf(v.lane[i])) : 0;
   return r;
 }
 inline VecI add(VecI a, VecI b) {
   MLF_EACH_LANE a.lane[i] += b.lane[i];
+  return a;
+}
+inline VecI shift_left(VecI a, int bits) {
+  MLF_EACH_LANE a.lane[i] = static_cast<int32_t>(static_cast<uint32_t>(a.lane[i]) << bits);
   return a;
 }
 inline VecI splat_int(int32_t x) {

@@ -84,6 +84,9 @@ inline VecI round_to_int(VecF v) { return {_mm256_cvtps_epi32(v.lo), _mm256_cvtp
 inline VecI add(VecI a, VecI b) {
   return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
 }
+inline VecI shift_left(VecI v, int bits) {
+  return {_mm256_slli_epi32(v.lo, bits), _mm256_slli_epi32(v.hi, bits)};
+}
 inline VecI splat_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 inline int32_t sum(VecI v) {
   const __m256i eight = _mm256_add_epi32(v.lo, v.hi);

@@ -93,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
         model.add_argument("--model", metavar="MODEL", help="directory, hub id, .gguf or .mlf file")
         model.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
         model.add_argument("--format", default="auto", help="auto, fp32, bf16, int8, w8a8 or int4")
+        model.add_argument(
+            "--kv-format", metavar="FORMAT", help="of the KV cache: fp16, fp32 or int8"
+        )
         model.add_argument("--threads", type=int, metavar="N", help="default: chosen for you")
         model.add_argument("--isa", metavar="NAME", help="force an instruction set ('info' lists)")
         return sub
@@ -156,6 +159,7 @@ def _load(args: argparse.Namespace):
         threads=args.threads,
         revision=args.revision,
         isa=args.isa,
+        kv_format=args.kv_format,
     )
 
 

@@ -49,6 +49,7 @@ class Row:
     parameters: int
     weight_bytes: int
     format: str
+    kv_format: str
     isa: str
     threads: int
     test: str
@@ -94,6 +95,7 @@ def measure(engine, plan: Plan) -> list[Row]:
             parameters=executor.num_parameters,
             weight_bytes=executor.weight_nbytes,
             format=engine.format,
+            kv_format=executor.kv_format,
             isa=executor.isa,
             threads=executor.threads,
             test=f"{test}{count}",
@@ -140,6 +142,7 @@ def _cells(row: Row) -> dict[str, str]:
         "size": f"{row.weight_bytes / 1e6:.1f} MB",
         "params": f"{row.parameters / 1e6:.1f} M",
         "format": row.format,
+        "KV": row.kv_format,
         "isa": row.isa,
         "threads": f"{row.threads}",
         "test": row.test,

@@ -25,6 +25,7 @@ def describe(engine) -> dict[str, str]:
         "context": f"{config.context_length} tokens",
         "can chat": "yes" if engine.chat_template else "no (no chat template)",
         "format": f"{engine.format}, {8 * nbytes / parameters:.2f} bits per weight",
+        "keys and values": executor.kv_format,
         "weights in memory": f"{nbytes / 1e6:.1f} MB",
         "a decoded token reads": f"{executor.memory_nbytes_per_token / 1e6:.1f} MB of weights "
         f"from memory, {executor.cache_nbytes_per_token / 1e6:.1f} MB from cache",

@@ -10,7 +10,7 @@ import numpy as np
 
 from . import generate
 from .config import MobileLLMConfig
-from .executor import Executor, Weights, check_isa, check_threads
+from .executor import Executor, Weights, check_isa, check_kv_format, check_threads
 from .packing import load_image
 
 
@@ -26,7 +26,7 @@ class Engine:
         tokenizer: a `Tokenizer`, or None for token ids only.
         chat_template: Jinja source, or None.
         name: for display.
-        threads, isa: see `Executor`.
+        threads, isa, kv_format: see `Executor`.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class Engine:
         name: str = "model",
         threads: int | None = None,
         isa: str | None = None,
+        kv_format: str | None = None,
     ) -> None:
         self.config = config
         self.weights = weights
@@ -47,7 +48,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.name = name
-        self.executor = Executor(config, weights, format, threads, isa)
+        self.executor = Executor(config, weights, format, threads, isa, kv_format)
 
     @classmethod
     def load(
@@ -58,6 +59,7 @@ class Engine:
         threads: int | None = None,
         revision: str | None = None,
         isa: str | None = None,
+        kv_format: str | None = None,
     ) -> Engine:
         """Load a model from a directory, hub id, .gguf or .mlf file, or by default SmolLM2-135M.
 
@@ -68,12 +70,15 @@ class Engine:
             threads: how many to use; None means as many as this process may run on.
             revision: branch, tag or commit of a hub id.
             isa: name of a kernel table, see `mobilellm-fast info`; None means the best.
+            kv_format: `fp16`, `fp32` or `int8`, how keys and values are kept; None takes `fp32`
+                for float formats, else `fp16`.
 
         Raises:
             MobileLLMError: an argument is out of range.
             CheckpointError: the source cannot be found, read or trusted.
         """
         check_isa(isa)  # now, not after a long load
+        check_kv_format(kv_format)
         image = load_image(source, format, revision, check_threads(threads))
         return cls(
             image.config,
@@ -84,6 +89,7 @@ class Engine:
             name=image.name,
             threads=threads,
             isa=isa,
+            kv_format=kv_format,
         )
 
     def new_cache(self):

@@ -14,6 +14,7 @@ from .errors import MobileLLMError
 from .rope import cos_sin
 from .weights import Weights
 
+KV_FORMATS = ("fp16", "fp32", "int8")
 PIECE = 512  # tokens per call into C++, which cannot be interrupted: at most about a second
 _PROJECTIONS = {
     "q": "self_attn.q",
@@ -39,10 +40,13 @@ class Executor:
         format: one of `quant.FORMATS`; says what inputs of quantized layers are rounded to.
         threads: how many to use; None means as many as this process may run on.
         isa: name of a kernel table; None takes the environment's `MLF_ISA`, or else the best.
+        kv_format: one of `KV_FORMATS`, how the KV cache stores keys and values: floats, or 8-bit
+            codes with a scale for each key and each value. None takes `fp32` for float formats,
+            else `fp16`.
         cache_nbytes: size of the last-level cache to plan for; None asks the system.
 
     Raises:
-        MobileLLMError: `threads` or `isa` is not possible here.
+        MobileLLMError: `threads`, `isa` or `kv_format` is not possible here.
     """
 
     def __init__(
@@ -52,9 +56,13 @@ class Executor:
         format: str,
         threads: int | None = None,
         isa: str | None = None,
+        kv_format: str | None = None,
         cache_nbytes: int | None = None,
     ) -> None:
         self.config = config
+        self.kv_format = check_kv_format(kv_format) or (
+            "fp32" if format in ("fp32", "bf16") else "fp16"
+        )
         self.num_parameters = config.num_parameters
         self.weight_nbytes = sum(weight.nbytes for weight in weights.values())
         self._rotary = np.empty((2, 0, config.head_dim // 2), np.float32)
@@ -81,7 +89,7 @@ class Executor:
             head_dim=config.head_dim,
             rms_norm_eps=config.rms_norm_eps,
             activation=quant.activation_of(format),
-            half_cache=format not in ("fp32", "bf16"),
+            kv_format=self.kv_format,
             schedule=list(config.schedule),
             blocks=[block(index) for index in range(config.num_hidden_layers)],
             final_norm=weights["model.norm.weight"],
@@ -178,6 +186,15 @@ def check_isa(isa: str | None) -> str:
             f"[load] isa must be one of {', '.join(supported)}, got {isa!r}, which {fault}"
         )
     return isa
+
+
+def check_kv_format(kv_format: str | None) -> str | None:
+    """Return `kv_format` if it is one of `KV_FORMATS`, or None for the default of the weights."""
+    if kv_format is not None and kv_format not in KV_FORMATS:
+        raise MobileLLMError(
+            f"[load] kv_format must be one of {', '.join(KV_FORMATS)}, got {kv_format!r}"
+        )
+    return kv_format
 
 
 def available_cpus() -> int:

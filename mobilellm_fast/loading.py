@@ -19,6 +19,7 @@ def load(
     format: str = "auto",
     threads: int | None = None,
     revision: str | None = None,
+    kv_format: str | None = None,
 ) -> MobileLLM:
     """Load a model as a `torch.nn.Module` that generates at full speed.
 
@@ -30,6 +31,8 @@ def load(
             if it is a quantized GGUF, else `"int8"`.
         threads: how many to use; None means as many as this process may run on.
         revision: branch, tag or commit of a hub id.
+        kv_format: `"fp16"`, `"fp32"` or `"int8"`, how generation keeps keys and values; None takes
+            `"fp32"` for float formats, else `"fp16"`.
 
     Returns:
         The model, in evaluation mode. Its parameters (`fp32`, `bf16`) or packed buffers are the
@@ -41,7 +44,9 @@ def load(
     """
     if device not in ("auto", "cpu"):
         raise MobileLLMError(f"[load] device must be 'auto' or 'cpu', got {device!r}")
-    engine = Engine.load(source, format=format, threads=threads, revision=revision)
+    engine = Engine.load(
+        source, format=format, threads=threads, revision=revision, kv_format=kv_format
+    )
 
     from .model import MobileLLM
 

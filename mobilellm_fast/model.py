@@ -140,6 +140,7 @@ class MobileLLM(nn.Module):
             "name": engine.name,
             "threads": engine.executor.threads,
             "isa": engine.executor.isa,
+            "kv_format": engine.executor.kv_format,
         }
         model._engine, model._engine_state = engine, model._parameters_state()
         return model

@@ -54,12 +54,12 @@ def _gqa_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tens
     k, v = (t.repeat_interleave(heads // kv_heads, dim=2) for t in (k, v))
     scores = torch.einsum("bshd,bthd->bhst", q, k) * scale
     hidden = torch.ones(seq, kv_seq, dtype=torch.bool).tril(kv_seq - seq).logical_not()
-    # a score is one chain over head_dim, then scaled, then reduced by the largest
+    # a score is one chain over head_dim, scaled by a rounded product, reduced by the largest
     sizes = torch.einsum("bshd,bthd->bhst", q.abs(), k.abs()) * scale
     scores, sizes = scores.masked_fill(hidden, -math.inf), sizes.masked_fill(hidden, 0)
     distance = (scores - scores.amax(-1, keepdim=True)).masked_fill(hidden, 0).abs()
     weights = scores.softmax(-1)
-    score_error = (dim + 2) * U * sizes.amax(-1, keepdim=True) + U * distance
+    score_error = (dim + 3) * U * sizes.amax(-1, keepdim=True) + U * distance
     pages = -(-kv_seq // PAGE)
     rest = (min(kv_seq, PAGE) + 8 * pages + 16) * U  # values, e^x (4), sums, merges, division
     # an error e of all scores changes a weight by 2e, through its own term and through the sum

@@ -75,6 +75,7 @@ class FakeEngine:
             memory_nbytes_per_token=4000,
             cache_nbytes_per_token=0,
             isa="scalar",
+            kv_format="fp32",
             threads=2,
         )
         self.prompts = []

@@ -78,12 +78,13 @@ class TestGenerate:
     def test_options_reach_the_model(self, install, capsys):
         loader = install(FakeEngine(script=SCRIPT))
         model = ["--model", "some/model", "--revision", "r1", "--format", "int8"]
-        model += ["--threads", "3", "--isa", "avx2"]
+        model += ["--threads", "3", "--isa", "avx2", "--kv-format", "int8"]
         generation = ["--max-new-tokens", "50", "--temperature", "0.5", "--top-k", "9"]
         generation += ["--top-p", "0.9", "--min-p", "0.01", "--repetition-penalty", "1.1"]
         generation += ["--seed", "3", "--stop", "🙂", "--stop", "never"]
         assert cli.main(["generate", "x", *model, *generation]) == 0
         expected = {"format": "int8", "threads": 3, "revision": "r1", "isa": "avx2"}
+        expected["kv_format"] = "int8"
         assert loader.calls == [("some/model", expected)]
         assert capsys.readouterr().out == "Grüße \n"
 
@@ -337,6 +338,7 @@ class TestInfoAndBench:
         decode = rows[-1]
         assert decode["read_share"] == pytest.approx(4000 * decode["tokens_per_s"] / 2e9)
         assert rows[0]["read_share"] is None
+        assert rows[0]["kv_format"] == "fp32"
         assert all(row["tokens_per_s"] > 0 for row in rows)
 
     def test_bench_csv(self, install, capsys):

@@ -16,9 +16,9 @@ inline float max_abs(const float* x, int64_t cols) {
 struct CodeScale {
   float inverse, scale;
 };
-inline CodeScale code_scale(float largest) {
+inline CodeScale code_scale(float largest, float max_code = kMaxCode) {
   if (!(largest >= 0x1p-100f)) return {0.0f, largest < 0x1p-100f ? 0.0f : NAN};
-  return {kMaxCode / largest, largest / kMaxCode};
+  return {max_code / largest, largest / max_code};
 }
 
 // Round one group of inputs: x holds those that are there, at most 32.

@@ -1,0 +1,306 @@
+"""The formats of the KV cache: accuracy, extremes, bits, sizes, errors."""
+
+import numpy as np
+import pytest
+from helpers import MODEL_CONFIGS, random_ids, tiny_config
+from test_executor import make_executor, run
+
+from mobilellm_fast import _C
+from mobilellm_fast.engine import Engine
+from mobilellm_fast.errors import MobileLLMError
+from mobilellm_fast.executor import KV_FORMATS
+
+U = 2.0**-24  # unit roundoff of float32
+PAGE = 128
+INPUT_CODE = 127 * 256  # largest code of what is multiplied with int8 codes
+ISAS = _C.supported_isas()
+
+each_isa = pytest.mark.parametrize("isa", ISAS)
+each_format = pytest.mark.parametrize("kv_format", KV_FORMATS)
+
+# (rows, tokens, heads, kv_heads, head_dim): tails of head_dim, of tiles of 16 tokens and of pages,
+# every remainder of a block of queries
+CASES = [
+    *((5, 20, 3, 1, dim) for dim in (2, 6, 8, 14, 34, 40, 64, 80, 128)),
+    *((1, tokens, 9, 3, 64) for tokens in (1, 15, 17, 127, 128, 129, 257)),
+    *((3, 40, heads, 1, 16) for heads in range(1, 18)),
+    (200, 200, 3, 1, 40),
+]
+
+
+def attention(q, k, v, kv_format, isa="", scale=None):
+    out = np.full(q.shape, np.nan, np.float32)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    _C.gqa_attention(q, k, v, scale, out, isa, kv_format)
+    return out
+
+
+def inputs(rows, tokens, heads, kv_heads, dim, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = (rows, heads, dim), (tokens, kv_heads, dim), (tokens, kv_heads, dim)
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+def rounded(x):
+    """Codes (float64) and scales (float64, last axis 1) of int8 keys or values."""
+    rows = np.ascontiguousarray(x.reshape(-1, x.shape[-1]))
+    codes, scales = np.empty(rows.shape, np.int8), np.empty(len(rows), np.float32)
+    _C.quantize_per_token(rows, codes, scales, "scalar")
+    return codes.reshape(x.shape).astype(float), scales.reshape(*x.shape[:-1], 1).astype(float)
+
+
+def expected(q, k, v):
+    """Attention over int8 keys and values in float64, and how far the kernel may be from it."""
+    rows, heads, dim = q.shape
+    tokens, kv_heads = k.shape[:2]
+    q = q.astype(float)
+    (k_codes, k_scales), (v_codes, v_scales) = (
+        [np.repeat(part, heads // kv_heads, axis=1) for part in rounded(x)] for x in (k, v)
+    )
+    keys, values, scale = k_codes * k_scales, v_codes * v_scales, dim**-0.5
+    hidden = ~np.tri(rows, tokens, tokens - rows, dtype=bool)[None]
+    scores = np.einsum("shd,thd->hst", q, keys) * scale
+    # Queries are rounded to half a code; then the sum, two scales and log2(e) are multiplied, each
+    # with a rounding, and the largest is subtracted.
+    half = 0.5 * np.abs(q).max(axis=-1) / INPUT_CODE  # (rows, heads)
+    error = np.einsum("sh,thd->hst", half * (1 + 8 * U), np.abs(keys)) * scale
+    error += 6 * U * np.abs(scores)
+    scores, error = np.where(hidden, -np.inf, scores), np.where(hidden, 0, error)
+    distance = np.where(hidden, 0, scores.max(axis=-1, keepdims=True) - scores)
+    weights = np.exp(-distance) * ~hidden
+    weights /= weights.sum(axis=-1, keepdims=True)
+    error = 2 * error.max(axis=-1, keepdims=True) + U * distance.max(axis=-1, keepdims=True)
+    pages = -(-tokens // PAGE)
+    # e^x (3), sums over tokens, merges, products with scales, the division
+    relative = np.expm1(error) + (min(tokens, PAGE) / 16 + 8 * pages + 16) * U
+    bound = np.einsum("hst,thd->shd", weights * relative, np.abs(values))
+    # In each page, weights times scales are rounded to half a code of the largest.
+    for first in range(0, tokens, PAGE):
+        part = slice(first, first + PAGE)
+        heaviest = (weights[..., part] * v_scales[part, :, 0].T[:, None]).max(axis=-1)
+        heaviest *= np.exp(error[..., 0])
+        seen = np.einsum("hst,thd->shd", ~hidden[..., part] * 1.0, np.abs(v_codes[part]))
+        bound += 0.5 / INPUT_CODE * (1 + 8 * U) * heaviest.T[..., None] * seen
+    return np.einsum("hst,thd->shd", weights, values), bound
+
+
+@each_isa
+@pytest.mark.parametrize("sizes", CASES, ids=str)
+def test_int8_equals_attention_over_its_codes(sizes, isa):
+    q, k, v = inputs(*sizes)
+    want, bound = expected(q, k, v)
+    error = np.abs(attention(q, k, v, "int8", isa) - want)
+    assert (error <= bound).all(), f"error is {(error / bound).max():.2f} times its bound"
+    assert bound.max() < 4e-3 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("sizes", CASES, ids=str)
+def test_int8_is_near_attention_over_floats(sizes):
+    """Codes are within half a scale of what they stand for."""
+    q, k, v = inputs(*sizes)
+    heads, group = q.shape[1], q.shape[1] // k.shape[1]
+    k_half, v_half = (np.repeat(rounded(x)[1] / 2, group, axis=1) for x in (k, v))
+    # all scores change by at most this; a weight changes through its own and through the sum
+    change = np.abs(q).sum(axis=-1).max() * k_half.max() * q.shape[-1] ** -0.5
+    want = attention(q, k, v, "fp32")
+    bound = np.expm1(2 * change) * np.abs(v).max() + v_half.max() + 1e-3
+    assert heads
+    assert np.abs(attention(q, k, v, "int8") - want).max() <= bound
+
+
+@each_isa
+@each_format
+def test_every_isa_gives_the_same_bits(kv_format, isa):
+    for sizes in CASES:
+        arrays = inputs(*sizes, seed=1)
+        want = attention(*arrays, kv_format, "scalar")
+        assert np.array_equal(attention(*arrays, kv_format, isa), want), sizes
+
+
+@each_isa
+@each_format
+def test_weights_of_the_softmax(kv_format, isa):
+    """One-hot values show each weight: e^x from 1 down to where float32 ends."""
+    x = -np.linspace(0, 86, 128).astype(np.float16).astype(np.float32)
+    k = np.zeros((128, 1, 128), np.float32)
+    k[:, 0, 0] = x
+    q = np.zeros((1, 1, 128), np.float32)
+    q[0, 0, 0] = 1
+    v = np.eye(128, dtype=np.float32)[:, None]
+    got = attention(q, k, v, kv_format, isa, scale=1.0)[0, 0].astype(float)
+    x = x.astype(float)
+    if kv_format == "int8":  # the key is its only input's scale times 127
+        x = 127.0 * (np.float32(1) / np.float32(127)) * x
+    want = np.exp(x)
+    want /= want.sum()
+    # e^x, sum, division; x times log2(e) and scales, whose roundings e^x multiplies by x
+    bound = (16 + 5 * np.abs(x)) * U * want
+    if kv_format == "int8":
+        bound += 0.51 / INPUT_CODE * want.max()
+    assert (np.abs(got - want) <= bound + 1e-37).all()
+
+
+@each_isa
+def test_int8_at_its_limits(isa):
+    dim = 40
+    q, k, v = inputs(1, 9, 2, 1, dim)
+    largest = np.float32(3e38)
+    k[0], v[0] = 0, 0
+    k[1], v[1] = -0.0, 1e-45  # a denormal's scale would be 0
+    k[2, 0, ::2], k[2, 0, 1::2] = 1, -1  # all codes at their ends
+    v[3, 0, ::2], v[3, 0, 1::2] = 127, -127
+    k[4], v[4] = 1e-38, 1e-38
+    v[5, 0, 7] = 1e4  # leaves little for the others
+    got = attention(q, k, v, "int8", isa)
+    want, bound = expected(q, k, v)
+    assert (np.abs(got - want) <= bound).all()
+    # close to the largest float, with queries so small that scores stay finite
+    v[6], k[6] = largest, largest
+    tiny = (q * 1e-38).astype(np.float32)
+    got = attention(tiny, k, v, "int8", isa)
+    assert np.isfinite(got).all()
+    assert np.array_equal(got, attention(tiny, k, v, "int8", "scalar"))
+    zero = np.zeros_like(q)
+    got, (want, bound) = attention(zero, k[:6], v[:6], "int8", isa), expected(zero, k[:6], v[:6])
+    assert (np.abs(got - want) <= bound).all()
+
+
+@each_isa
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["key", "value", "query"])
+def test_int8_not_finite_is_nan_where_it_is_seen(where, bad, isa):
+    for at in (3, 20, 130, 139):
+        q, k, v = inputs(140, 140, 3, 1, 24)
+        want = attention(q, k, v, "int8", isa)
+        {"key": k, "value": v, "query": q}[where][at, 0, 5] = bad
+        got = attention(q, k, v, "int8", isa)
+        if where == "query":
+            assert np.isnan(got[at, 0]).all()
+            got[at, 0] = want[at, 0]
+            assert np.array_equal(got, want)
+        else:
+            assert np.array_equal(got[:at], want[:at])
+            assert np.isnan(got[at:]).all()
+
+
+@each_isa
+@each_format
+def test_keys_that_are_not_finite_are_not_lost(kv_format, isa):
+    """A score of NaN must not be clamped away with the small weights."""
+    if kv_format == "fp16":
+        pytest.skip("clamps what it stores")
+    q, k, v = inputs(1, 40, 3, 1, 24)
+    for at in range(0, 40, 7):
+        bad = k.copy()
+        bad[at, 0, 3] = np.nan
+        assert np.isnan(attention(q, bad, v, kv_format, isa)).all()
+
+
+def test_a_forgotten_token_leaves_nothing_behind():
+    """Truncation leaves codes and scales in the page; no later token may see them."""
+    executor = make_executor(tiny_config(), kv_format="int8")
+    ids = random_ids(executor.config, 60)
+    cache = executor.new_cache()
+    executor.forward(ids, cache)
+    cache.truncate(37)
+    again = executor.forward(ids[37:45], cache, all_logits=True)
+    assert np.array_equal(again, run(executor, ids)[37:45])
+
+
+@each_format
+@pytest.mark.parametrize("format", ["fp32", "int8"])
+@pytest.mark.parametrize("head_dim", [8, 40, 64])
+def test_bits_do_not_depend_on_threads_chunks_or_table(kv_format, format, head_dim):
+    config = tiny_config(max_position_embeddings=512, head_dim=head_dim)
+    ids = random_ids(config, 300)
+
+    def executor(**options):
+        return make_executor(config, format, kv_format=kv_format, **options)
+
+    want = run(executor(threads=1, isa=ISAS[0]), ids)
+    assert np.isfinite(want).all()
+    for isa in ISAS[1:]:
+        assert np.array_equal(run(executor(threads=2, isa=isa), ids), want)
+    for threads in (3, 5):
+        assert np.array_equal(run(executor(threads=threads), ids), want)
+    two = executor(threads=2)
+    for chunk in (1, 7, 128, 129):
+        assert np.array_equal(run(two, ids, chunk), want)
+
+
+@pytest.mark.parametrize("name", ["odd_everything", "gqa5", "gqa7", "gqa8", "narrow_heads"])
+def test_odd_sizes_agree_between_tables_and_splits(name):
+    config = MODEL_CONFIGS[name]
+    ids = random_ids(config, 140)
+    want = run(make_executor(config, "int8", threads=1, kv_format="int8"), ids)
+    for isa in ISAS:
+        for threads, chunk in ((2, 1), (5, 7)):
+            executor = make_executor(config, "int8", threads=threads, isa=isa, kv_format="int8")
+            assert np.array_equal(run(executor, ids, chunk), want)
+
+
+@each_format
+def test_a_long_context_split_over_threads(kv_format):
+    """17 pages: steps behind a prompt of 2100 tokens equal one pass, for every thread count."""
+    config = tiny_config(max_position_embeddings=4096, head_dim=64)
+    ids = random_ids(config, 2110)
+    want = None
+    for threads in (1, 2, 5, 7):
+        executor = make_executor(config, "int8", threads=threads, kv_format=kv_format)
+        whole = executor.forward(ids, executor.new_cache())
+        cache = executor.new_cache()
+        executor.forward(ids[:2100], cache)
+        steps = [executor.forward([token], cache) for token in ids[2100:]]
+        assert np.array_equal(steps[-1], whole)
+        want = steps if want is None else want
+        assert np.array_equal(steps, want)
+
+
+def test_int8_is_close_to_floats_in_a_model():
+    config = tiny_config(head_dim=64)
+    ids = random_ids(config, 200)
+    exact, fp16, int8 = (
+        run(make_executor(config, kv_format=kv_format), ids)
+        for kv_format in ("fp32", "fp16", "int8")
+    )
+    largest = np.abs(exact).max()
+    assert 0 < np.abs(fp16 - exact).max() < 5e-3 * largest
+    assert np.abs(fp16 - exact).max() < np.abs(int8 - exact).max() < 0.1 * largest
+
+
+def test_sizes():
+    config = tiny_config(head_dim=24)  # 2 positions x 2 KV heads, values padded to 32
+    heads = 2 * 2
+    want = {
+        "fp32": heads * PAGE * (24 + 32) * 4,
+        "fp16": heads * PAGE * (24 + 32) * 2,
+        "int8": heads * PAGE * (24 + 32 + 4 + 4),
+    }
+    for kv_format in KV_FORMATS:
+        executor = make_executor(config, kv_format=kv_format)
+        assert executor.kv_format == kv_format
+        cache = executor.new_cache()
+        assert cache.nbytes == 0
+        executor.forward([1], cache)
+        assert cache.nbytes == want[kv_format]
+        executor.forward([1] * PAGE, cache)
+        assert cache.nbytes == 2 * want[kv_format]
+
+
+def test_defaults():
+    for format, kv_format in (("fp32", "fp32"), ("bf16", "fp32"), ("int8", "fp16")):
+        assert make_executor(tiny_config(), format).kv_format == kv_format
+
+
+def test_errors():
+    message = r"\[load\] kv_format must be one of fp16, fp32, int8, got 'fp8'"
+    with pytest.raises(MobileLLMError, match=message):
+        make_executor(tiny_config(), kv_format="fp8")
+    with pytest.raises(MobileLLMError, match=message):
+        Engine.load("/there/is/no/such/model", kv_format="fp8")  # before the source is looked for
+    q, k, v = inputs(1, 1, 1, 1, 2)
+    with pytest.raises(ValueError, match="kv_format must be fp16, fp32 or int8, got fp8"):
+        attention(q, k, v, "fp8")
+    one, other = (make_executor(tiny_config(), kv_format=name) for name in ("fp16", "int8"))
+    with pytest.raises(ValueError, match="cache was made by another model"):
+        one.forward([1], other.new_cache())
