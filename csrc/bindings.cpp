@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <map>
 #include <string>
 #include <vector>
@@ -158,29 +159,48 @@ BoundExecutor make_executor(int64_t hidden, int64_t intermediate, int64_t vocab,
   return bound;
 }
 
-py::array forward(BoundExecutor& self, KVCache& cache,
-                  py::array_t<int32_t, py::array::c_style> tokens, py::array cos, py::array sin,
-                  bool all_logits) {
+// Tokens of all sequences one after another; counts[i] of them belong to caches[i], and the last
+// logit_counts[i] of those want logits.
+py::array forward(BoundExecutor& self, const std::vector<KVCache*>& caches,
+                  py::array_t<int32_t, py::array::c_style> tokens,
+                  const std::vector<int64_t>& counts, const std::vector<int64_t>& logit_counts,
+                  py::array cos, py::array sin) {
   Executor& executor = *self.executor;
   const Model& model = executor.model();
-  const int64_t count = tokens.size();
-  if (tokens.ndim() != 1 || count < 1) throw py::value_error("tokens must be a non-empty vector");
-  if (!cache.fits(static_cast<int>(model.schedule.size()), model.kv_heads, model.head_dim,
-                  model.half_cache))
-    throw py::value_error("cache was made by another model");
-  const float* c = floats(cos, "cos", {count, model.head_dim / 2});
-  const float* s = floats(sin, "sin", {count, model.head_dim / 2});
-  Floats logits({all_logits ? count : 1, model.vocab});
-  float* out = logits.mutable_data();
-  const std::vector<int32_t> ids(tokens.data(),
-                                 tokens.data() + count);  // the array may change meanwhile
+  const int64_t rows = tokens.size(), half = model.head_dim / 2;
+  if (tokens.ndim() != 1 || rows < 1) throw py::value_error("tokens must be a non-empty vector");
+  if (counts.size() != caches.size() || logit_counts.size() != caches.size())
+    throw py::value_error("caches, counts and logit_counts must have one length");
+  const float* c = floats(cos, "cos", {rows, half});
+  const float* s = floats(sin, "sin", {rows, half});
+  // the array may change meanwhile
+  const std::vector<int32_t> ids(tokens.data(), tokens.data() + rows);
   for (const int32_t id : ids)
     if (id < 0 || id >= model.vocab)
       throw py::value_error("token ids must be in 0.." + std::to_string(model.vocab - 1) +
                             ", got " + std::to_string(id));
+  std::vector<Sequence> sequences;
+  int64_t first = 0, wanted = 0;
+  for (size_t i = 0; i < caches.size(); ++i) {
+    KVCache* cache = caches[i];
+    if (!cache || !cache->fits(static_cast<int>(model.schedule.size()), model.kv_heads,
+                               model.head_dim, model.half_cache))
+      throw py::value_error("cache was made by another model");
+    if (std::find(caches.begin(), caches.begin() + i, cache) != caches.begin() + i)
+      throw py::value_error("caches must differ from each other");
+    if (counts[i] < 1 || counts[i] > rows - first || logit_counts[i] < 0 ||
+        logit_counts[i] > counts[i])
+      throw py::value_error("counts must be positive and sum to the tokens");
+    sequences.push_back({cache, ids.data() + first, c + first * half, s + first * half, counts[i],
+                         logit_counts[i]});
+    first += counts[i], wanted += logit_counts[i];
+  }
+  if (first != rows) throw py::value_error("counts must be positive and sum to the tokens");
+  Floats logits({wanted, model.vocab});
+  float* out = logits.mutable_data();
   {
     py::gil_scoped_release release;
-    executor.forward(cache, ids.data(), count, c, s, all_logits, out);
+    executor.forward(sequences, out);
   }
   return logits;
 }
@@ -395,5 +415,8 @@ PYBIND11_MODULE(_C, m) {
           "cache_nbytes_per_token",
           [](const BoundExecutor& self) { return self.executor->plan().cache_nbytes; })
       .def("new_cache", [](const BoundExecutor& self) { return self.executor->new_cache(); })
-      .def("forward", &forward, "cache"_a, "tokens"_a, "cos"_a, "sin"_a, "all_logits"_a = false);
+      .def_property_readonly("chunk_rows",
+                             [](const BoundExecutor& self) { return self.executor->chunk_rows(); })
+      .def("forward", &forward, "caches"_a, "tokens"_a, "counts"_a, "logit_counts"_a, "cos"_a,
+           "sin"_a);
 }
