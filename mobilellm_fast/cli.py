@@ -124,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-p", "--prompt-tokens", type=int, nargs="*", default=[512], metavar="N")
     sub.add_argument("-n", "--new-tokens", type=int, nargs="*", default=[128], metavar="N")
     sub.add_argument("-r", "--repetitions", type=int, default=5, metavar="N")
+    sub.add_argument("-b", "--batch", type=int, default=1, metavar="N", help="sequences at once")
     sub.add_argument("-o", "--output", choices=("md", "json", "csv"), help="default: a table")
     return parser
 
@@ -274,7 +275,7 @@ def _info(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     from .cli_bench import Plan, measure, print_rows
 
-    plan = Plan(args.prompt_tokens, args.new_tokens, args.repetitions)
+    plan = Plan(args.prompt_tokens, args.new_tokens, args.repetitions, args.batch)
     print_rows(measure(_load(args), plan), args.output)
 
 

@@ -94,8 +94,16 @@ class Engine:
         """Append tokens to a cache and return logits, see `Executor.forward`."""
         return self.executor.forward(token_ids, cache, all_logits)
 
-    def generate(self, prompt: str | Sequence[int], **options: Any) -> generate.Generation:
-        """Continue a text or token ids, see `generate.generate`."""
+    def forward_batch(
+        self, sequences: Sequence[Sequence[int]], caches: Sequence, all_logits: bool = False
+    ) -> np.ndarray:
+        """Append tokens to several caches and return logits, see `Executor.forward_batch`."""
+        return self.executor.forward_batch(sequences, caches, all_logits)
+
+    def generate(
+        self, prompt: generate.Prompt | Sequence[generate.Prompt], **options: Any
+    ) -> generate.Generation | list[generate.Generation]:
+        """Continue a text or token ids, or a list of up to 64 of them, see `generate.generate`."""
         return generate.generate(self, prompt, **options)
 
     def stream(self, prompt: str | Sequence[int], **options: Any) -> generate.Stream:

@@ -21,7 +21,7 @@ from .rope import cos_sin
 
 if TYPE_CHECKING:
     from .engine import Engine
-    from .generate import Generation, Score, Stream
+    from .generate import Generation, Prompt, Score, Stream
 
 
 class MobileLLM(nn.Module):
@@ -173,8 +173,8 @@ class MobileLLM(nn.Module):
         """The model's `Tokenizer`, or None."""
         return self.engine.tokenizer
 
-    def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
-        """Continue a text or token ids, see `mobilellm_fast.generate.generate`."""
+    def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Generation | list:
+        """Continue a prompt, or a list of them, see `mobilellm_fast.generate.generate`."""
         return self.engine.generate(prompt, **options)
 
     def stream(self, prompt: str | Sequence[int], **options: Any) -> Stream:

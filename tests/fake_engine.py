@@ -79,6 +79,7 @@ class FakeEngine:
         )
         self.prompts = []
         self.calls = []
+        self.batches = []
         self._interrupt_at = interrupt_at
 
     def new_cache(self):
@@ -98,6 +99,12 @@ class FakeEngine:
             rows.append(self.logits(cache.ids, len(cache.ids) - cache.prompt_length))
         assert len(cache.ids) <= self.config.context_length
         return np.stack(rows if all_logits else rows[-1:])
+
+    def forward_batch(self, sequences, caches, all_logits=False):
+        assert len(sequences) == len(caches) > 0
+        self.batches.append(len(sequences))
+        parts = zip(sequences, caches, strict=True)
+        return np.concatenate([self.forward(ids, cache, all_logits) for ids, cache in parts])
 
     def logits(self, ids, said=0):
         random = np.random.default_rng(zlib.crc32(np.asarray(ids, np.int64).tobytes()))

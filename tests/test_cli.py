@@ -131,6 +131,8 @@ class TestErrors:
             (["bench", "-r", "0"], "repetitions must be"),
             (["bench", "-p", "0"], "prompt_tokens must be"),
             (["bench", "-p", "-n"], "must be given"),
+            (["bench", "--batch", "0"], "batch must be an integer >= 1, got 0"),
+            (["bench", "--batch", "65"], "batch must be at most 64, got 65"),
             (["bench", "-p", "600"], "within the context, 512, got 600"),
         ],
     )
@@ -338,6 +340,16 @@ class TestInfoAndBench:
         assert decode["read_share"] == pytest.approx(4000 * decode["tokens_per_s"] / 2e9)
         assert rows[0]["read_share"] is None
         assert all(row["tokens_per_s"] > 0 for row in rows)
+
+    def test_bench_of_a_batch(self, install, capsys):
+        loader = install(FakeEngine())
+        argv = ["bench", "-p", "8", "-n", "4", "-r", "1", "--batch", "3", "-o", "json"]
+        assert cli.main(argv) == 0
+        rows = json.loads(capsys.readouterr().out)
+        assert [row["test"] for row in rows] == ["pp8x3", "tg4x3"]
+        assert loader.engine.batches == [3] * 2 + [3] * 8
+        share = 4000 * rows[1]["tokens_per_s"] / 3 / 2e9  # a step reads the weights once for all
+        assert rows[1]["read_share"] == pytest.approx(share)
 
     def test_bench_csv(self, install, capsys):
         install(FakeEngine())
