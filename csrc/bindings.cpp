@@ -348,6 +348,58 @@ void bind_operators(py::module_& m) {
       "x"_a, py::arg("q").noconvert(), "scale"_a, "isa"_a = "");
 }
 
+void restore(KVCache& cache, int64_t length, const std::vector<py::buffer>& pages) {
+  if (length < 0 || static_cast<int64_t>(pages.size()) != ceil_div(length, kPageTokens))
+    throw py::value_error(std::to_string(length) + " tokens must lie in " +
+                          std::to_string(ceil_div(length, kPageTokens)) + " pages, got " +
+                          std::to_string(pages.size()));
+  for (const py::buffer& page : pages) {
+    const py::buffer_info info = page.request();
+    if (!PyBuffer_IsContiguous(info.view(), 'C') ||
+        info.size * info.itemsize != cache.page_nbytes())
+      throw py::value_error("a page must have " + std::to_string(cache.page_nbytes()) +
+                            " contiguous bytes, got " + std::to_string(info.size * info.itemsize));
+  }
+  cache.set_length(0);
+  cache.reserve(length);
+  for (size_t i = 0; i < pages.size(); ++i)
+    std::copy_n(static_cast<const uint8_t*>(pages[i].request().ptr), cache.page_nbytes(),
+                cache.page(i));
+  cache.set_length(length);
+}
+
+void bind_cache(py::module_& m) {
+  using namespace pybind11::literals;
+  py::class_<KVCache>(m, "KVCache")
+      .def_property_readonly("length", &KVCache::length)
+      .def_property_readonly("nbytes", &KVCache::nbytes)
+      .def_property_readonly("format", &KVCache::format)
+      .def_property_readonly("page_nbytes", &KVCache::page_nbytes)
+      .def(
+          "copy", [](const KVCache& self) { return std::make_unique<KVCache>(self); },
+          "The same tokens; pages are shared until one of the two writes to them.")
+      .def(
+          "pages",
+          [](KVCache& self) {
+            py::list pages;
+            for (int64_t i = 0; i < self.pages(); ++i)
+              pages.append(
+                  py::bytes(reinterpret_cast<const char*>(self.page(i)), self.page_nbytes()));
+            return pages;
+          },
+          "The bytes of the pages in use.")
+      .def("restore", &restore, "length"_a, "pages"_a, "Take back what pages() gave.")
+      .def(
+          "truncate",
+          [](KVCache& self, int64_t tokens) {
+            if (tokens < 0 || tokens > self.length())
+              throw py::value_error("tokens must be in 0.." + std::to_string(self.length()) +
+                                    ", got " + std::to_string(tokens));
+            self.set_length(tokens);
+          },
+          "tokens"_a, "Forget all but the first tokens.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -391,15 +443,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("last_level_cache_nbytes", &last_level_cache_nbytes);
   bind_operators(m);
 
-  py::class_<KVCache>(m, "KVCache")
-      .def_property_readonly("length", &KVCache::length)
-      .def_property_readonly("nbytes", &KVCache::nbytes)
-      .def("truncate", [](KVCache& self, int64_t tokens) {
-        if (tokens < 0 || tokens > self.length())
-          throw py::value_error("tokens must be in 0.." + std::to_string(self.length()) + ", got " +
-                                std::to_string(tokens));
-        self.set_length(tokens);
-      });
+  bind_cache(m);
   py::class_<BoundExecutor>(m, "Executor")
       .def(py::init(&make_executor), py::kw_only(), "hidden_size"_a, "intermediate_size"_a,
            "vocab_size"_a, "num_attention_heads"_a, "num_key_value_heads"_a, "head_dim"_a,
