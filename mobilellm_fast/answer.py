@@ -41,15 +41,17 @@ class Options(Sampling):
 class Timings:
     """Seconds spent in the model, the sampler and the detokenizer (not in the caller's code).
 
-    `prefill_tokens` are those of the prompt. `decode_tokens` counts decode steps: the first
-    token needs none of its own, an end-of-text token needs one. In a batch, the seconds are those
-    of all its prompts together, until this one's answer ended.
+    `prefill_tokens` are those of the prompt that were computed, `reused_tokens` those that a
+    session had in its cache. `decode_tokens` counts decode steps: the first token needs none of its
+    own, an end-of-text token needs one. In a batch, the seconds are those of all its prompts
+    together, until this one's answer ended.
     """
 
     prefill_seconds: float
     decode_seconds: float
     prefill_tokens: int
     decode_tokens: int
+    reused_tokens: int = 0
 
     @property
     def prefill_tokens_per_s(self) -> float:

@@ -171,8 +171,8 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    from .generate import stream_chat
     from .prompt import chat_ids
+    from .session import Session
 
     options = _generation_options(args)
     engine = _load(args)
@@ -180,16 +180,15 @@ def _chat(args: argparse.Namespace) -> None:
     # A model that cannot chat should say so before the first question, not after it.
     chat_ids(engine, [*beginning, {"role": "user", "content": "Hello"}])
     interactive = sys.stdin.isatty()
-    history = list(beginning)
+    session = Session(engine, beginning)
     for message in _messages(interactive):
         if message == "/exit":
             return
         if message == "/clear":
-            history = list(beginning)
+            session = Session(engine, beginning)
             continue
-        question = {"role": "user", "content": message}
         try:
-            answer = stream_chat(engine, [*history, question], **options)
+            answer = session.stream_chat(message, **options)
         except MobileLLMError as error:  # the conversation has outgrown the context
             if not interactive:
                 raise
@@ -197,7 +196,6 @@ def _chat(args: argparse.Namespace) -> None:
             continue
         with contextlib.suppress(KeyboardInterrupt):  # stops the answer, not the program
             _show(answer, args.verbose)
-        history += [question, {"role": "assistant", "content": answer.generation.text}]
 
 
 def _messages(interactive: bool) -> Iterator[str]:
@@ -236,8 +234,9 @@ def _show(tokens, verbose: bool) -> None:
         t = done.timings
         print(
             f"prefill: {t.prefill_tokens} tokens in {t.prefill_seconds:.3f} s "
-            f"({t.prefill_tokens_per_s:.1f} tokens/s)\n"
-            f"decode: {t.decode_tokens} tokens in {t.decode_seconds:.3f} s "
+            f"({t.prefill_tokens_per_s:.1f} tokens/s)"
+            + (f", {t.reused_tokens} reused\n" if t.reused_tokens else "\n")
+            + f"decode: {t.decode_tokens} tokens in {t.decode_seconds:.3f} s "
             f"({t.decode_tokens_per_s:.1f} tokens/s)\n"
             f"finish reason: {done.finish_reason}",
             file=sys.stderr,

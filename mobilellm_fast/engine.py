@@ -12,6 +12,7 @@ from . import generate
 from .config import MobileLLMConfig
 from .executor import Executor, Weights, check_isa, check_threads
 from .packing import load_image
+from .session import Session
 
 
 class Engine:
@@ -117,6 +118,18 @@ class Engine:
     def stream_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> generate.Stream:
         """Answer a conversation, token by token, see `generate.stream_chat`."""
         return generate.stream_chat(self, messages, **options)
+
+    def session(self, messages: Sequence[Mapping[str, Any]] = ()) -> Session:
+        """Return a `Session`, which does not compute again what its prompts have in common.
+
+        Args:
+            messages: beginning of its conversation, such as a system message.
+        """
+        return Session(self, messages)
+
+    def restore_session(self, path: str | Path) -> Session:
+        """Read a session from a file of `Session.save`, see `Session.restore`."""
+        return Session.restore(path, self)
 
     def score(
         self, text_or_ids: str | Sequence[int], *, window: int | None = None

@@ -16,6 +16,7 @@ from typing import Any
 
 from .answer import Answer, Generation, Options, Timings, Token
 from .batch import generate_batch, is_batch
+from .context import Context
 from .errors import MobileLLMError
 from .prompt import chat_ids, prompt_ids, token_ids
 from .sampling import Sampler, check_integer, logprob
@@ -53,13 +54,21 @@ class Stream(Iterator[Token]):
     """
 
     def __init__(
-        self, engine, prompt_ids: list[int], options: Options, continues_prompt: bool = True
+        self,
+        engine,
+        prompt_ids: list[int],
+        options: Options,
+        *,
+        continues_prompt: bool = True,
+        context: Context | None = None,
     ) -> None:
         self._answer = Answer(engine, prompt_ids, options, continues_prompt)
         self._engine = engine
+        self._context = context
         self._options = options
         self._busy_seconds = 0.0
         self._prefill_seconds = 0.0
+        self._prefill_tokens = 0
         self._decode_tokens = 0
         self._tokens = self._run()
 
@@ -77,8 +86,11 @@ class Stream(Iterator[Token]):
             Timings(
                 prefill_seconds=self._prefill_seconds,
                 decode_seconds=self._busy_seconds - self._prefill_seconds,
-                prefill_tokens=len(self._answer.prompt_ids) if self._prefill_seconds else 0,
+                prefill_tokens=self._prefill_tokens,
                 decode_tokens=self._decode_tokens,
+                reused_tokens=len(self._answer.prompt_ids) - self._prefill_tokens
+                if self._prefill_tokens
+                else 0,
             )
         )
 
@@ -94,15 +106,26 @@ class Stream(Iterator[Token]):
         """Run the model: prompt first, then token by token, for as long as tokens are taken."""
         prompt_ids = self._answer.prompt_ids
         sampler = Sampler(self._options, prompt_ids, self._engine.config.vocab_size)
-        cache = self._engine.new_cache()
+        context = self._context or Context(self._engine)
+        context.reader = self
         started = perf_counter()
-        logits = self._engine.forward(prompt_ids, cache)
+        unread = context.resume(prompt_ids)
+        logits = context.extend(unread)
         self._prefill_seconds = perf_counter() - started
+        self._prefill_tokens = len(unread)
         while True:
             token_id = sampler.pick(logits[-1])
             yield token_id, logprob(logits[-1], token_id)
-            logits = self._engine.forward([token_id], cache)
+            if context.reader is not self:
+                raise MobileLLMError("[generate] the session has begun another answer")
+            logits = context.extend([token_id])
             self._decode_tokens += 1
+
+    def run_to_end(self) -> Generation:
+        """Compute the rest of the answer and return all of it."""
+        for _ in self:
+            pass
+        return self.generation
 
 
 def stream(engine, prompt: str | Sequence[int], **options: Any) -> Stream:
@@ -134,7 +157,7 @@ def generate(engine, prompt: Prompt | Sequence[Prompt], **options: Any) -> Gener
     """
     if is_batch(prompt):
         return generate_batch(engine, prompt, Options(**options))
-    return _run_to_end(stream(engine, prompt, **options))
+    return stream(engine, prompt, **options).run_to_end()
 
 
 def stream_chat(engine, messages: Sequence[Mapping[str, Any]], **options: Any) -> Stream:
@@ -155,7 +178,7 @@ def stream_chat(engine, messages: Sequence[Mapping[str, Any]], **options: Any) -
 
 def chat(engine, messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
     """Answer a chat. Arguments and errors are those of `stream_chat`."""
-    return _run_to_end(stream_chat(engine, messages, **options))
+    return stream_chat(engine, messages, **options).run_to_end()
 
 
 def score(engine, text_or_ids: str | Sequence[int], *, window: int | None = None) -> Score:
@@ -198,9 +221,3 @@ def _window_logprobs(engine, ids: list[int]) -> Iterable[float]:
         rows = engine.forward(inputs[chunk], cache, all_logits=True)
         for row, target in zip(rows, targets[chunk], strict=True):
             yield logprob(row, target)
-
-
-def _run_to_end(tokens: Stream) -> Generation:
-    for _ in tokens:
-        pass
-    return tokens.generation

@@ -11,8 +11,6 @@ trusted: whatever does not agree with the configuration or the checksums is refu
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ import numpy as np
 from . import _C, quant
 from .config import MobileLLMConfig
 from .errors import CheckpointError, MobileLLMError
-from .files import brief
+from .files import brief, whole_file
 from .tokenizer import Tokenizer
 from .weights import Slot, Weights, plan_slots
 
@@ -84,18 +82,10 @@ class Image:
         prefix = PREFIX.pack(MAGIC, VERSION, len(header), _C.checksum(header))
         start = _weights_start(len(header), len(tokenizer))
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-            try:
-                with open(temporary, "xb") as file:
-                    file.write(prefix + header + tokenizer)
-                    file.seek(start)
-                    file.write(self.buffer)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with whole_file(path) as file:
+                file.write(prefix + header + tokenizer)
+                file.seek(start)
+                file.write(self.buffer)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be written ({brief(error)})") from None
 

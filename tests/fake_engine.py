@@ -48,6 +48,26 @@ class ByteTokenizer:
         return b"".join(pieces).decode("utf-8", errors="replace")
 
 
+class FakeCache:
+    """The tokens themselves."""
+
+    def __init__(self, ids=()):
+        self.ids = list(ids)
+        self.prompt_length = None
+
+    @property
+    def length(self):
+        return len(self.ids)
+
+    def truncate(self, tokens):
+        assert 0 <= tokens <= len(self.ids)
+        del self.ids[tokens:]
+        self.prompt_length = None  # what comes next is (the rest of) a prompt
+
+    def copy(self):
+        return FakeCache(self.ids)
+
+
 class FakeEngine:
     """Implements what generation needs of an engine, and records how it was called.
 
@@ -83,13 +103,13 @@ class FakeEngine:
         self._interrupt_at = interrupt_at
 
     def new_cache(self):
-        return SimpleNamespace(ids=[], prompt_length=None)
+        return FakeCache()
 
     def forward(self, token_ids, cache, all_logits=False):
         assert len(token_ids) > 0
         if cache.prompt_length is None:
-            cache.prompt_length = len(token_ids)
-            self.prompts.append(list(token_ids))
+            cache.prompt_length = len(cache.ids) + len(token_ids)
+            self.prompts.append([*cache.ids, *token_ids])
         elif len(cache.ids) - cache.prompt_length + 1 == self._interrupt_at:
             raise KeyboardInterrupt
         self.calls.append(len(token_ids))
