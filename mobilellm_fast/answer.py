@@ -17,6 +17,10 @@ class Options(Sampling):
     Args:
         max_new_tokens: most tokens to generate, >= 1.
         stop: string or strings at which the answer ends; the text ends before it.
+        prompt_lookup: guess up to so many tokens per step where the text repeats itself, and have
+            the model check them together: the same answer, sooner. Needs temperature 0. None
+            guesses none.
+        prompt_lookup_ngram: how many last tokens to look for in the text, >= 1.
 
     Raises:
         MobileLLMError: a value is of the wrong type or out of range.
@@ -24,10 +28,19 @@ class Options(Sampling):
 
     max_new_tokens: int = 256
     stop: str | Sequence[str] | None = None
+    prompt_lookup: int | None = None
+    prompt_lookup_ngram: int = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check("max_new_tokens", check_integer, at_least=1)
+        self._check("prompt_lookup_ngram", check_integer, at_least=1)
+        if self.prompt_lookup is not None:
+            self._check("prompt_lookup", check_integer, at_least=1)
+            if self.temperature > 0:
+                raise MobileLLMError(
+                    f"[generate] prompt_lookup needs temperature 0, got {self.temperature}"
+                )
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         stop = () if stop is None else stop
         if not isinstance(stop, (list, tuple)) or not all(isinstance(s, str) and s for s in stop):
@@ -43,8 +56,9 @@ class Timings:
 
     `prefill_tokens` are those of the prompt that were computed, `reused_tokens` those that a
     session had in its cache. `decode_tokens` counts decode steps: the first token needs none of its
-    own, an end-of-text token needs one. In a batch, the seconds are those of all its prompts
-    together, until this one's answer ended.
+    own, an end-of-text token needs one. Of the `draft_tokens` that `prompt_lookup` guessed,
+    `accepted_tokens` came: each made one of those steps for free. In a batch, the seconds are those
+    of all its prompts together, until this one's answer ended.
     """
 
     prefill_seconds: float
@@ -52,6 +66,8 @@ class Timings:
     prefill_tokens: int
     decode_tokens: int
     reused_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def prefill_tokens_per_s(self) -> float:

@@ -39,6 +39,8 @@ def generate_batch(engine, prompts: Sequence, options: Options) -> list[Generati
         raise MobileLLMError(
             f"[generate] prompts must be a list of 1 to {MAX_PROMPTS}, got {len(prompts)}"
         )
+    if options.prompt_lookup:
+        raise MobileLLMError("[generate] prompt_lookup takes one prompt, not a list of them")
     rows = [
         _Row(engine, prompt_ids(engine, prompt, f"[generate] prompts[{i}]"), options, i)
         for i, prompt in enumerate(prompts)

@@ -45,6 +45,8 @@ GENERATION_OPTIONS = {
     "min_p": (float, "P", "sample among tokens at least P times as likely as the likeliest"),
     "repetition_penalty": (float, "R", "above 1 makes tokens seen before less likely"),
     "seed": (int, "SEED", "the same seed samples the same text again"),
+    "prompt_lookup": (int, "K", "guess K tokens per step where the text repeats: the same, sooner"),
+    "prompt_lookup_ngram": (int, "N", "look for the last N tokens to guess (default: 3)"),
 }
 
 
@@ -230,17 +232,22 @@ def _show(tokens, verbose: bool) -> None:
         if not last.endswith("\n"):
             print(flush=True)
     if verbose:
-        done = tokens.generation
-        t = done.timings
-        print(
-            f"prefill: {t.prefill_tokens} tokens in {t.prefill_seconds:.3f} s "
-            f"({t.prefill_tokens_per_s:.1f} tokens/s)"
-            + (f", {t.reused_tokens} reused\n" if t.reused_tokens else "\n")
-            + f"decode: {t.decode_tokens} tokens in {t.decode_seconds:.3f} s "
-            f"({t.decode_tokens_per_s:.1f} tokens/s)\n"
-            f"finish reason: {done.finish_reason}",
-            file=sys.stderr,
-        )
+        _print_timings(tokens.generation)
+
+
+def _print_timings(done) -> None:
+    t = done.timings
+    reused = f", {t.reused_tokens} reused" if t.reused_tokens else ""
+    lines = [
+        f"prefill: {t.prefill_tokens} tokens in {t.prefill_seconds:.3f} s "
+        f"({t.prefill_tokens_per_s:.1f} tokens/s){reused}",
+        f"decode: {t.decode_tokens} tokens in {t.decode_seconds:.3f} s "
+        f"({t.decode_tokens_per_s:.1f} tokens/s)",
+        f"finish reason: {done.finish_reason}",
+    ]
+    if t.draft_tokens:
+        lines.insert(2, f"prompt lookup: {t.accepted_tokens} of {t.draft_tokens} guesses came")
+    print("\n".join(lines), file=sys.stderr)
 
 
 def _score(args: argparse.Namespace) -> None:

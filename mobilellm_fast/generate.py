@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from time import perf_counter
 from typing import Any
 
@@ -19,6 +20,7 @@ from .batch import generate_batch, is_batch
 from .context import Context
 from .errors import MobileLLMError
 from .prompt import chat_ids, prompt_ids, token_ids
+from .prompt_lookup import PromptLookup
 from .sampling import Sampler, check_integer, logprob
 
 Prompt = str | Sequence[int]
@@ -70,6 +72,8 @@ class Stream(Iterator[Token]):
         self._prefill_seconds = 0.0
         self._prefill_tokens = 0
         self._decode_tokens = 0
+        self._draft_tokens = 0
+        self._accepted_tokens = 0
         self._tokens = self._run()
 
     def __next__(self) -> Token:
@@ -91,6 +95,8 @@ class Stream(Iterator[Token]):
                 reused_tokens=len(self._answer.prompt_ids) - self._prefill_tokens
                 if self._prefill_tokens
                 else 0,
+                draft_tokens=self._draft_tokens,
+                accepted_tokens=self._accepted_tokens,
             )
         )
 
@@ -113,13 +119,29 @@ class Stream(Iterator[Token]):
         logits = context.extend(unread)
         self._prefill_seconds = perf_counter() - started
         self._prefill_tokens = len(unread)
+        wanted = self._options.prompt_lookup
+        lookup = PromptLookup(prompt_ids, self._options.prompt_lookup_ngram) if wanted else None
+        draft: list[int] = []
+        decoding = 0  # whether these logits took a decode step
         while True:
-            token_id = sampler.pick(logits[-1])
-            yield token_id, logprob(logits[-1], token_id)
+            # Row i of the logits follows the first i tokens of the draft: it counts if they came.
+            for row, guess in zip_longest(logits, draft):
+                self._decode_tokens += decoding
+                token_id = sampler.pick(row)
+                yield token_id, logprob(row, token_id)
+                if lookup:
+                    lookup.push(token_id)
+                if token_id != guess:
+                    break
+                self._accepted_tokens += 1
             if context.reader is not self:
                 raise MobileLLMError("[generate] the session has begun another answer")
-            logits = context.extend([token_id])
-            self._decode_tokens += 1
+            if draft:  # forget what was read of a wrong one
+                context.rewind(len(prompt_ids) + len(self._answer.token_ids) - 1)
+            draft = lookup.draft(min(wanted, self._answer.room - 1)) if lookup else []
+            self._draft_tokens += len(draft)
+            logits = context.extend([token_id, *draft], all_logits=bool(draft))
+            decoding = 1
 
     def run_to_end(self) -> Generation:
         """Compute the rest of the answer and return all of it."""

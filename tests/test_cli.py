@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -328,6 +329,17 @@ class TestInfoAndBench:
         assert "format: fp32, 32.00 bits per weight" in lines
         assert "instruction set: scalar (here: avx2, scalar)" in lines
         assert "threads: 2" in lines
+
+    def test_timings_tell_what_was_guessed_and_reused(self, install, stdin, capsys):
+        install(FakeEngine(script=b"Hi!"))
+        stdin("one\ntwo\n")
+        assert cli.main(["chat", "--verbose", "--prompt-lookup", "2"]) == 0
+        err = capsys.readouterr().err
+        assert err.count(" reused") == 1
+        argv = ["generate", "abcabc", "--verbose", "--prompt-lookup", "2"]
+        install(FakeEngine(script=b"abcabcabc"))
+        assert cli.main([*argv, "--prompt-lookup-ngram", "2"]) == 0
+        assert re.search(r"prompt lookup: \d+ of \d+ guesses came", capsys.readouterr().err)
 
     def test_bench_json(self, install, capsys):
         loader = install(FakeEngine())
