@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <string>
 #include <vector>
@@ -14,6 +15,7 @@
 #include "executor.h"
 #include "gqa_attention.h"
 #include "memory.h"
+#include "sampling.h"
 
 namespace py = pybind11;
 using namespace mlf;
@@ -348,6 +350,37 @@ void bind_operators(py::module_& m) {
       "x"_a, py::arg("q").noconvert(), "scale"_a, "isa"_a = "");
 }
 
+void bind_sampling(py::module_& m) {
+  using namespace pybind11::literals;
+  m.def(
+      "logprob",
+      [](const py::array& logits, float max, int64_t token, const std::string& isa) {
+        const float* x = floats(logits, "logits", {-1});
+        const int64_t vocab = logits.shape(0);
+        if (token < 0 || token >= vocab)
+          throw py::value_error("token must be in 0.." + std::to_string(vocab - 1) + ", got " +
+                                std::to_string(token));
+        const KernelTable& kernels = kernel_table(isa);
+        py::gil_scoped_release release;
+        return logprob(kernels, x, vocab, max, token);
+      },
+      "logits"_a, "max"_a, "token"_a, "isa"_a = "");
+  m.def(
+      "draw",
+      [](const py::array& logits, float max, double temperature, int64_t top_k, double top_p,
+         double min_p, double uniform, const std::string& isa) {
+        const float* x = floats(logits, "logits", {-1});
+        if (!(temperature > 0) || top_k < 0 || !(top_p > 0) || !(min_p >= 0) || !(min_p <= 1) ||
+            !(uniform >= 0) || !(uniform < 1) || !std::isfinite(max) || logits.shape(0) < 1)
+          throw py::value_error("draw: an argument is out of range");
+        const KernelTable& kernels = kernel_table(isa);
+        py::gil_scoped_release release;
+        return draw(kernels, x, logits.shape(0), max, {temperature, top_k, top_p, min_p}, uniform);
+      },
+      "logits"_a, "max"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "uniform"_a,
+      "isa"_a = "");
+}
+
 void restore(KVCache& cache, int64_t length, const std::vector<py::buffer>& pages) {
   if (length < 0 || static_cast<int64_t>(pages.size()) != ceil_div(length, kPageTokens))
     throw py::value_error(std::to_string(length) + " tokens must lie in " +
@@ -443,6 +476,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("last_level_cache_nbytes", &last_level_cache_nbytes);
   bind_operators(m);
 
+  bind_sampling(m);
   bind_cache(m);
   py::class_<BoundExecutor>(m, "Executor")
       .def(py::init(&make_executor), py::kw_only(), "hidden_size"_a, "intermediate_size"_a,

@@ -12,6 +12,8 @@ namespace mlf {
 // order, so its result depends neither on how a prompt was chunked nor on the thread count.
 constexpr int kPageTokens = 128;
 
+constexpr int kSoftmaxBlock = 64;  // logits of a vocabulary that are reduced together
+
 // One KV head of one page. Keys lie in tiles of 16 tokens, [tile][head_dim][16], so that a vector
 // of scores needs no horizontal sum; values are rows, [token][head_dim padded to 16].
 struct PageView {
@@ -70,7 +72,12 @@ struct Tiles {
                               int64_t queries, int64_t padded_dim))                                 \
   /* out (queries, head_dim) = values / sum */                                                      \
   X(attend_finish,       void(const AttentionState& state, float* out, int64_t queries,             \
-                              int64_t head_dim))
+                              int64_t head_dim))                                                    \
+  /* out[b] = the largest of block b of x (n) */                                                    \
+  X(block_max,           void(const float* x, float* out, int64_t n))                               \
+  /* out = exp((x - max) / temperature); sums[b] = sum of its block b; x, out (n) */                \
+  X(softmax_weights,     void(const float* x, float* out, float* sums, int64_t n, float max,        \
+                              float temperature))
 // clang-format on
 
 template <class Signature>

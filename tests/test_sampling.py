@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from mobilellm_fast import _C
 from mobilellm_fast import sampling as s
 from mobilellm_fast.errors import MobileLLMError
-from mobilellm_fast.sampling import Sampler, Sampling, distribution, logprob
+from mobilellm_fast.sampling import Sampler, Sampling, distribution, draw, logprob
 
 VOCAB = 2000
 
@@ -122,6 +123,53 @@ def test_a_seed_repeats_and_another_differs():
     assert draw(7) == draw(7)
     assert draw(7) != draw(8)
     assert draw(None) != draw(None)
+
+
+@pytest.mark.parametrize("isa", _C.supported_isas())
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0, 30.0])
+@pytest.mark.parametrize("size", [1, 5, 64, 65, 1000, 49152])
+def test_draws_are_those_of_the_specification(isa, spread, size):
+    rng = np.random.default_rng(size)
+    logits = (rng.standard_normal(size) * spread).astype(np.float32)
+    logits[rng.integers(0, size, size // 5)] = logits[0]  # ties
+    logits[rng.integers(0, size, size // 7)] = -np.inf
+    logits[size // 2] = 1.0
+    for _ in range(60 if size < 40000 else 12):
+        filters = {
+            "temperature": float(rng.choice([1e-40, 0.3, 0.8, 1.0, 5.0])),
+            "top_k": rng.choice([None, 1, 3, 40, 900, 10**6]),
+            "top_p": rng.choice([None, 1e-9, 0.3, 0.95, 0.999999, 1.0]),
+            "min_p": rng.choice([None, 0.0, 0.05, 0.9, 1.0]),
+        }
+        sampling, uniform = Sampling(**filters), rng.random()
+        token_ids, probabilities = distribution(logits, sampling)
+        cumulative = probabilities.cumsum()
+        got = _C.draw(
+            logits,
+            logits.max(),
+            sampling.temperature,
+            sampling.top_k or 0,
+            1.0 if sampling.top_p is None else sampling.top_p,
+            sampling.min_p or 0.0,
+            uniform,
+            isa,
+        )
+        # the same token, unless the number lies within rounding of the step between two
+        place = token_ids.tolist().index(got)
+        below = cumulative[place - 1] if place else 0.0
+        assert probabilities[place] > 0
+        assert below - 1e-5 <= 1 - uniform <= cumulative[place] + 1e-5
+
+
+def test_draws_at_the_ends_of_the_range():
+    logits = np.log(np.array([1, 2, 3, 4], np.float32))
+    logits = np.concatenate([np.full(70, -np.inf, np.float32), logits, np.full(99, -np.inf)])
+    logits = logits.astype(np.float32)
+    for options in ({}, {"top_k": 4}, {"top_p": 0.9999}, {"min_p": 0.01}):
+        sampling = Sampling(temperature=1.0, **options)
+        assert draw(logits, logits.max(), sampling, 0.0) == 73
+        assert draw(logits, logits.max(), sampling, np.nextafter(1.0, 0.0)) == 70
+        assert draw(logits, logits.max(), sampling, 0.55) == 72
 
 
 def test_impossible_tokens_are_never_drawn():
