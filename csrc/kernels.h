@@ -75,7 +75,7 @@ struct Tiles {
                               int64_t head_dim))                                                    \
   /* out[b] = the largest of block b of x (n) */                                                    \
   X(block_max,           void(const float* x, float* out, int64_t n))                               \
-  /* out = exp((x - max) / temperature); sums[b] = sum of its block b; x, out (n) */                \
+  /* out = exp((x - max) / temperature), unless null; sums[b] = sum of block b; x, out (n) */       \
   X(softmax_weights,     void(const float* x, float* out, float* sums, int64_t n, float max,        \
                               float temperature))
 // clang-format on

@@ -23,19 +23,20 @@ struct Candidate {
 };
 using Candidates = std::vector<Candidate>;
 
-// Weights of all tokens, and sums of each block, in float. One per thread: fresh memory of this
-// size would cost more than the arithmetic.
+// Weights of all tokens, and sums of each block, in float.
 struct Weights {
-  std::vector<float> values, sums;
+  std::vector<float> values, sums;  // values may be left out
   double total;
 };
+
+// In a buffer of each thread: fresh memory of this size would cost more than the arithmetic.
 const Weights& weigh(const KernelTable& kernels, const float* logits, int64_t vocab, float max,
-                     double temperature) {
+                     double temperature, bool with_values) {
   thread_local Weights weights;
-  weights.values.resize(vocab);
+  if (with_values) weights.values.resize(vocab);
   weights.sums.resize(ceil_div(vocab, kSoftmaxBlock));
   kernels.softmax_weights(
-      logits, weights.values.data(), weights.sums.data(), vocab, max,
+      logits, with_values ? weights.values.data() : nullptr, weights.sums.data(), vocab, max,
       static_cast<float>(std::clamp(temperature, kMinTemperature, kMaxTemperature)));
   weights.total = std::accumulate(weights.sums.begin(), weights.sums.end(), 0.0);
   return weights;
@@ -139,7 +140,7 @@ void keep_top_p(Candidates& candidates, double p, double total) {
 
 double logprob(const KernelTable& kernels, const float* logits, int64_t vocab, float max,
                int64_t token) {
-  const Weights& weights = weigh(kernels, logits, vocab, max, 1.0);
+  const Weights& weights = weigh(kernels, logits, vocab, max, 1.0, false);
   return static_cast<double>(logits[token] - max) - std::log(weights.total);
 }
 
@@ -157,7 +158,7 @@ int64_t draw(const KernelTable& kernels, const float* logits, int64_t vocab, flo
       if (logits[i] >= least) add(i);
     for (const Candidate& candidate : candidates) total += candidate.weight;
   } else {
-    const Weights& weights = weigh(kernels, logits, vocab, max, filters.temperature);
+    const Weights& weights = weigh(kernels, logits, vocab, max, filters.temperature, true);
     if (filters.top_p >= 1 && filters.min_p <= 0) return draw_from_all(weights, uniform);
     total = weights.total;
     const float least =

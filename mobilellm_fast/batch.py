@@ -12,7 +12,7 @@ import numpy as np
 from .answer import Answer, Generation, Options, Timings
 from .errors import MobileLLMError
 from .prompt import prompt_ids
-from .sampling import Sampler, logprob
+from .sampling import Sampler
 
 MAX_PROMPTS = 64
 
@@ -74,8 +74,8 @@ class _Row:
         self._seconds = 0.0
 
     def take(self, logits: np.ndarray, started: float) -> None:
-        token_id = self._sampler.pick(logits)
-        self.answer.take(token_id, logprob(logits, token_id))
+        token_id, token_logprob = self._sampler.choose(logits)
+        self.answer.take(token_id, token_logprob)
         self.next_ids = [token_id]
         self._steps += 1
         if self.answer.finish_reason:

@@ -127,8 +127,8 @@ class Stream(Iterator[Token]):
             # Row i of the logits follows the first i tokens of the draft: it counts if they came.
             for row, guess in zip_longest(logits, draft):
                 self._decode_tokens += decoding
-                token_id = sampler.pick(row)
-                yield token_id, logprob(row, token_id)
+                token_id, token_logprob = sampler.choose(row)
+                yield token_id, token_logprob
                 if lookup:
                     lookup.push(token_id)
                 if token_id != guess:

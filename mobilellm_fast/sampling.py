@@ -71,24 +71,29 @@ class Sampler:
         if sampling.temperature > 0:
             self._random = np.random.Generator(np.random.PCG64(sampling.seed))
 
-    def pick(self, logits: np.ndarray) -> int:
+    def choose(self, logits: np.ndarray) -> tuple[int, float]:
         """Choose the next token from float32 logits (vocab,), which are left unchanged.
+
+        Returns:
+            Its id, and its `logprob`: in the model's own distribution, not the one drawn from.
 
         Raises:
             MobileLLMError: the largest logit is not finite, so the model's numbers are broken.
         """
+        largest = likeliest = float(logits.max())
+        chosen_from = logits
         if self._seen is not None:
-            logits = penalise(logits, self._seen, self._sampling.repetition_penalty)
-        largest = logits.max()
-        if not np.isfinite(largest):
+            chosen_from = penalise(logits, self._seen, self._sampling.repetition_penalty)
+            likeliest = float(chosen_from.max())
+        if not (math.isfinite(largest) and math.isfinite(likeliest)):
             raise MobileLLMError("[generate] the model's logits must be finite, got nan or inf")
         if self._random is None:
-            token_id = int(logits.argmax())
+            token_id = int(chosen_from.argmax())
         else:
-            token_id = draw(logits, largest, self._sampling, self._random.random())
+            token_id = draw(chosen_from, likeliest, self._sampling, self._random.random())
         if self._seen is not None:
             self._seen[token_id] = True
-        return token_id
+        return token_id, _C.logprob(logits, largest, token_id)
 
 
 def draw(logits: np.ndarray, largest: float, sampling: Sampling, uniform: float) -> int:
@@ -186,8 +191,8 @@ def logprob(logits: np.ndarray, token_id: int) -> float:
     Numerics: exponentials and their sums of 64 in float32, the sum of those in float64: within
         1e-6 of a float64 log-softmax.
     """
-    largest = logits.max()
-    return _C.logprob(logits, largest, token_id) if np.isfinite(largest) else math.nan
+    largest = float(logits.max())
+    return _C.logprob(logits, largest, token_id) if math.isfinite(largest) else math.nan
 
 
 def check_integer(name: str, value: Any, *, at_least: int) -> int:

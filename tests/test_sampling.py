@@ -97,19 +97,19 @@ def test_top_p_prefers_the_first_of_equals():
 def test_greedy_takes_the_first_of_equals_and_leaves_logits_alone():
     logits = np.array([1, 7, 7, 3], np.float32)
     logits.flags.writeable = False
-    assert Sampler(Sampling(repetition_penalty=1.1), [3], 4).pick(logits) == 1
+    assert Sampler(Sampling(repetition_penalty=1.1), [3], 4).choose(logits)[0] == 1
 
 
 def test_repetition_penalty_counts_prompt_and_answer():
     logits = np.array([4.0, 3.9, 3.8, -1.0], np.float32)
     sampler = Sampler(Sampling(repetition_penalty=2.0), [0], 4)
-    assert [sampler.pick(logits) for _ in range(4)] == [1, 2, 0, 0]
+    assert [sampler.choose(logits)[0] for _ in range(4)] == [1, 2, 0, 0]
 
 
 def test_draws_follow_the_distribution():
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
     sampler = Sampler(Sampling(temperature=1.0, seed=3), [], 4)
-    counts = np.bincount([sampler.pick(logits) for _ in range(20_000)], minlength=4)
+    counts = np.bincount([sampler.choose(logits)[0] for _ in range(20_000)], minlength=4)
     # 4 standard deviations of a binomial count
     bound = 4 * np.sqrt(20_000 * np.exp(logits) * (1 - np.exp(logits)))
     assert (np.abs(counts - 20_000 * np.exp(logits)) < bound).all()
@@ -118,7 +118,7 @@ def test_draws_follow_the_distribution():
 def test_a_seed_repeats_and_another_differs():
     def draw(seed):
         sampler = Sampler(Sampling(temperature=1.0, seed=seed), [], VOCAB)
-        return [sampler.pick(random_logits(step)) for step in range(20)]
+        return [sampler.choose(random_logits(step))[0] for step in range(20)]
 
     assert draw(7) == draw(7)
     assert draw(7) != draw(8)
@@ -177,13 +177,13 @@ def test_impossible_tokens_are_never_drawn():
     logits[[0, 50, 99]] = 0
     logits[[0, 99]] = -1e4  # exp underflows to zero
     sampler = Sampler(Sampling(temperature=1.0, seed=0), [], 100)
-    assert {sampler.pick(logits) for _ in range(200)} == {50}
+    assert {sampler.choose(logits)[0] for _ in range(200)} == {50}
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-30, 1e300, 10**200])
 def test_extreme_temperatures_neither_warn_nor_fail(temperature, recwarn):
     sampler = Sampler(Sampling(temperature=temperature, top_k=5, top_p=0.9, seed=1), [], VOCAB)
-    token_id = sampler.pick(random_logits(1))
+    token_id = sampler.choose(random_logits(1))[0]
     assert temperature > 1 or token_id == random_logits(1).argmax()
     assert not recwarn
 
@@ -194,7 +194,15 @@ def test_broken_logits_are_an_error(temperature, bad):
     logits = random_logits(0)
     logits[17] = bad
     with pytest.raises(MobileLLMError, match="must be finite"):
-        Sampler(Sampling(temperature=temperature), [], VOCAB).pick(logits)
+        Sampler(Sampling(temperature=temperature), [], VOCAB).choose(logits)[0]
+
+
+def test_a_choice_comes_with_its_raw_logprob():
+    logits = random_logits(3)
+    for options in ({}, {"temperature": 0.7, "top_k": 3, "seed": 1}, {"repetition_penalty": 2.0}):
+        sampler = Sampler(Sampling(**options), [int(logits.argmax())], VOCAB)
+        token_id, token_logprob = sampler.choose(logits)
+        assert token_logprob == logprob(logits, token_id)
 
 
 @pytest.mark.parametrize("spread", [0.1, 3.0, 30.0])

@@ -20,7 +20,7 @@ void softmax_weights(const float* x, float* out, float* sums, int64_t n, float m
     for_each_vec(left, [&](int64_t i, int lanes) {
       const VecF v = load_upto(x + first + i, lanes);
       const VecF weight = keep_first(exp(div(sub(v, shift), divisor)), lanes, 0.0f);
-      store_upto(out + first + i, weight, lanes);
+      if (out) store_upto(out + first + i, weight, lanes);
       total = add(total, weight);
     });
     *sums = sum(total);
