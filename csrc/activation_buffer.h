@@ -12,25 +12,30 @@ class ActivationBuffer {
  public:
   // Room for `rows` rows of up to `cols` inputs.
   void resize(int64_t rows, int64_t cols) {
-    const int64_t groups = ceil_div(cols, kGroup);
+    widest_ = cols;
+    groups_ = ceil_div(cols, kGroup);
     values_.resize(rows * cols);
-    codes_.resize(rows * groups * kGroup);
-    scales_.resize(rows * groups);
-    offsets_.resize(rows * groups);
-    group_sums_.resize(rows * groups);
+    codes_.resize(rows * groups_ * kGroup);
+    scales_.resize(rows * groups_);
+    offsets_.resize(rows * groups_);
+    group_sums_.resize(rows * groups_);
   }
 
-  Activations view(ActivationKind kind, int64_t cols) {
+  // Rows of `cols` inputs from `row` on. Threads that fill rows of their own may be at layers of
+  // different widths, so the place of their first row does not depend on `cols`.
+  Activations view(ActivationKind kind, int64_t cols, int64_t row = 0) {
     return {kind,
             cols,
-            values_.data(),
-            codes_.data(),
-            scales_.data(),
-            offsets_.data(),
-            group_sums_.data()};
+            values_.data() + row * widest_,
+            codes_.data() + row * groups_ * kGroup,
+            scales_.data() + row * groups_,
+            offsets_.data() + row * groups_,
+            group_sums_.data() + row * groups_};
   }
+  float* values() { return values_.data(); }
 
  private:
+  int64_t widest_ = 0, groups_ = 0;
   std::vector<float> values_;
   std::vector<int8_t> codes_;
   std::vector<float> scales_, group_sums_;

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cmath>
 #include <map>
 #include <string>
 #include <vector>
@@ -14,6 +16,7 @@
 #include "executor.h"
 #include "gqa_attention.h"
 #include "memory.h"
+#include "sampling.h"
 
 namespace py = pybind11;
 using namespace mlf;
@@ -173,29 +176,48 @@ BoundExecutor make_executor(int64_t hidden, int64_t intermediate, int64_t vocab,
   return bound;
 }
 
-py::array forward(BoundExecutor& self, KVCache& cache,
-                  py::array_t<int32_t, py::array::c_style> tokens, py::array cos, py::array sin,
-                  bool all_logits) {
+// Tokens of all sequences one after another; counts[i] of them belong to caches[i], and the last
+// logit_counts[i] of those want logits.
+py::array forward(BoundExecutor& self, const std::vector<KVCache*>& caches,
+                  py::array_t<int32_t, py::array::c_style> tokens,
+                  const std::vector<int64_t>& counts, const std::vector<int64_t>& logit_counts,
+                  py::array cos, py::array sin) {
   Executor& executor = *self.executor;
   const Model& model = executor.model();
-  const int64_t count = tokens.size();
-  if (tokens.ndim() != 1 || count < 1) throw py::value_error("tokens must be a non-empty vector");
-  if (!cache.fits(static_cast<int>(model.schedule.size()), model.kv_heads, model.head_dim,
-                  model.kv_kind))
-    throw py::value_error("cache was made by another model");
-  const float* c = floats(cos, "cos", {count, model.head_dim / 2});
-  const float* s = floats(sin, "sin", {count, model.head_dim / 2});
-  Floats logits({all_logits ? count : 1, model.vocab});
-  float* out = logits.mutable_data();
-  const std::vector<int32_t> ids(tokens.data(),
-                                 tokens.data() + count);  // the array may change meanwhile
+  const int64_t rows = tokens.size(), half = model.head_dim / 2;
+  if (tokens.ndim() != 1 || rows < 1) throw py::value_error("tokens must be a non-empty vector");
+  if (counts.size() != caches.size() || logit_counts.size() != caches.size())
+    throw py::value_error("caches, counts and logit_counts must have one length");
+  const float* c = floats(cos, "cos", {rows, half});
+  const float* s = floats(sin, "sin", {rows, half});
+  // the array may change meanwhile
+  const std::vector<int32_t> ids(tokens.data(), tokens.data() + rows);
   for (const int32_t id : ids)
     if (id < 0 || id >= model.vocab)
       throw py::value_error("token ids must be in 0.." + std::to_string(model.vocab - 1) +
                             ", got " + std::to_string(id));
+  std::vector<Sequence> sequences;
+  int64_t first = 0, wanted = 0;
+  for (size_t i = 0; i < caches.size(); ++i) {
+    KVCache* cache = caches[i];
+    if (!cache || !cache->fits(static_cast<int>(model.schedule.size()), model.kv_heads,
+                               model.head_dim, model.kv_kind))
+      throw py::value_error("cache was made by another model");
+    if (std::find(caches.begin(), caches.begin() + i, cache) != caches.begin() + i)
+      throw py::value_error("caches must differ from each other");
+    if (counts[i] < 1 || counts[i] > rows - first || logit_counts[i] < 0 ||
+        logit_counts[i] > counts[i])
+      throw py::value_error("counts must be positive and sum to the tokens");
+    sequences.push_back({cache, ids.data() + first, c + first * half, s + first * half, counts[i],
+                         logit_counts[i]});
+    first += counts[i], wanted += logit_counts[i];
+  }
+  if (first != rows) throw py::value_error("counts must be positive and sum to the tokens");
+  Floats logits({wanted, model.vocab});
+  float* out = logits.mutable_data();
   {
     py::gil_scoped_release release;
-    executor.forward(cache, ids.data(), count, c, s, all_logits, out);
+    executor.forward(sequences, out);
   }
   return logits;
 }
@@ -343,6 +365,89 @@ void bind_operators(py::module_& m) {
       "x"_a, py::arg("q").noconvert(), "scale"_a, "isa"_a = "");
 }
 
+void bind_sampling(py::module_& m) {
+  using namespace pybind11::literals;
+  m.def(
+      "logprob",
+      [](const py::array& logits, float max, int64_t token, const std::string& isa) {
+        const float* x = floats(logits, "logits", {-1});
+        const int64_t vocab = logits.shape(0);
+        if (token < 0 || token >= vocab)
+          throw py::value_error("token must be in 0.." + std::to_string(vocab - 1) + ", got " +
+                                std::to_string(token));
+        const KernelTable& kernels = kernel_table(isa);
+        py::gil_scoped_release release;
+        return logprob(kernels, x, vocab, max, token);
+      },
+      "logits"_a, "max"_a, "token"_a, "isa"_a = "");
+  m.def(
+      "draw",
+      [](const py::array& logits, float max, double temperature, int64_t top_k, double top_p,
+         double min_p, double uniform, const std::string& isa) {
+        const float* x = floats(logits, "logits", {-1});
+        if (!(temperature > 0) || top_k < 0 || !(top_p > 0) || !(min_p >= 0) || !(min_p <= 1) ||
+            !(uniform >= 0) || !(uniform < 1) || !std::isfinite(max) || logits.shape(0) < 1)
+          throw py::value_error("draw: an argument is out of range");
+        const KernelTable& kernels = kernel_table(isa);
+        py::gil_scoped_release release;
+        return draw(kernels, x, logits.shape(0), max, {temperature, top_k, top_p, min_p}, uniform);
+      },
+      "logits"_a, "max"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "uniform"_a,
+      "isa"_a = "");
+}
+
+void restore(KVCache& cache, int64_t length, const std::vector<py::buffer>& pages) {
+  if (length < 0 || static_cast<int64_t>(pages.size()) != ceil_div(length, kPageTokens))
+    throw py::value_error(std::to_string(length) + " tokens must lie in " +
+                          std::to_string(ceil_div(length, kPageTokens)) + " pages, got " +
+                          std::to_string(pages.size()));
+  for (const py::buffer& page : pages) {
+    const py::buffer_info info = page.request();
+    if (!PyBuffer_IsContiguous(info.view(), 'C') ||
+        info.size * info.itemsize != cache.page_nbytes())
+      throw py::value_error("a page must have " + std::to_string(cache.page_nbytes()) +
+                            " contiguous bytes, got " + std::to_string(info.size * info.itemsize));
+  }
+  cache.set_length(0);
+  cache.reserve(length);
+  for (size_t i = 0; i < pages.size(); ++i)
+    std::copy_n(static_cast<const uint8_t*>(pages[i].request().ptr), cache.page_nbytes(),
+                cache.page(i));
+  cache.set_length(length);
+}
+
+void bind_cache(py::module_& m) {
+  using namespace pybind11::literals;
+  py::class_<KVCache>(m, "KVCache")
+      .def_property_readonly("length", &KVCache::length)
+      .def_property_readonly("nbytes", &KVCache::nbytes)
+      .def_property_readonly("format", &KVCache::format)
+      .def_property_readonly("page_nbytes", &KVCache::page_nbytes)
+      .def(
+          "copy", [](const KVCache& self) { return std::make_unique<KVCache>(self); },
+          "The same tokens; pages are shared until one of the two writes to them.")
+      .def(
+          "pages",
+          [](KVCache& self) {
+            py::list pages;
+            for (int64_t i = 0; i < self.pages(); ++i)
+              pages.append(
+                  py::bytes(reinterpret_cast<const char*>(self.page(i)), self.page_nbytes()));
+            return pages;
+          },
+          "The bytes of the pages in use.")
+      .def("restore", &restore, "length"_a, "pages"_a, "Take back what pages() gave.")
+      .def(
+          "truncate",
+          [](KVCache& self, int64_t tokens) {
+            if (tokens < 0 || tokens > self.length())
+              throw py::value_error("tokens must be in 0.." + std::to_string(self.length()) +
+                                    ", got " + std::to_string(tokens));
+            self.set_length(tokens);
+          },
+          "tokens"_a, "Forget all but the first tokens.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -397,15 +502,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("last_level_cache_nbytes", &last_level_cache_nbytes);
   bind_operators(m);
 
-  py::class_<KVCache>(m, "KVCache")
-      .def_property_readonly("length", &KVCache::length)
-      .def_property_readonly("nbytes", &KVCache::nbytes)
-      .def("truncate", [](KVCache& self, int64_t tokens) {
-        if (tokens < 0 || tokens > self.length())
-          throw py::value_error("tokens must be in 0.." + std::to_string(self.length()) + ", got " +
-                                std::to_string(tokens));
-        self.set_length(tokens);
-      });
+  bind_sampling(m);
+  bind_cache(m);
   py::class_<BoundExecutor>(m, "Executor")
       .def(py::init(&make_executor), py::kw_only(), "hidden_size"_a, "intermediate_size"_a,
            "vocab_size"_a, "num_attention_heads"_a, "num_key_value_heads"_a, "head_dim"_a,
@@ -421,5 +519,8 @@ PYBIND11_MODULE(_C, m) {
           "cache_nbytes_per_token",
           [](const BoundExecutor& self) { return self.executor->plan().cache_nbytes; })
       .def("new_cache", [](const BoundExecutor& self) { return self.executor->new_cache(); })
-      .def("forward", &forward, "cache"_a, "tokens"_a, "cos"_a, "sin"_a, "all_logits"_a = false);
+      .def_property_readonly("chunk_rows",
+                             [](const BoundExecutor& self) { return self.executor->chunk_rows(); })
+      .def("forward", &forward, "caches"_a, "tokens"_a, "counts"_a, "logit_counts"_a, "cos"_a,
+           "sin"_a);
 }

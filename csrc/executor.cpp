@@ -7,23 +7,27 @@
 
 namespace mlf {
 
-// One run of up to kChunkTokens tokens through all blocks.
-struct Executor::Chunk {
-  KVCache& cache;
-  const int32_t* tokens;
-  const float* cos;  // (rows, head_dim / 2)
-  const float* sin;
-  int64_t start;       // position of the first token in the sequence
-  int64_t rows;        // tokens
-  int64_t logit_rows;  // how many of the last tokens want logits
-  float* logits;       // (logit_rows, vocab)
+// What one thread computes of a chunk. It prepares `prepared` rows; then it multiplies `rows` with
+// tiles number `thread` of `threads` shares of every matrix: either all rows with its share, or its
+// own rows with all tiles.
+struct Executor::Part {
+  int thread;
+  Share own;       // rows of this thread alone
+  Share prepared;  // own, but a single row is prepared by every thread for itself: cheaper than
+                   // waiting for another
+  Share rows;
+  int share, shares;
+  bool single;   // the chunk has one row
+  bool by_rows;  // threads need not wait for each other between linear layers
 
-  int64_t pages() const { return ceil_div(start + rows, kPageTokens); }
+  Share of(int64_t tiles) const { return mlf::share(tiles, share, shares); }
+  int64_t count() const { return rows.end - rows.begin; }
 };
 
 // Buffers of one thread, or of all threads together.
 struct Executor::Scratch {
   ActivationBuffer input;           // of a linear layer
+  std::vector<float> normed;        // (widest layer input)
   std::vector<float> queries;       // (queries, head_dim)
   std::vector<int8_t> query_codes;  // Queries of those
   std::vector<float> query_scales;
@@ -37,8 +41,6 @@ struct Executor::Scratch {
 };
 
 namespace {
-
-constexpr int kAttentionRows = 16;  // tokens of a prompt that attend together
 
 // Split one buffer of (queries) x (padded_dim + 2) floats.
 AttentionState attention_state(float* buffer, int64_t queries, int64_t padded_dim) {
@@ -60,17 +62,18 @@ Executor::Executor(Model model, int threads, const KernelTable& kernels, int64_t
       kernels_(kernels),
       plan_(plan_of(model_, cache_nbytes)),
       pool_(threads),
-      hidden_(kChunkTokens * model_.hidden),
-      qkv_(kChunkTokens * qkv_size()),
-      attention_(kChunkTokens * q_size()),
-      merged_pages_(model_.kv_heads),
+      chunk_rows_(std::clamp(kRowsPerThread * threads, kMinChunkRows, kMaxChunkRows)),
+      hidden_(chunk_rows_ * model_.hidden),
+      qkv_(chunk_rows_ * qkv_size()),
+      attention_(chunk_rows_ * q_size()),
+      next_task_(model_.schedule.size()),
       scratch_(threads + 1) {
   const int64_t widest = std::max({model_.hidden, q_size(), model_.intermediate});
   const int64_t queries = static_cast<int64_t>(kAttentionRows) * group();
-  ffn_.resize(kChunkTokens, model_.intermediate);
+  ffn_.resize(chunk_rows_, model_.intermediate);
   for (Scratch& scratch : scratch_) {
-    const int64_t rows = &scratch == &scratch_.back() ? kChunkTokens : 1;
-    scratch.input.resize(rows, widest);
+    scratch.input.resize(&scratch == &scratch_.back() ? chunk_rows_ : 1, widest);
+    scratch.normed.resize(widest);
     scratch.queries.resize(queries * model_.head_dim);
     scratch.query_codes.resize(queries * 2 * padded_dim());
     scratch.query_scales.resize(queries);
@@ -88,91 +91,86 @@ std::unique_ptr<KVCache> Executor::new_cache() const {
                                    model_.head_dim, model_.kv_kind);
 }
 
-void Executor::forward(KVCache& cache, const int32_t* tokens, int64_t count, const float* cos,
-                       const float* sin, bool all_logits, float* logits) {
+void Executor::forward(const std::vector<Sequence>& sequences, float* logits) {
   std::lock_guard<ForkSafeMutex> lock(mutex_);
-  const int64_t start = cache.length(), half = model_.head_dim / 2;
-  cache.reserve(start + count);
-  partials_.resize(ceil_div(start + count, kPageTokens) * model_.heads * (padded_dim() + 2));
-  for (int64_t done = 0; done < count; done += kChunkTokens) {
-    const int64_t rows = std::min(kChunkTokens, count - done);
-    const bool last = done + rows == count;
-    const Chunk chunk{cache,
-                      tokens + done,
-                      cos + done * half,
-                      sin + done * half,
-                      start + done,
-                      rows,
-                      all_logits ? rows
-                      : last     ? 1
-                                 : 0,
-                      logits + (all_logits ? done * model_.vocab : 0)};
+  for (const Sequence& sequence : sequences)
+    sequence.cache->reserve(sequence.cache->length() + sequence.count);
+  for (const Chunk& chunk : cut_into_chunks(sequences, chunk_rows_, model_.kv_heads,
+                                            model_.head_dim / 2, model_.vocab, logits)) {
+    partials_.resize(chunk.partial_pages * model_.heads * (padded_dim() + 2));
+    // Each thread begins with the task of its own number.
+    for (auto& next : next_task_) next.store(pool_.size(), std::memory_order_relaxed);
     pool_.run([&](int thread) { run_chunk(thread, chunk); });
   }
-  cache.set_length(start + count);
+  for (const Sequence& sequence : sequences)
+    sequence.cache->set_length(sequence.cache->length() + sequence.count);
 }
 
-// The whole model, as one thread sees it. Linear layers are split by output rows; a barrier follows
-// wherever the next stage reads what other threads have written.
+Executor::Part Executor::part_of(int thread, const Chunk& chunk) const {
+  const int threads = pool_.size();
+  const Share own = share(chunk.rows, thread, threads), all{0, chunk.rows};
+  const bool by_rows = chunk.rows >= kSplitRows * threads, single = chunk.rows == 1;
+  if (by_rows) return {thread, own, own, own, 0, 1, single, true};
+  return {thread, own, single ? all : own, all, thread, threads, single, false};
+}
+
+// Wait for the rows or tiles of other threads, where they are needed.
+void Executor::sync(const Part& part) {
+  if (!part.by_rows) pool_.barrier();
+}
+
+// The whole model, as one thread sees it. A barrier follows wherever the next stage reads what
+// other threads have written: around attention always, elsewhere where threads split the weights.
 void Executor::run_chunk(int thread, const Chunk& chunk) {
-  const int64_t rows = chunk.rows, hidden = model_.hidden;
-  const Share mine = share(rows, thread, pool_.size());
-  for (int64_t row = mine.begin; row < mine.end; ++row)
-    kernels_.embed(model_.embedding, chunk.tokens[row], hidden_.data() + row * hidden);
-  pool_.barrier();
+  const int64_t hidden = model_.hidden;
+  const Part part = part_of(thread, chunk);
+  embed(part, chunk);
+  sync(part);
 
   for (int position = 0; position < static_cast<int>(model_.schedule.size()); ++position) {
     const BlockWeights& block = model_.blocks[model_.schedule[position]];
 
-    const Activations attention_in =
-        prepare(thread, hidden_.data(), block.attention_norm, hidden, rows);
-    project_qkv(thread, attention_in, position, rows);
+    const Activations attention_in = prepare(part, hidden_.data(), block.attention_norm, hidden);
+    project_qkv(part, attention_in, position);
+    sync(part);
+    store_rotated(part, chunk, position);
+    if (part.by_rows || chunk.has_runs) pool_.barrier();
+    attend(thread, chunk, position);
     pool_.barrier();
+    const Activations attention_out = prepare(part, merge(part, chunk), nullptr, q_size());
+    project(part, attention_out, position, &BlockWeights::o);
+    sync(part);
 
-    const float* attended = attention_.data();
-    if (rows == 1) {
-      attend_one(thread, chunk, position);
-      pool_.barrier();
-      attended = merge_one(thread, chunk);
-    } else {
-      store_rotated(thread, chunk, position);
-      pool_.barrier();
-      attend_many(thread, chunk, position);
-      pool_.barrier();
-    }
-    const Activations attention_out = prepare(thread, attended, nullptr, q_size(), rows);
-    kernels_.linear(attention_out, block.o, hidden_.data(), rows, hidden,
-                    tiles(thread, position, &BlockWeights::o), true);
-    pool_.barrier();
-
-    const Activations ffn_in = prepare(thread, hidden_.data(), block.ffn_norm, hidden, rows);
-    Activations ffn_out = ffn_.view(model_.activation, model_.intermediate);
-    kernels_.swiglu(ffn_in, block.gate, block.up, ffn_out, rows,
-                    tiles(thread, position, &BlockWeights::gate, kTilesPerGroup));
-    pool_.barrier();
+    const Activations ffn_in = prepare(part, hidden_.data(), block.ffn_norm, hidden);
+    Activations ffn_out = ffn_.view(model_.activation, model_.intermediate, part.rows.begin);
+    kernels_.swiglu(ffn_in, block.gate, block.up, ffn_out, part.count(),
+                    tiles(part, position, &BlockWeights::gate, kTilesPerGroup));
+    sync(part);
 
     if (model_.activation == ActivationKind::int8)  // one scale for what all threads wrote
-      ffn_out = prepare(thread, ffn_out.values, nullptr, model_.intermediate, rows);
-    kernels_.linear(ffn_out, block.down, hidden_.data(), rows, hidden,
-                    tiles(thread, position, &BlockWeights::down), true);
-    pool_.barrier();
+      ffn_out = prepare(part, ffn_.values(), nullptr, model_.intermediate);
+    project(part, ffn_out, position, &BlockWeights::down);
+    sync(part);
   }
+  if (chunk.logit_rows.empty()) return;
+  if (part.by_rows) pool_.barrier();
+  head(thread, chunk);
+}
 
-  if (chunk.logit_rows == 0) return;
-  const float* last = hidden_.data() + (rows - chunk.logit_rows) * hidden;
-  const Activations head_in = prepare(thread, last, model_.final_norm, hidden, chunk.logit_rows);
-  const Share head = share(model_.head.tiles(), thread, pool_.size());
-  kernels_.linear(head_in, model_.head, chunk.logits, chunk.logit_rows, model_.vocab,
-                  {head.begin, head.end}, false);
+void Executor::embed(const Part& part, const Chunk& chunk) {
+  chunk.for_each_row(part.own, [&](const Span& span, int64_t i) {
+    kernels_.embed(model_.embedding, span.tokens[i],
+                   hidden_.data() + (span.row + i) * model_.hidden);
+  });
 }
 
 // The thread's share of a block's matrix, and how much of the same matrix in a later block to fetch
 // meanwhile. In one buffer, blocks lie alike and one distance serves gate and up; elsewhere the
 // fetch may miss what it is for, and harms nothing. `unit` tiles stay together.
-Tiles Executor::tiles(int thread, int position, const Weight BlockWeights::* weight,
+Tiles Executor::tiles(const Part& part, int position, const Weight BlockWeights::* weight,
                       int unit) const {
   const Weight& here = model_.blocks[model_.schedule[position]].*weight;
-  const Share mine = share(ceil_div(here.tiles(), unit), thread, pool_.size());
+  const Share mine = part.of(ceil_div(here.tiles(), unit));
   Tiles tiles{mine.begin * unit, std::min(mine.end * unit, here.tiles())};
   const Ahead& ahead = plan_.ahead[position];
   if (ahead.block >= 0) {
@@ -184,164 +182,189 @@ Tiles Executor::tiles(int thread, int position, const Weight BlockWeights::* wei
   return tiles;
 }
 
-// The input of a linear layer: normalised if `norm` is given, rounded if the weights are integers.
-// A single row is prepared by every thread for itself, which is cheaper than waiting for another.
-Activations Executor::prepare(int thread, const float* x, const float* norm, int64_t cols,
-                              int64_t rows) {
-  const bool shared = rows > 1;
-  Activations out = scratch_[shared ? pool_.size() : thread].input.view(model_.activation, cols);
-  const Share mine = shared ? share(rows, thread, pool_.size()) : Share{0, 1};
-  const int64_t count = mine.end - mine.begin;
-  if (norm) {
-    kernels_.rms_norm(x + mine.begin * cols, norm, out.values + mine.begin * cols, count, cols,
-                      model_.norm_eps);
-  } else {
-    out.values = const_cast<float*>(x);
-  }
-  if (model_.activation != ActivationKind::floating)
-    kernels_.quantize_activations(out.values + mine.begin * cols, out.from_row(mine.begin), count);
-  if (shared) pool_.barrier();
+// The input of a linear layer, from `part.rows` on: normalised if `norm` is given, rounded if the
+// weights are integers.
+Activations Executor::prepare(const Part& part, const float* x, const float* norm, int64_t cols) {
+  const int64_t first = part.rows.begin;
+  ActivationBuffer& buffer = scratch_[part.single ? part.thread : pool_.size()].input;
+  Activations out = buffer.view(model_.activation, cols, first);
+  if (!norm) out.values = const_cast<float*>(x) + first * cols;
+  for (int64_t row = part.prepared.begin; row < part.prepared.end; ++row)
+    prepare_row(part.thread, x + row * cols, norm, out.from_row(row - first));
+  if (!part.single) sync(part);
   return out;
 }
 
+// Row by row, so that a row is rounded while it lies in the first-level cache.
+void Executor::prepare_row(int thread, const float* x, const float* norm, const Activations& out) {
+  const bool floating = model_.activation == ActivationKind::floating;
+  if (norm) {
+    float* normed = floating ? out.values : scratch_[thread].normed.data();
+    kernels_.rms_norm(x, norm, normed, 1, out.cols, model_.norm_eps);
+    x = normed;
+  }
+  if (!floating) kernels_.quantize_activations(x, out, 1);
+}
+
 // Queries, keys and values side by side; the threads share the tiles of all three evenly.
-void Executor::project_qkv(int thread, const Activations& x, int position, int64_t rows) {
+void Executor::project_qkv(const Part& part, const Activations& x, int position) {
   const BlockWeights& block = model_.blocks[model_.schedule[position]];
-  const Share mine =
-      share(block.q.tiles() + block.k.tiles() + block.v.tiles(), thread, pool_.size());
-  float* out = qkv_.data();
+  const Share mine = part.of(block.q.tiles() + block.k.tiles() + block.v.tiles());
+  float* out = qkv_.data() + part.rows.begin * qkv_size();
   int64_t before = 0;  // tiles of the matrices so far
   for (const auto weight : {&BlockWeights::q, &BlockWeights::k, &BlockWeights::v}) {
     const Weight& matrix = block.*weight;
-    Tiles part = tiles(thread, position, weight);
-    part.begin = std::max<int64_t>(mine.begin - before, 0);
-    part.end = std::min(mine.end - before, matrix.tiles());
-    if (part.begin < part.end) kernels_.linear(x, matrix, out, rows, qkv_size(), part, false);
+    Tiles some = tiles(part, position, weight);
+    some.begin = std::max<int64_t>(mine.begin - before, 0);
+    some.end = std::min(mine.end - before, matrix.tiles());
+    if (some.begin < some.end)
+      kernels_.linear(x, matrix, out, part.count(), qkv_size(), some, false);
     before += matrix.tiles();
     out += matrix.rows;
   }
 }
 
-// Decode: each KV head and page is one task. A thread's run of pages that begins with a head's
-// first is merged at once, in order; what other threads have of that head is left to merge_one.
-// Threads rotate the queries of their heads for themselves, and the task of a last page stores the
-// new key and value, so no stage of its own is needed for it.
-void Executor::attend_one(int thread, const Chunk& chunk, int position) {
-  Scratch& scratch = scratch_[thread];
-  const int dim = model_.head_dim;
-  const int64_t pages = chunk.pages(), state_size = group() * (padded_dim() + 2);
-  const int in_last = static_cast<int>(chunk.start % kPageTokens) + 1;
-  const Share mine = share(pages * model_.kv_heads, thread, pool_.size());
-  const auto page_of = [&](int64_t task) {
-    return chunk.cache.view(position, task % pages, static_cast<int>(task / pages));
-  };
-  for (int64_t task = mine.begin; task < mine.end; ++task) {
-    const int kv_head = static_cast<int>(task / pages);
-    const int64_t page = task % pages;
-    PageView view = page_of(task);
-    if (task + 1 < mine.end) view.ahead = page_of(task + 1).data - view.data;
-    const Queries queries = scratch.prepared();
-    if (page == 0 || task == mine.begin) {
-      kernels_.rope(qkv_.data() + static_cast<int64_t>(kv_head) * group() * dim, chunk.cos,
-                    chunk.sin, scratch.queries.data(), group(), dim);
-      if (model_.kv_kind == KVKind::int8) kernels_.attend_prepare(queries, group(), dim);
-    }
-    const bool last = page == pages - 1;
-    if (last) {
-      float* key = qkv_.data() + q_size() + kv_head * dim;
-      kernels_.rope(key, chunk.cos, chunk.sin, key, 1, dim);
-      kernels_.kv_store(key, key + kv_size(), view, in_last - 1);
-    }
-    std::fill_n(scratch.visible.begin(), group(), last ? in_last : kPageTokens);
-    const auto state_of = [&](int64_t at) {
-      return attention_state(partials_.data() + at * state_size, group(), padded_dim());
-    };
-    const int64_t first = kv_head * pages;
-    const bool merge = page > 0 && first >= mine.begin;
-    const AttentionState state =
-        merge ? attention_state(scratch.page_state.data(), group(), padded_dim()) : state_of(task);
-    kernels_.attend_page(queries, view, scratch.visible.data(), state, group(),
-                         1.0f / std::sqrt(static_cast<float>(dim)));
-    if (merge) kernels_.attend_merge(state_of(first), state, group(), padded_dim());
-    if (first >= mine.begin) merged_pages_[kv_head] = page + 1;
+// Back to the residual stream, and added to it.
+void Executor::project(const Part& part, const Activations& x, int position,
+                       const Weight BlockWeights::* weight) {
+  kernels_.linear(x, model_.blocks[model_.schedule[position]].*weight,
+                  hidden_.data() + part.rows.begin * model_.hidden, part.count(), model_.hidden,
+                  tiles(part, position, weight), true);
+}
+
+// The head is many times larger than a block: threads always split its tiles.
+void Executor::head(int thread, const Chunk& chunk) {
+  const int64_t rows = chunk.logit_rows.size();
+  const bool single = rows == 1;
+  ActivationBuffer& buffer = scratch_[single ? thread : pool_.size()].input;
+  const Activations in = buffer.view(model_.activation, model_.hidden);
+  const Share mine = single ? Share{0, 1} : share(rows, thread, pool_.size());
+  for (int64_t row = mine.begin; row < mine.end; ++row)
+    prepare_row(thread, hidden_.data() + chunk.logit_rows[row] * model_.hidden, model_.final_norm,
+                in.from_row(row));
+  if (!single) pool_.barrier();
+  const Share tiles = share(model_.head.tiles(), thread, pool_.size());
+  kernels_.linear(in, model_.head, chunk.logits, rows, model_.vocab, {tiles.begin, tiles.end},
+                  false);
+}
+
+// Tasks differ in length and threads in luck, so whoever is free takes the next one.
+void Executor::attend(int thread, const Chunk& chunk, int position) {
+  const int64_t tasks = chunk.tasks.size();
+  std::atomic<int64_t>& next = next_task_[position];
+  for (int64_t i = thread; i < tasks; i = next.fetch_add(1, std::memory_order_relaxed)) {
+    const AttentionTask& task = chunk.tasks[i];
+    if (task.span->alone()) attend_one(thread, task, position);
+    else attend_many(thread, task, position);
   }
 }
 
-// Every thread merges what is left for itself: all heads of one token are a few kilobytes.
-const float* Executor::merge_one(int thread, const Chunk& chunk) {
+// A lone token, one KV head and page. The tasks rotate the queries for themselves, and that of the
+// last page stores the new key and value, so no stage of its own is needed for it.
+void Executor::attend_one(int thread, const AttentionTask& task, int position) {
   Scratch& scratch = scratch_[thread];
-  const int64_t pages = chunk.pages(), state_size = group() * (padded_dim() + 2);
+  const Span& span = *task.span;
+  const int dim = model_.head_dim, kv_head = task.kv_head;
+  const int64_t page = task.part, pages = span.pages(), state_size = group() * (padded_dim() + 2);
+  const int in_last = static_cast<int>(span.start % kPageTokens) + 1;
+  const bool last = page == pages - 1;
+  const PageView view = span.cache->view(position, page, kv_head);
+  const float* qkv = qkv_.data() + span.row * qkv_size();
+  if (last) {
+    const float* key = qkv + q_size() + kv_head * dim;
+    kernels_.rope(key, span.cos, span.sin, scratch.queries.data(), 1, dim);
+    kernels_.kv_store(scratch.queries.data(), key + kv_size(), view, in_last - 1);
+  }
+  const float* q = qkv + static_cast<int64_t>(kv_head) * group() * dim;
+  kernels_.rope(q, span.cos, span.sin, scratch.queries.data(), group(), dim);
+  const Queries queries = scratch.prepared();
+  if (model_.kv_kind == KVKind::int8) kernels_.attend_prepare(queries, group(), dim);
+  std::fill_n(scratch.visible.begin(), group(), last ? in_last : kPageTokens);
+  float* state =
+      partials_.data() + (span.partials * model_.kv_heads + kv_head * pages + page) * state_size;
+  kernels_.attend_page(queries, view, scratch.visible.data(),
+                       attention_state(state, group(), padded_dim()), group(),
+                       1.0f / std::sqrt(static_cast<float>(dim)));
+}
+
+// The attended values (rows, q_size), complete for the rows that this thread prepares: all heads of
+// a token are a few kilobytes.
+const float* Executor::merge(const Part& part, const Chunk& chunk) {
+  float* out = part.single ? scratch_[part.thread].normed.data() : attention_.data();
+  chunk.for_each_row(part.prepared, [&](const Span& span, int64_t) {
+    if (span.alone()) merge_one(part.thread, span, out + span.row * q_size());
+  });
+  return out;
+}
+
+void Executor::merge_one(int thread, const Span& span, float* out) {
+  Scratch& scratch = scratch_[thread];
+  const int64_t pages = span.pages(), state_size = group() * (padded_dim() + 2);
   const AttentionState state = attention_state(scratch.state.data(), group(), padded_dim());
-  float* out = scratch.input.view(ActivationKind::floating, q_size()).values;
   for (int kv_head = 0; kv_head < model_.kv_heads; ++kv_head) {
-    float* partial = partials_.data() + kv_head * pages * state_size;
+    float* partial =
+        partials_.data() + (span.partials * model_.kv_heads + kv_head * pages) * state_size;
     std::copy_n(partial, state_size, scratch.state.data());
-    for (int64_t page = merged_pages_[kv_head]; page < pages; ++page)
+    for (int64_t page = 1; page < pages; ++page)
       kernels_.attend_merge(state,
                             attention_state(partial + page * state_size, group(), padded_dim()),
                             group(), padded_dim());
     kernels_.attend_finish(state, out + kv_head * group() * model_.head_dim, group(),
                            model_.head_dim);
   }
-  return out;
 }
 
-// Prefill: rotate queries in place, rotate and store keys, store values.
-void Executor::store_rotated(int thread, const Chunk& chunk, int position) {
+// Longer spans: rotate queries in place, rotate and store keys, store values.
+void Executor::store_rotated(const Part& part, const Chunk& chunk, int position) {
   const int dim = model_.head_dim;
-  const Share mine = share(chunk.rows, thread, pool_.size());
-  for (int64_t row = mine.begin; row < mine.end; ++row) {
-    float* q = qkv_.data() + row * qkv_size();
+  chunk.for_each_row(part.own, [&](const Span& span, int64_t i) {
+    if (span.alone()) return;
+    float* q = qkv_.data() + (span.row + i) * qkv_size();
     float* key = q + q_size();
-    const float *cos = chunk.cos + row * dim / 2, *sin = chunk.sin + row * dim / 2;
+    const float *cos = span.cos + i * dim / 2, *sin = span.sin + i * dim / 2;
     kernels_.rope(q, cos, sin, q, model_.heads, dim);
     kernels_.rope(key, cos, sin, key, model_.kv_heads, dim);
-    const int64_t at = chunk.start + row;
+    const int64_t at = span.start + i;
     for (int kv_head = 0; kv_head < model_.kv_heads; ++kv_head, key += dim)
-      kernels_.kv_store(key, key + kv_size(), chunk.cache.view(position, at / kPageTokens, kv_head),
+      kernels_.kv_store(key, key + kv_size(), span.cache->view(position, at / kPageTokens, kv_head),
                         static_cast<int>(at % kPageTokens));
-  }
+  });
 }
 
-// Prefill: a KV head and a few tokens are one task; it walks the pages that its last token sees.
-void Executor::attend_many(int thread, const Chunk& chunk, int position) {
+// A KV head and a few tokens of a longer span: walks the pages that the last of them sees.
+void Executor::attend_many(int thread, const AttentionTask& task, int position) {
   Scratch& scratch = scratch_[thread];
-  const int dim = model_.head_dim;
+  const Span& span = *task.span;
+  const int dim = model_.head_dim, kv_head = task.kv_head;
   const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
-  const int64_t blocks = ceil_div(chunk.rows, kAttentionRows);
-  for (int64_t task = thread; task < blocks * model_.kv_heads; task += pool_.size()) {
-    // Head by head, whose keys and values then come from the second-level cache.
-    const int kv_head = static_cast<int>(task / blocks);
-    const int64_t first = task % blocks * kAttentionRows;
-    const int64_t rows = std::min<int64_t>(kAttentionRows, chunk.rows - first);
-    const int64_t queries = rows * group();
-    for (int64_t row = 0; row < rows; ++row)
-      std::copy_n(qkv_.data() + (first + row) * qkv_size() + kv_head * group() * dim, group() * dim,
-                  scratch.queries.data() + row * group() * dim);
-    const Queries prepared = scratch.prepared();
-    if (model_.kv_kind == KVKind::int8) kernels_.attend_prepare(prepared, queries, dim);
+  const int64_t first = task.part, rows = std::min<int64_t>(kAttentionRows, span.rows - first);
+  const int64_t queries = rows * group(), start = span.start + first;
+  for (int64_t row = 0; row < rows; ++row)
+    std::copy_n(qkv_.data() + (span.row + first + row) * qkv_size() + kv_head * group() * dim,
+                group() * dim, scratch.queries.data() + row * group() * dim);
+  const Queries prepared = scratch.prepared();
+  if (model_.kv_kind == KVKind::int8) kernels_.attend_prepare(prepared, queries, dim);
 
-    const AttentionState state = attention_state(scratch.state.data(), queries, padded_dim());
-    const AttentionState page_state =
-        attention_state(scratch.page_state.data(), queries, padded_dim());
-    const int64_t pages = ceil_div(chunk.start + first + rows, kPageTokens);
-    for (int64_t page = 0; page < pages; ++page) {
-      for (int64_t i = 0; i < queries; ++i) {
-        const int64_t seen = chunk.start + first + i / group() + 1 - page * kPageTokens;
-        scratch.visible[i] = static_cast<int>(std::clamp<int64_t>(seen, 0, kPageTokens));
-      }
-      const PageView view = chunk.cache.view(position, page, kv_head);
-      kernels_.attend_page(prepared, view, scratch.visible.data(), page ? page_state : state,
-                           queries, scale);
-      if (page) kernels_.attend_merge(state, page_state, queries, padded_dim());
+  const AttentionState state = attention_state(scratch.state.data(), queries, padded_dim());
+  const AttentionState page_state =
+      attention_state(scratch.page_state.data(), queries, padded_dim());
+  const int64_t pages = ceil_div(start + rows, kPageTokens);
+  for (int64_t page = 0; page < pages; ++page) {
+    for (int64_t i = 0; i < queries; ++i) {
+      const int64_t seen = start + i / group() + 1 - page * kPageTokens;
+      scratch.visible[i] = static_cast<int>(std::clamp<int64_t>(seen, 0, kPageTokens));
     }
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t i = row * group();
-      const AttentionState one{state.values + i * padded_dim(), state.max + i, state.sum + i};
-      kernels_.attend_finish(one,
-                             attention_.data() + (first + row) * q_size() + kv_head * group() * dim,
-                             group(), dim);
-    }
+    const PageView view = span.cache->view(position, page, kv_head);
+    kernels_.attend_page(prepared, view, scratch.visible.data(), page ? page_state : state, queries,
+                         scale);
+    if (page) kernels_.attend_merge(state, page_state, queries, padded_dim());
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t i = row * group();
+    const AttentionState one{state.values + i * padded_dim(), state.max + i, state.sum + i};
+    kernels_.attend_finish(
+        one, attention_.data() + (span.row + first + row) * q_size() + kv_head * group() * dim,
+        group(), dim);
   }
 }
 

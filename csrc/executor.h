@@ -1,11 +1,13 @@
 // Runs whole decode steps and prefill chunks of a model over its schedule.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <vector>
 
 #include "activation_buffer.h"
+#include "chunk.h"
 #include "kernels.h"
 #include "kv_cache.h"
 #include "plan.h"
@@ -36,12 +38,18 @@ struct Model {
   Weight embedding, head;   // (vocab, hidden)
 };
 
-// Tokens of a prompt that go through the blocks together: enough to reuse each weight from cache
-// many times, few enough that their activations stay in a second-level cache.
-constexpr int64_t kChunkTokens = 128;
+// Rows of a chunk for each thread: enough to reuse each weight from cache many times, few enough
+// that their activations (half a megabyte at a width of 576) stay in a second-level cache.
+constexpr int64_t kRowsPerThread = 64;
+constexpr int64_t kMinChunkRows = 128, kMaxChunkRows = 512;
 
-// Results do not depend on the thread count, on how tokens are split over calls, or on the ISA:
-// every output is computed by one thread in one order.
+// From so many rows for each thread on, threads split the rows of a chunk and each reads all
+// weights: at 32 rows the arithmetic takes several times as long as reading a block from the shared
+// cache, and five of seven barriers per block are saved. Below, they split the weights.
+constexpr int64_t kSplitRows = 32;
+
+// Results do not depend on the thread count, on how tokens are split over calls, on what else is in
+// the batch, or on the ISA: every output is computed by one thread in one order.
 class Executor {
  public:
   // `model` points to weights that outlive the executor; `cache_nbytes` is the size of the
@@ -51,28 +59,38 @@ class Executor {
 
   const Model& model() const { return model_; }
   int threads() const { return pool_.size(); }
+  int64_t chunk_rows() const { return chunk_rows_; }
   const Plan& plan() const { return plan_; }
   const char* isa() const { return kernels_.name; }
   std::unique_ptr<KVCache> new_cache() const;
 
-  // Append `tokens` (each in 0..vocab-1) to `cache` and write the logits of the last one, or of
-  // all (count, vocab). cos, sin (count, head_dim / 2) rotate each token's queries and keys.
-  // Safe to call from several threads; calls take turns.
-  void forward(KVCache& cache, const int32_t* tokens, int64_t count, const float* cos,
-               const float* sin, bool all_logits, float* logits);
+  // Append the tokens of every sequence to its cache (all different, made by new_cache) and write
+  // the logits that they want (all of them, vocab), in order of the sequences. Safe to call from
+  // several threads; calls take turns.
+  void forward(const std::vector<Sequence>& sequences, float* logits);
 
  private:
-  struct Chunk;
+  struct Part;
   struct Scratch;
 
   void run_chunk(int thread, const Chunk& chunk);
-  Activations prepare(int thread, const float* x, const float* norm, int64_t cols, int64_t rows);
-  void project_qkv(int thread, const Activations& x, int position, int64_t rows);
-  Tiles tiles(int thread, int position, const Weight BlockWeights::* weight, int unit = 1) const;
-  void attend_one(int thread, const Chunk& chunk, int position);
-  const float* merge_one(int thread, const Chunk& chunk);
-  void attend_many(int thread, const Chunk& chunk, int position);
-  void store_rotated(int thread, const Chunk& chunk, int position);
+  Part part_of(int thread, const Chunk& chunk) const;
+  void sync(const Part& part);
+  void embed(const Part& part, const Chunk& chunk);
+  Activations prepare(const Part& part, const float* x, const float* norm, int64_t cols);
+  void prepare_row(int thread, const float* x, const float* norm, const Activations& out);
+  void project_qkv(const Part& part, const Activations& x, int position);
+  void project(const Part& part, const Activations& x, int position,
+               const Weight BlockWeights::* weight);
+  void head(int thread, const Chunk& chunk);
+  Tiles tiles(const Part& part, int position, const Weight BlockWeights::* weight,
+              int unit = 1) const;
+  void attend(int thread, const Chunk& chunk, int position);
+  void attend_one(int thread, const AttentionTask& task, int position);
+  const float* merge(const Part& part, const Chunk& chunk);
+  void merge_one(int thread, const Span& span, float* out);
+  void attend_many(int thread, const AttentionTask& task, int position);
+  void store_rotated(const Part& part, const Chunk& chunk, int position);
 
   int group() const { return model_.heads / model_.kv_heads; }
   int64_t q_size() const { return static_cast<int64_t>(model_.heads) * model_.head_dim; }
@@ -85,13 +103,14 @@ class Executor {
   const Plan plan_;
   ThreadPool pool_;
   ForkSafeMutex mutex_;
-  std::vector<float> hidden_;          // (chunk, hidden): the residual stream
-  std::vector<float> qkv_;             // (chunk, qkv_size)
-  std::vector<float> attention_;       // (chunk, q_size)
-  ActivationBuffer ffn_;               // (chunk, intermediate)
-  std::vector<float> partials_;        // one token's AttentionState per KV head and page
-  std::vector<int64_t> merged_pages_;  // per KV head, how many are merged into the first of those
-  std::vector<Scratch> scratch_;       // one per thread, and one shared by all at the end
+  const int64_t chunk_rows_;
+  std::vector<float> hidden_;                    // (chunk, hidden): the residual stream
+  std::vector<float> qkv_;                       // (chunk, qkv_size)
+  std::vector<float> attention_;                 // (chunk, q_size)
+  ActivationBuffer ffn_;                         // (chunk, intermediate)
+  std::vector<float> partials_;                  // AttentionState per lone token, KV head and page
+  std::vector<std::atomic<int64_t>> next_task_;  // per position: attention tasks not yet taken
+  std::vector<Scratch> scratch_;                 // one per thread, and one shared by all at the end
 };
 
 }  // namespace mlf

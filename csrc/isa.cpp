@@ -21,6 +21,7 @@ namespace {
 #include "kernels/linear.h"
 #include "kernels/embed.h"
 #include "kernels/rope.h"
+#include "kernels/softmax.h"
 #include "kernels/attention.h"
 
 }  // namespace

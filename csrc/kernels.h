@@ -12,9 +12,14 @@ namespace mlf {
 // order, so its result depends neither on how a prompt was chunked nor on the thread count.
 constexpr int kPageTokens = 128;
 
+constexpr int kSoftmaxBlock = 64;  // logits of a vocabulary that are reduced together
+
 // How keys and values are stored. `int8`: symmetric codes with one float scale for each key and one
 // for each value, max |x| / 127.
 enum class KVKind : int32_t { fp32, fp16, int8 };
+MLF_INLINE const char* name_of(KVKind kind) {
+  return kind == KVKind::fp32 ? "fp32" : kind == KVKind::fp16 ? "fp16" : "int8";
+}
 
 // One KV head of one page: keys, then values.
 //   fp32, fp16  keys in tiles of 16 tokens, [tile][head_dim][16], so that a vector of scores needs
@@ -104,7 +109,12 @@ struct Tiles {
                               int64_t queries, int64_t padded_dim))                                 \
   /* out (queries, head_dim) = values / sum */                                                      \
   X(attend_finish,       void(const AttentionState& state, float* out, int64_t queries,             \
-                              int64_t head_dim))
+                              int64_t head_dim))                                                    \
+  /* out[b] = the largest of block b of x (n) */                                                    \
+  X(block_max,           void(const float* x, float* out, int64_t n))                               \
+  /* out = exp((x - max) / temperature), unless null; sums[b] = sum of block b; x, out (n) */       \
+  X(softmax_weights,     void(const float* x, float* out, float* sums, int64_t n, float max,        \
+                              float temperature))
 // clang-format on
 
 template <class Signature>

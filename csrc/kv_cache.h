@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -10,17 +11,24 @@
 namespace mlf {
 
 // A page holds its tokens for every position of the schedule and every KV head, so growing never
-// moves what is stored.
+// moves what is stored. Copies share pages until one of them writes to them.
 class KVCache {
  public:
   KVCache(int positions, int kv_heads, int head_dim, KVKind kind);
 
   int64_t length() const { return length_; }
-  // Make room for `tokens` tokens in all. Throws std::bad_alloc.
+  // Make room for `tokens` tokens in all, those from length() on in pages of this cache alone.
+  // Throws std::bad_alloc.
   void reserve(int64_t tokens);
   // Declare that the first `tokens` tokens are valid; fewer than length() forgets the rest.
   void set_length(int64_t tokens) { length_ = tokens; }
   int64_t nbytes() const { return static_cast<int64_t>(pages_.size()) * page_nbytes(); }
+
+  // Raw bytes of a page, to be kept and given back.
+  int64_t pages() const { return ceil_div(length_, kPageTokens); }
+  int64_t page_nbytes() const { return head_nbytes() * positions_ * kv_heads_; }
+  uint8_t* page(int64_t index) { return pages_[index].get(); }
+  const char* format() const { return name_of(kind_); }
 
   PageView view(int position, int64_t page, int kv_head) const;
 
@@ -33,12 +41,11 @@ class KVCache {
  private:
   // Keys and values of one position and KV head in one page.
   int64_t head_nbytes() const { return PageView{nullptr, kind_, head_dim_}.nbytes(); }
-  int64_t page_nbytes() const { return head_nbytes() * positions_ * kv_heads_; }
 
   int positions_, kv_heads_, head_dim_;
   KVKind kind_;
   int64_t length_ = 0;
-  std::vector<Pages> pages_;
+  std::vector<std::shared_ptr<uint8_t[]>> pages_;
 };
 
 }  // namespace mlf

@@ -21,6 +21,7 @@ _HOME = {
     "MobileLLMError": "errors",
     "CheckpointError": "errors",
     "Score": "generate",
+    "Session": "session",
     "Token": "generate",
     "load": "loading",
 }

@@ -45,6 +45,8 @@ GENERATION_OPTIONS = {
     "min_p": (float, "P", "sample among tokens at least P times as likely as the likeliest"),
     "repetition_penalty": (float, "R", "above 1 makes tokens seen before less likely"),
     "seed": (int, "SEED", "the same seed samples the same text again"),
+    "prompt_lookup": (int, "K", "guess K tokens per step where the text repeats: the same, sooner"),
+    "prompt_lookup_ngram": (int, "N", "look for the last N tokens to guess (default: 3)"),
 }
 
 
@@ -127,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("-p", "--prompt-tokens", type=int, nargs="*", default=[512], metavar="N")
     sub.add_argument("-n", "--new-tokens", type=int, nargs="*", default=[128], metavar="N")
     sub.add_argument("-r", "--repetitions", type=int, default=5, metavar="N")
+    sub.add_argument("-b", "--batch", type=int, default=1, metavar="N", help="sequences at once")
     sub.add_argument("-o", "--output", choices=("md", "json", "csv"), help="default: a table")
     return parser
 
@@ -174,8 +177,8 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    from .generate import stream_chat
     from .prompt import chat_ids
+    from .session import Session
 
     options = _generation_options(args)
     engine = _load(args)
@@ -183,16 +186,15 @@ def _chat(args: argparse.Namespace) -> None:
     # A model that cannot chat should say so before the first question, not after it.
     chat_ids(engine, [*beginning, {"role": "user", "content": "Hello"}])
     interactive = sys.stdin.isatty()
-    history = list(beginning)
+    session = Session(engine, beginning)
     for message in _messages(interactive):
         if message == "/exit":
             return
         if message == "/clear":
-            history = list(beginning)
+            session = Session(engine, beginning)
             continue
-        question = {"role": "user", "content": message}
         try:
-            answer = stream_chat(engine, [*history, question], **options)
+            answer = session.stream_chat(message, **options)
         except MobileLLMError as error:  # the conversation has outgrown the context
             if not interactive:
                 raise
@@ -200,7 +202,6 @@ def _chat(args: argparse.Namespace) -> None:
             continue
         with contextlib.suppress(KeyboardInterrupt):  # stops the answer, not the program
             _show(answer, args.verbose)
-        history += [question, {"role": "assistant", "content": answer.generation.text}]
 
 
 def _messages(interactive: bool) -> Iterator[str]:
@@ -235,16 +236,22 @@ def _show(tokens, verbose: bool) -> None:
         if not last.endswith("\n"):
             print(flush=True)
     if verbose:
-        done = tokens.generation
-        t = done.timings
-        print(
-            f"prefill: {t.prefill_tokens} tokens in {t.prefill_seconds:.3f} s "
-            f"({t.prefill_tokens_per_s:.1f} tokens/s)\n"
-            f"decode: {t.decode_tokens} tokens in {t.decode_seconds:.3f} s "
-            f"({t.decode_tokens_per_s:.1f} tokens/s)\n"
-            f"finish reason: {done.finish_reason}",
-            file=sys.stderr,
-        )
+        _print_timings(tokens.generation)
+
+
+def _print_timings(done) -> None:
+    t = done.timings
+    reused = f", {t.reused_tokens} reused" if t.reused_tokens else ""
+    lines = [
+        f"prefill: {t.prefill_tokens} tokens in {t.prefill_seconds:.3f} s "
+        f"({t.prefill_tokens_per_s:.1f} tokens/s){reused}",
+        f"decode: {t.decode_tokens} tokens in {t.decode_seconds:.3f} s "
+        f"({t.decode_tokens_per_s:.1f} tokens/s)",
+        f"finish reason: {done.finish_reason}",
+    ]
+    if t.draft_tokens:
+        lines.insert(2, f"prompt lookup: {t.accepted_tokens} of {t.draft_tokens} guesses came")
+    print("\n".join(lines), file=sys.stderr)
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -278,7 +285,7 @@ def _info(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     from .cli_bench import Plan, measure, print_rows
 
-    plan = Plan(args.prompt_tokens, args.new_tokens, args.repetitions)
+    plan = Plan(args.prompt_tokens, args.new_tokens, args.repetitions, args.batch)
     print_rows(measure(_load(args), plan), args.output)
 
 

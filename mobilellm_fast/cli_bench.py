@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
 
+from .batch import MAX_PROMPTS
 from .errors import MobileLLMError
 from .sampling import check_integer
 
@@ -18,15 +19,21 @@ from .sampling import check_integer
 class Plan:
     """What to measure: prefill of each prompt length, decode of each answer length.
 
+    `batch` sequences are computed together; speeds are those of all of them.
+
     Raises:
-        MobileLLMError: a length or the number of repetitions is below 1, or nothing is left to do.
+        MobileLLMError: a length, the batch or the number of repetitions is below 1, the batch
+            above 64, or nothing is left to do.
     """
 
     prompt_tokens: Sequence[int]
     new_tokens: Sequence[int]
     repetitions: int
+    batch: int = 1
 
     def __post_init__(self) -> None:
+        if check_integer("[bench] batch", self.batch, at_least=1) > MAX_PROMPTS:
+            raise MobileLLMError(f"[bench] batch must be at most {MAX_PROMPTS}, got {self.batch}")
         check_integer("[bench] repetitions", self.repetitions, at_least=1)
         for name in ("prompt_tokens", "new_tokens"):
             for count in getattr(self, name):
@@ -39,10 +46,11 @@ class Plan:
 class Row:
     """One measurement, with what is needed to understand it a year later.
 
-    `test` is "pp<tokens>" (prefill) or "tg<tokens>" (decode), as llama-bench names them; speeds
-    are tokens/s, mean and standard deviation over the repetitions. `read_share` is the part of
-    the machine's read bandwidth (bytes/s, measured in this run with as many threads) that decode
-    uses if each token reads all weights once; None for prefill, which is bound by arithmetic.
+    `test` is "pp<tokens>" (prefill) or "tg<tokens>" (decode), as llama-bench names them, with
+    "x<batch>" behind it where several sequences are computed together; speeds are tokens/s, mean
+    and standard deviation over the repetitions. `read_share` is the part of the machine's read
+    bandwidth (bytes/s, measured in this run with as many threads) that decode uses if each step
+    reads all weights once; None for prefill, which is bound by arithmetic.
     """
 
     model: str
@@ -76,19 +84,21 @@ def measure(engine, plan: Plan) -> list[Row]:
     # Any ids take the same time; these are the same in every run.
     ids = np.random.default_rng(0).integers(engine.config.vocab_size, size=longest).tolist()
 
+    batch = plan.batch
+
     def prefill(count: int) -> None:
-        engine.forward(ids[:count], engine.new_cache())
+        engine.forward_batch([ids[:count]] * batch, [engine.new_cache() for _ in range(batch)])
 
     def decode(count: int) -> None:
-        cache = engine.new_cache()
+        caches = [engine.new_cache() for _ in range(batch)]
         for token_id in ids[:count]:
-            engine.forward([token_id], cache)
+            engine.forward_batch([[token_id]] * batch, caches)
 
     executor = engine.executor
     bandwidth = read_bandwidth(executor.threads)
 
     def row(test: str, work: Callable[[int], None], count: int) -> Row:
-        speeds = list(_speeds(work, count, plan.repetitions))
+        speeds = [batch * speed for speed in _speeds(work, count, plan.repetitions)]
         mean = statistics.fmean(speeds)
         return Row(
             model=engine.name,
@@ -98,11 +108,11 @@ def measure(engine, plan: Plan) -> list[Row]:
             kv_format=executor.kv_format,
             isa=executor.isa,
             threads=executor.threads,
-            test=f"{test}{count}",
+            test=f"{test}{count}" + (f"x{batch}" if batch > 1 else ""),
             tokens_per_s=mean,
             tokens_per_s_std=statistics.stdev(speeds) if len(speeds) > 1 else 0.0,
             read_bandwidth=bandwidth,
-            read_share=executor.memory_nbytes_per_token * mean / bandwidth
+            read_share=executor.memory_nbytes_per_token * mean / batch / bandwidth
             if work is decode
             else None,
         )

@@ -12,6 +12,7 @@ from . import generate
 from .config import MobileLLMConfig
 from .executor import Executor, Weights, check_isa, check_kv_format, check_threads
 from .packing import load_image
+from .session import Session
 
 
 class Engine:
@@ -100,8 +101,16 @@ class Engine:
         """Append tokens to a cache and return logits, see `Executor.forward`."""
         return self.executor.forward(token_ids, cache, all_logits)
 
-    def generate(self, prompt: str | Sequence[int], **options: Any) -> generate.Generation:
-        """Continue a text or token ids, see `generate.generate`."""
+    def forward_batch(
+        self, sequences: Sequence[Sequence[int]], caches: Sequence, all_logits: bool = False
+    ) -> np.ndarray:
+        """Append tokens to several caches and return logits, see `Executor.forward_batch`."""
+        return self.executor.forward_batch(sequences, caches, all_logits)
+
+    def generate(
+        self, prompt: generate.Prompt | Sequence[generate.Prompt], **options: Any
+    ) -> generate.Generation | list[generate.Generation]:
+        """Continue a text or token ids, or a list of up to 64 of them, see `generate.generate`."""
         return generate.generate(self, prompt, **options)
 
     def stream(self, prompt: str | Sequence[int], **options: Any) -> generate.Stream:
@@ -115,6 +124,18 @@ class Engine:
     def stream_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> generate.Stream:
         """Answer a conversation, token by token, see `generate.stream_chat`."""
         return generate.stream_chat(self, messages, **options)
+
+    def session(self, messages: Sequence[Mapping[str, Any]] = ()) -> Session:
+        """Return a `Session`, which does not compute again what its prompts have in common.
+
+        Args:
+            messages: beginning of its conversation, such as a system message.
+        """
+        return Session(self, messages)
+
+    def restore_session(self, path: str | Path) -> Session:
+        """Read a session from a file of `Session.save`, see `Session.restore`."""
+        return Session.restore(path, self)
 
     def score(
         self, text_or_ids: str | Sequence[int], *, window: int | None = None

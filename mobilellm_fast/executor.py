@@ -30,8 +30,8 @@ _PROJECTIONS = {
 class Executor:
     """Runs a model's weights on the CPU.
 
-    Results do not depend on the thread count, on the instruction set, or on how a sequence is
-    split over calls.
+    Results do not depend on the thread count, on the instruction set, on how a sequence is split
+    over calls, or on what else is in a batch.
 
     Args:
         config: the architecture.
@@ -99,6 +99,7 @@ class Executor:
             isa=check_isa(isa),
             cache_nbytes=_C.last_level_cache_nbytes() if cache_nbytes is None else cache_nbytes,
         )
+        self._piece = max(PIECE // self._executor.chunk_rows, 1) * self._executor.chunk_rows
 
     @property
     def threads(self) -> int:
@@ -138,6 +139,58 @@ class Executor:
         Raises:
             MobileLLMError: no token, an id out of range, or more tokens than the context holds.
         """
+        return self.forward_batch([token_ids], [cache], all_logits)
+
+    def forward_batch(
+        self,
+        sequences: Sequence[Sequence[int]],
+        caches: Sequence[_C.KVCache],
+        all_logits: bool = False,
+    ) -> np.ndarray:
+        """Append tokens to several caches at once: weights are read once for all of them.
+
+        Args:
+            sequences: one or more, each as in `forward`.
+            caches: one for each, all different.
+            all_logits: return those of every token, not of each sequence's last alone.
+
+        Returns:
+            float32 (sequences, vocab_size), or (tokens of all in order, vocab_size): the same bits
+            as from calls one by one.
+
+        Raises:
+            MobileLLMError: as `forward`; nothing was computed.
+        """
+        ids = [self._checked_ids(part) for part in sequences]
+        counts = [len(part) for part in ids]
+        starts = [cache.length for cache in caches]
+        if not counts or len(counts) != len(starts):
+            raise MobileLLMError(
+                f"[forward] sequences must be one or more, each with a cache, "
+                f"got {len(counts)} and {len(starts)} caches"
+            )
+        positions = [np.arange(s, s + count) for s, count in zip(starts, counts, strict=True)]
+        rotary = self._rotary_rows(np.concatenate(positions))
+        ends = np.cumsum(counts)
+        tokens = np.concatenate(ids)
+        parts = []
+        for first in range(0, len(tokens), self._piece):
+            # the part of each sequence in this piece, and how many of its tokens want logits
+            last = min(first + self._piece, len(tokens))
+            chosen, lengths, wanted = [], [], []
+            for cache, count, end in zip(caches, counts, ends.tolist(), strict=True):
+                length = min(end, last) - max(end - count, first)
+                if length > 0:
+                    chosen.append(cache)
+                    lengths.append(length)
+                    wanted.append(length if all_logits else int(end <= last))
+            cos, sin = rotary[:, first:last]
+            parts.append(
+                self._executor.forward(chosen, tokens[first:last], lengths, wanted, cos, sin)
+            )
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _checked_ids(self, token_ids: Sequence[int]) -> np.ndarray:
         ids = np.asarray(token_ids)
         if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
             raise MobileLLMError(
@@ -149,22 +202,20 @@ class Executor:
             raise MobileLLMError(
                 f"[forward] token_ids must be in [0, {self.config.vocab_size}), got {bad[0]}"
             )
-        start, end = cache.length, cache.length + len(ids)
+        return ids.astype(np.int32)
+
+    def _rotary_rows(self, positions: np.ndarray) -> np.ndarray:
+        """Return cos and sin of positions (n,): float32 (2, n, head_dim / 2)."""
+        end = int(positions.max()) + 1
         if end > self.config.context_length:
             raise MobileLLMError(
                 f"[forward] the context holds {self.config.context_length} tokens, got {end}"
             )
         rotary = self._rotary  # another thread may replace it meanwhile
         if end > rotary.shape[1]:  # in steps, so that decoding rarely stops for it
-            positions = np.arange(min(end + 1024, self.config.context_length))
-            rotary = self._rotary = np.stack(cos_sin(self.config, positions))
-        ids = ids.astype(np.int32)
-        parts = []
-        for first in range(0, len(ids), PIECE):
-            piece = ids[first : first + PIECE]
-            cos, sin = rotary[:, start + first : start + first + len(piece)]
-            parts.append(self._executor.forward(cache, piece, cos, sin, all_logits))
-        return np.concatenate(parts) if all_logits and len(parts) > 1 else parts[-1]
+            longer = np.arange(min(end + 1024, self.config.context_length))
+            rotary = self._rotary = np.stack(cos_sin(self.config, longer))
+        return rotary.take(positions, axis=1)
 
 
 def check_threads(threads: int | None) -> int:

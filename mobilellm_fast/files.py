@@ -1,9 +1,13 @@
 """Small helpers around files that others wrote."""
 
+import contextlib
 import json
+import os
 import reprlib
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import CheckpointError
 
@@ -35,6 +39,31 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: not readable ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, evict: bool = False) -> Iterator[BinaryIO]:
+    """Open a file to write that appears complete under its name, or not at all.
+
+    Args:
+        path: a file there is replaced.
+        evict: drop it from the page cache: only what is read back can lie in huge pages.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if evict and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def brief(value: object) -> str:

@@ -1,8 +1,9 @@
 """Generation and scoring: one decoding loop, and what is built on it. numpy only.
 
 An *engine* is anything with `.config`, `.tokenizer` (or None), `.chat_template` (or None),
-`.new_cache()` and `.forward(token_ids, cache, all_logits=False) -> float32 (1 or n, vocab)`,
-which appends to the cache.
+`.new_cache()`, `.forward(token_ids, cache, all_logits=False) -> float32 (1 or n, vocab)`, which
+appends to the cache, and `.forward_batch(sequences, caches) -> float32 (sequences, vocab)`, which
+does so for several.
 """
 
 from __future__ import annotations
@@ -10,102 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from time import perf_counter
 from typing import Any
 
+from .answer import Answer, Generation, Options, Timings, Token
+from .batch import generate_batch, is_batch
+from .context import Context
 from .errors import MobileLLMError
 from .prompt import chat_ids, prompt_ids, token_ids
-from .sampling import Sampler, Sampling, check_integer, logprob
-from .text_stream import TextStream
+from .prompt_lookup import PromptLookup
+from .sampling import Sampler, check_integer, logprob
 
+Prompt = str | Sequence[int]
 SCORE_CHUNK = 128  # positions scored at once: 25 MB of logits at a vocabulary of 49152
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(Sampling):
-    """The options of `generate`, `stream` and `chat`: those of `Sampling`, and when to stop.
-
-    Args:
-        max_new_tokens: most tokens to generate, >= 1.
-        stop: string or strings at which the answer ends; the text ends before it.
-
-    Raises:
-        MobileLLMError: a value is of the wrong type or out of range.
-    """
-
-    max_new_tokens: int = 256
-    stop: str | Sequence[str] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check("max_new_tokens", check_integer, at_least=1)
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
-        stop = () if stop is None else stop
-        if not isinstance(stop, (list, tuple)) or not all(isinstance(s, str) and s for s in stop):
-            raise MobileLLMError(
-                f"[generate] stop must be a non-empty string or a list of them, got {self.stop!r}"
-            )
-        object.__setattr__(self, "stop", tuple(stop))
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds spent in the model, the sampler and the detokenizer (not in the caller's code).
-
-    `prefill_tokens` are those of the prompt. `decode_tokens` counts decode steps: the first
-    token needs none of its own, an end-of-text token needs one.
-    """
-
-    prefill_seconds: float
-    decode_seconds: float
-    prefill_tokens: int
-    decode_tokens: int
-
-    @property
-    def prefill_tokens_per_s(self) -> float:
-        """Prompt tokens per second; 0.0 before anything ran."""
-        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
-
-    @property
-    def decode_tokens_per_s(self) -> float:
-        """Decode steps per second; 0.0 before the first."""
-        return self.decode_tokens / self.decode_seconds if self.decode_tokens else 0.0
-
-
-@dataclass(frozen=True)
-class Token:
-    """One step of a stream.
-
-    `text` is what can be shown now: empty while a character or a possible stop string is
-    incomplete. `logprob` is as in `Generation`. Both others are None in an extra last step that
-    brings text still held back when the model ended its answer.
-    """
-
-    text: str
-    token_id: int | None
-    logprob: float | None
-
-
-@dataclass(frozen=True)
-class Generation:
-    """An answer; `str()` of it is its text.
-
-    `token_ids` has all generated tokens but the one that ends a text; where a stop string came
-    it includes the tokens that spelled it. `logprobs[i]` is the natural log of the probability
-    of `token_ids[i]` in the model's own distribution: temperature 1, no filters, no penalty.
-    `finish_reason` is "stop" (end-of-text token or stop string), "length" (`max_new_tokens`),
-    "context" (no room left), or None if the stream was not run to its end.
-    """
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: str | None
-    prompt_token_ids: list[int]
-    timings: Timings
-
-    def __str__(self) -> str:
-        return self.text
 
 
 @dataclass(frozen=True)
@@ -137,22 +56,24 @@ class Stream(Iterator[Token]):
     """
 
     def __init__(
-        self, engine, prompt_ids: list[int], options: Options, continues_prompt: bool = True
+        self,
+        engine,
+        prompt_ids: list[int],
+        options: Options,
+        *,
+        continues_prompt: bool = True,
+        context: Context | None = None,
     ) -> None:
-        if options.stop and engine.tokenizer is None:
-            raise MobileLLMError("[generate] stop needs a tokenizer, and this model has none")
+        self._answer = Answer(engine, prompt_ids, options, continues_prompt)
         self._engine = engine
-        self._prompt_ids = prompt_ids
+        self._context = context
         self._options = options
-        context = prompt_ids if continues_prompt else ()
-        self._text_stream = TextStream(engine.tokenizer, context, options.stop)
-        self._text = ""
-        self._token_ids: list[int] = []
-        self._logprobs: list[float] = []
-        self._finish_reason: str | None = None
         self._busy_seconds = 0.0
         self._prefill_seconds = 0.0
+        self._prefill_tokens = 0
         self._decode_tokens = 0
+        self._draft_tokens = 0
+        self._accepted_tokens = 0
         self._tokens = self._run()
 
     def __next__(self) -> Token:
@@ -165,61 +86,68 @@ class Stream(Iterator[Token]):
     @property
     def generation(self) -> Generation:
         """The answer so far; complete when the iteration has ended."""
-        return Generation(
-            text=self._text,
-            token_ids=list(self._token_ids),
-            logprobs=list(self._logprobs),
-            finish_reason=self._finish_reason,
-            prompt_token_ids=list(self._prompt_ids),
-            timings=Timings(
+        return self._answer.generation(
+            Timings(
                 prefill_seconds=self._prefill_seconds,
                 decode_seconds=self._busy_seconds - self._prefill_seconds,
-                prefill_tokens=len(self._prompt_ids) if self._prefill_seconds else 0,
+                prefill_tokens=self._prefill_tokens,
                 decode_tokens=self._decode_tokens,
-            ),
+                reused_tokens=len(self._answer.prompt_ids) - self._prefill_tokens
+                if self._prefill_tokens
+                else 0,
+                draft_tokens=self._draft_tokens,
+                accepted_tokens=self._accepted_tokens,
+            )
         )
 
     def _run(self) -> Iterator[Token]:
-        """Decide about each token the model proposes: keep it, show it, end with it."""
-        end_ids = _end_ids(self._engine)
         for token_id, token_logprob in self._steps():
-            if token_id in end_ids:
-                self._finish_reason = "stop"
-                if rest := self._text_stream.finish():
-                    self._text += rest
-                    yield Token(rest, None, None)
-                return
-            self._token_ids.append(token_id)
-            self._logprobs.append(token_logprob)
-            text = self._text_stream.push(token_id)
-            self._finish_reason = self._reason_to_finish()
-            if self._finish_reason:
-                text += self._text_stream.finish()
-            self._text += text
-            yield Token(text, token_id, token_logprob)
-            if self._finish_reason:
+            token = self._answer.take(token_id, token_logprob)
+            if token:
+                yield token
+            if self._answer.finish_reason:
                 return
 
     def _steps(self) -> Iterator[tuple[int, float]]:
         """Run the model: prompt first, then token by token, for as long as tokens are taken."""
-        sampler = Sampler(self._options, self._prompt_ids, self._engine.config.vocab_size)
-        cache = self._engine.new_cache()
+        prompt_ids = self._answer.prompt_ids
+        sampler = Sampler(self._options, prompt_ids, self._engine.config.vocab_size)
+        context = self._context or Context(self._engine)
+        context.reader = self
         started = perf_counter()
-        logits = self._engine.forward(self._prompt_ids, cache)
+        unread = context.resume(prompt_ids)
+        logits = context.extend(unread)
         self._prefill_seconds = perf_counter() - started
+        self._prefill_tokens = len(unread)
+        wanted = self._options.prompt_lookup
+        lookup = PromptLookup(prompt_ids, self._options.prompt_lookup_ngram) if wanted else None
+        draft: list[int] = []
+        decoding = 0  # whether these logits took a decode step
         while True:
-            token_id = sampler.pick(logits[-1])
-            yield token_id, logprob(logits[-1], token_id)
-            logits = self._engine.forward([token_id], cache)
-            self._decode_tokens += 1
+            # Row i of the logits follows the first i tokens of the draft: it counts if they came.
+            for row, guess in zip_longest(logits, draft):
+                self._decode_tokens += decoding
+                token_id, token_logprob = sampler.choose(row)
+                yield token_id, token_logprob
+                if lookup:
+                    lookup.push(token_id)
+                if token_id != guess:
+                    break
+                self._accepted_tokens += 1
+            if context.reader is not self:
+                raise MobileLLMError("[generate] the session has begun another answer")
+            if draft:  # forget what was read of a wrong one
+                context.rewind(len(prompt_ids) + len(self._answer.token_ids) - 1)
+            draft = lookup.draft(min(wanted, self._answer.room - 1)) if lookup else []
+            self._draft_tokens += len(draft)
+            logits = context.extend([token_id, *draft], all_logits=bool(draft))
+            decoding = 1
 
-    def _reason_to_finish(self) -> str | None:
-        if self._text_stream.stopped:
-            return "stop"
-        if len(self._token_ids) == self._options.max_new_tokens:
-            return "length"
-        length = len(self._prompt_ids) + len(self._token_ids)
-        return "context" if length == self._engine.config.context_length else None
+    def run_to_end(self) -> Generation:
+        """Compute the rest of the answer and return all of it."""
+        for _ in self:
+            pass
+        return self.generation
 
 
 def stream(engine, prompt: str | Sequence[int], **options: Any) -> Stream:
@@ -236,9 +164,22 @@ def stream(engine, prompt: str | Sequence[int], **options: Any) -> Stream:
     return Stream(engine, prompt_ids(engine, prompt, "[generate] prompt"), checked)
 
 
-def generate(engine, prompt: str | Sequence[int], **options: Any) -> Generation:
-    """Continue a prompt. Arguments and errors are those of `stream`."""
-    return _run_to_end(stream(engine, prompt, **options))
+def generate(engine, prompt: Prompt | Sequence[Prompt], **options: Any) -> Generation | list:
+    """Continue a prompt, or up to 64 prompts at once.
+
+    Args:
+        prompt: as in `stream`, or a list of such prompts of any lengths.
+        **options: see `Options` and `Sampling`; prompt i of a list draws with `seed + i`.
+
+    Returns:
+        The answer, or a list of them: the same that prompts one by one get.
+
+    Raises:
+        MobileLLMError: as `stream`; names the prompt of a list.
+    """
+    if is_batch(prompt):
+        return generate_batch(engine, prompt, Options(**options))
+    return stream(engine, prompt, **options).run_to_end()
 
 
 def stream_chat(engine, messages: Sequence[Mapping[str, Any]], **options: Any) -> Stream:
@@ -259,7 +200,7 @@ def stream_chat(engine, messages: Sequence[Mapping[str, Any]], **options: Any) -
 
 def chat(engine, messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
     """Answer a chat. Arguments and errors are those of `stream_chat`."""
-    return _run_to_end(stream_chat(engine, messages, **options))
+    return stream_chat(engine, messages, **options).run_to_end()
 
 
 def score(engine, text_or_ids: str | Sequence[int], *, window: int | None = None) -> Score:
@@ -302,20 +243,3 @@ def _window_logprobs(engine, ids: list[int]) -> Iterable[float]:
         rows = engine.forward(inputs[chunk], cache, all_logits=True)
         for row, target in zip(rows, targets[chunk], strict=True):
             yield logprob(row, target)
-
-
-def _run_to_end(tokens: Stream) -> Generation:
-    for _ in tokens:
-        pass
-    return tokens.generation
-
-
-def _end_ids(engine) -> frozenset[int]:
-    """Return the ids that end a text, by the configuration or the tokenizer."""
-    configured = engine.config.eos_token_id
-    if configured is None:
-        configured = ()
-    elif isinstance(configured, int):
-        configured = (configured,)
-    own = () if engine.tokenizer is None else engine.tokenizer.eos_token_ids
-    return frozenset((*configured, *own))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 from . import _C, quant
 from .config import MobileLLMConfig
 from .errors import CheckpointError, MobileLLMError
-from .files import brief
+from .files import brief, whole_file
 from .tokenizer import Tokenizer
 from .weights import Slot, Weights, plan_slots
 
@@ -84,21 +83,10 @@ class Image:
         prefix = PREFIX.pack(MAGIC, VERSION, len(header), _C.checksum(header))
         start = _weights_start(len(header), len(tokenizer))
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-            try:
-                with open(temporary, "xb") as file:
-                    file.write(prefix + header + tokenizer)
-                    file.seek(start)
-                    file.write(self.buffer)
-                    file.flush()
-                    os.fsync(file.fileno())
-                    if hasattr(os, "posix_fadvise"):
-                        # Only what is read back can lie in huge pages.
-                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with whole_file(path, evict=True) as file:
+                file.write(prefix + header + tokenizer)
+                file.seek(start)
+                file.write(self.buffer)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be written ({brief(error)})") from None
 

@@ -6,6 +6,7 @@ Modules and parameters carry Hugging Face's Llama names, so `state_dict`s interc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,8 @@ from .rope import cos_sin
 
 if TYPE_CHECKING:
     from .engine import Engine
-    from .generate import Generation, Score, Stream
+    from .generate import Generation, Prompt, Score, Stream
+    from .session import Session
 
 
 class MobileLLM(nn.Module):
@@ -174,8 +176,8 @@ class MobileLLM(nn.Module):
         """The model's `Tokenizer`, or None."""
         return self.engine.tokenizer
 
-    def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation:
-        """Continue a text or token ids, see `mobilellm_fast.generate.generate`."""
+    def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Generation | list:
+        """Continue a prompt, or a list of them, see `mobilellm_fast.generate.generate`."""
         return self.engine.generate(prompt, **options)
 
     def stream(self, prompt: str | Sequence[int], **options: Any) -> Stream:
@@ -189,6 +191,14 @@ class MobileLLM(nn.Module):
     def stream_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Stream:
         """Answer a conversation, token by token, see `mobilellm_fast.generate.stream_chat`."""
         return self.engine.stream_chat(messages, **options)
+
+    def session(self, messages: Sequence[Mapping[str, Any]] = ()) -> Session:
+        """Start a `mobilellm_fast.session.Session`, which keeps what it has computed."""
+        return self.engine.session(messages)
+
+    def restore_session(self, path: str | Path) -> Session:
+        """Read a session from a file, see `mobilellm_fast.session.Session.restore`."""
+        return self.engine.restore_session(path)
 
     def score(self, text_or_ids: str | Sequence[int], **options: Any) -> Score:
         """Measure how likely the model finds a text, see `mobilellm_fast.generate.score`."""

@@ -1,4 +1,4 @@
-"""From logits to the next token: filters, seeded sampling, log-probabilities. numpy only."""
+"""From logits to the next token: filters, seeded sampling, log-probabilities. No torch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from . import _C
 from .errors import MobileLLMError
 
 
@@ -70,31 +71,54 @@ class Sampler:
         if sampling.temperature > 0:
             self._random = np.random.Generator(np.random.PCG64(sampling.seed))
 
-    def pick(self, logits: np.ndarray) -> int:
+    def choose(self, logits: np.ndarray) -> tuple[int, float]:
         """Choose the next token from float32 logits (vocab,), which are left unchanged.
+
+        Returns:
+            Its id, and its `logprob`: in the model's own distribution, not the one drawn from.
 
         Raises:
             MobileLLMError: the largest logit is not finite, so the model's numbers are broken.
         """
+        largest = likeliest = float(logits.max())
+        chosen_from = logits
         if self._seen is not None:
-            logits = penalise(logits, self._seen, self._sampling.repetition_penalty)
-        if not np.isfinite(logits.max()):
+            chosen_from = penalise(logits, self._seen, self._sampling.repetition_penalty)
+            likeliest = float(chosen_from.max())
+        if not (math.isfinite(largest) and math.isfinite(likeliest)):
             raise MobileLLMError("[generate] the model's logits must be finite, got nan or inf")
-        token_id = int(logits.argmax()) if self._random is None else self._draw(logits)
+        if self._random is None:
+            token_id = int(chosen_from.argmax())
+        else:
+            token_id = draw(chosen_from, likeliest, self._sampling, self._random.random())
         if self._seen is not None:
             self._seen[token_id] = True
-        return token_id
+        return token_id, _C.logprob(logits, largest, token_id)
 
-    def _draw(self, logits: np.ndarray) -> int:
-        token_ids, probabilities = distribution(logits, self._sampling)
-        cumulative = probabilities.cumsum()
-        # In (0, total]: the first token to reach it exists and has a probability above zero.
-        target = cumulative[-1] * (1 - self._random.random())
-        return int(token_ids[cumulative.searchsorted(target)])
+
+def draw(logits: np.ndarray, largest: float, sampling: Sampling, uniform: float) -> int:
+    """Choose the token at which the cumulated `distribution` reaches 1 - uniform.
+
+    Args:
+        logits: (vocab,) float32.
+        largest: their largest, finite.
+        uniform: in [0, 1).
+    Numerics: candidates are found by float32 exponentials and weighed by float64 ones; without
+        any filter all are weighed in float32.
+    """
+    return _C.draw(
+        logits,
+        largest,
+        sampling.temperature,
+        min(sampling.top_k or 0, logits.size),
+        1.0 if sampling.top_p is None else sampling.top_p,
+        sampling.min_p or 0.0,
+        uniform,
+    )
 
 
 def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """Apply temperature > 0, top_k, top_p and min_p.
+    """Apply temperature > 0, top_k, top_p and min_p: the specification of `draw`.
 
     Args:
         logits: (vocab,), the largest finite.
@@ -121,7 +145,10 @@ def penalise(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray
 
     Reference: Keskar et al. 2019 (CTRL), with transformers' rule for negative logits.
     """
-    return np.where(seen, np.where(logits < 0, logits * penalty, logits / penalty), logits)
+    penalised, token_ids = logits.copy(), np.flatnonzero(seen)
+    values = logits[token_ids]
+    penalised[token_ids] = np.where(values < 0, values * penalty, values / penalty)
+    return penalised
 
 
 def top_k_mask(logits: np.ndarray, k: int) -> np.ndarray:
@@ -161,12 +188,11 @@ def logprob(logits: np.ndarray, token_id: int) -> float:
 
     Args:
         logits: (vocab,) float32.
-    Numerics: exponentials in float32, their sum in float64: one pass over the vocabulary each,
-        within 1e-6 of a float64 log-softmax.
+    Numerics: exponentials and their sums of 64 in float32, the sum of those in float64: within
+        1e-6 of a float64 log-softmax.
     """
-    weights = logits - logits.max()
-    centred = float(weights[token_id])
-    return centred - math.log(np.exp(weights, out=weights).sum(dtype=np.float64))
+    largest = float(logits.max())
+    return _C.logprob(logits, largest, token_id) if math.isfinite(largest) else math.nan
 
 
 def check_integer(name: str, value: Any, *, at_least: int) -> int:

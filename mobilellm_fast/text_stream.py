@@ -46,6 +46,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer, context: Sequence[int] = ()) -> None:
         self._decode = tokenizer.decode
+        self._lengths: dict[tuple[int, ...], int] = {}
         # Tokens shown last, beginning with a whole character, then those not shown in full.
         self._window: list[int] = []
         self._shown_tokens = 0
@@ -67,8 +68,15 @@ class Detokenizer:
         if new and not text.endswith(REPLACEMENT):
             del self._window[: self._shown_tokens]
             self._shown_tokens = len(self._window)
-            self._shown_characters = len(self._decode(self._window))
+            self._shown_characters = self._length(tuple(self._window))
         return new
+
+    def _length(self, token_ids: tuple[int, ...]) -> int:
+        """Return how many characters tokens are alone; words come again, so it is remembered."""
+        length = self._lengths.get(token_ids)
+        if length is None:
+            length = self._lengths[token_ids] = len(self._decode(list(token_ids)))
+        return length
 
     def finish(self) -> str:
         return self._decode(self._window)[self._shown_characters :]

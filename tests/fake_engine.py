@@ -48,6 +48,26 @@ class ByteTokenizer:
         return b"".join(pieces).decode("utf-8", errors="replace")
 
 
+class FakeCache:
+    """The tokens themselves."""
+
+    def __init__(self, ids=()):
+        self.ids = list(ids)
+        self.prompt_length = None
+
+    @property
+    def length(self):
+        return len(self.ids)
+
+    def truncate(self, tokens):
+        assert 0 <= tokens <= len(self.ids)
+        del self.ids[tokens:]
+        self.prompt_length = None  # what comes next is (the rest of) a prompt
+
+    def copy(self):
+        return FakeCache(self.ids)
+
+
 class FakeEngine:
     """Implements what generation needs of an engine, and records how it was called.
 
@@ -80,16 +100,17 @@ class FakeEngine:
         )
         self.prompts = []
         self.calls = []
+        self.batches = []
         self._interrupt_at = interrupt_at
 
     def new_cache(self):
-        return SimpleNamespace(ids=[], prompt_length=None)
+        return FakeCache()
 
     def forward(self, token_ids, cache, all_logits=False):
         assert len(token_ids) > 0
         if cache.prompt_length is None:
-            cache.prompt_length = len(token_ids)
-            self.prompts.append(list(token_ids))
+            cache.prompt_length = len(cache.ids) + len(token_ids)
+            self.prompts.append([*cache.ids, *token_ids])
         elif len(cache.ids) - cache.prompt_length + 1 == self._interrupt_at:
             raise KeyboardInterrupt
         self.calls.append(len(token_ids))
@@ -99,6 +120,12 @@ class FakeEngine:
             rows.append(self.logits(cache.ids, len(cache.ids) - cache.prompt_length))
         assert len(cache.ids) <= self.config.context_length
         return np.stack(rows if all_logits else rows[-1:])
+
+    def forward_batch(self, sequences, caches, all_logits=False):
+        assert len(sequences) == len(caches) > 0
+        self.batches.append(len(sequences))
+        parts = zip(sequences, caches, strict=True)
+        return np.concatenate([self.forward(ids, cache, all_logits) for ids, cache in parts])
 
     def logits(self, ids, said=0):
         random = np.random.default_rng(zlib.crc32(np.asarray(ids, np.int64).tobytes()))

@@ -6,7 +6,8 @@ import transformers
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from mobilellm_fast.config import MobileLLMConfig, expected_shapes
-from mobilellm_fast.quant import PackedWeight, pack
+from mobilellm_fast.engine import Engine
+from mobilellm_fast.quant import PackedWeight, kind_of, pack
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -103,6 +104,17 @@ def packed_weights(
     return {
         name: values if values.ndim == 1 else pack(values, kind) for name, values in weights.items()
     }
+
+
+def tiny_engine(format: str = "fp32", threads: int = 2, seed: int = 0, **changes) -> Engine:
+    """An engine around random weights, without a tokenizer unless `changes` has one."""
+    options = {name: changes.pop(name, None) for name in ("tokenizer", "chat_template")}
+    config = tiny_config(**changes)
+    weights = {
+        name: values if values.ndim == 1 else pack(values, kind_of(format, name, "float32"))
+        for name, values in random_weights(config, seed).items()
+    }
+    return Engine(config, weights, format, threads=threads, **options)
 
 
 def random_ids(config: MobileLLMConfig, *shape: int, seed: int = 0) -> np.ndarray:

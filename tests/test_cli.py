@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,6 +133,8 @@ class TestErrors:
             (["bench", "-r", "0"], "repetitions must be"),
             (["bench", "-p", "0"], "prompt_tokens must be"),
             (["bench", "-p", "-n"], "must be given"),
+            (["bench", "--batch", "0"], "batch must be an integer >= 1, got 0"),
+            (["bench", "--batch", "65"], "batch must be at most 64, got 65"),
             (["bench", "-p", "600"], "within the context, 512, got 600"),
         ],
     )
@@ -328,6 +331,17 @@ class TestInfoAndBench:
         assert "instruction set: scalar (here: avx2, scalar)" in lines
         assert "threads: 2" in lines
 
+    def test_timings_tell_what_was_guessed_and_reused(self, install, stdin, capsys):
+        install(FakeEngine(script=b"Hi!"))
+        stdin("one\ntwo\n")
+        assert cli.main(["chat", "--verbose", "--prompt-lookup", "2"]) == 0
+        err = capsys.readouterr().err
+        assert err.count(" reused") == 1
+        argv = ["generate", "abcabc", "--verbose", "--prompt-lookup", "2"]
+        install(FakeEngine(script=b"abcabcabc"))
+        assert cli.main([*argv, "--prompt-lookup-ngram", "2"]) == 0
+        assert re.search(r"prompt lookup: \d+ of \d+ guesses came", capsys.readouterr().err)
+
     def test_bench_json(self, install, capsys):
         loader = install(FakeEngine())
         assert cli.main(["bench", "-p", "8", "16", "-n", "4", "-r", "2", "-o", "json"]) == 0
@@ -340,6 +354,16 @@ class TestInfoAndBench:
         assert rows[0]["read_share"] is None
         assert rows[0]["kv_format"] == "fp32"
         assert all(row["tokens_per_s"] > 0 for row in rows)
+
+    def test_bench_of_a_batch(self, install, capsys):
+        loader = install(FakeEngine())
+        argv = ["bench", "-p", "8", "-n", "4", "-r", "1", "--batch", "3", "-o", "json"]
+        assert cli.main(argv) == 0
+        rows = json.loads(capsys.readouterr().out)
+        assert [row["test"] for row in rows] == ["pp8x3", "tg4x3"]
+        assert loader.engine.batches == [3] * 2 + [3] * 8
+        share = 4000 * rows[1]["tokens_per_s"] / 3 / 2e9  # a step reads the weights once for all
+        assert rows[1]["read_share"] == pytest.approx(share)
 
     def test_bench_csv(self, install, capsys):
         install(FakeEngine())

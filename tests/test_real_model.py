@@ -231,3 +231,20 @@ def test_readme_python_runs(monkeypatch):
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert names["logits"].shape[-1] == 49152
+
+
+def test_a_session_answers_like_the_engine_and_computes_only_what_is_new(load, tmp_path):
+    engine = load("int8")
+    session = engine.session([{"role": "system", "content": "Answer in one sentence."}])
+    for question in ("What is the capital of France?", "And of Italy?", "Which is larger?"):
+        history = [*session.messages, {"role": "user", "content": question}]
+        before = session.token_ids
+        got, want = (
+            session.chat(question, max_new_tokens=24),
+            engine.chat(history, max_new_tokens=24),
+        )
+        assert (got.token_ids, got.logprobs) == (want.token_ids, want.logprobs)
+        assert got.timings.reused_tokens == len(before)
+        session.save(tmp_path / "session")
+        session = engine.restore_session(tmp_path / "session")
+    assert got.timings.prefill_tokens < 30 < got.timings.reused_tokens

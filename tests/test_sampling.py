@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from mobilellm_fast import _C
 from mobilellm_fast import sampling as s
 from mobilellm_fast.errors import MobileLLMError
-from mobilellm_fast.sampling import Sampler, Sampling, distribution, logprob
+from mobilellm_fast.sampling import Sampler, Sampling, distribution, draw, logprob
 
 VOCAB = 2000
 
@@ -96,19 +97,19 @@ def test_top_p_prefers_the_first_of_equals():
 def test_greedy_takes_the_first_of_equals_and_leaves_logits_alone():
     logits = np.array([1, 7, 7, 3], np.float32)
     logits.flags.writeable = False
-    assert Sampler(Sampling(repetition_penalty=1.1), [3], 4).pick(logits) == 1
+    assert Sampler(Sampling(repetition_penalty=1.1), [3], 4).choose(logits)[0] == 1
 
 
 def test_repetition_penalty_counts_prompt_and_answer():
     logits = np.array([4.0, 3.9, 3.8, -1.0], np.float32)
     sampler = Sampler(Sampling(repetition_penalty=2.0), [0], 4)
-    assert [sampler.pick(logits) for _ in range(4)] == [1, 2, 0, 0]
+    assert [sampler.choose(logits)[0] for _ in range(4)] == [1, 2, 0, 0]
 
 
 def test_draws_follow_the_distribution():
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
     sampler = Sampler(Sampling(temperature=1.0, seed=3), [], 4)
-    counts = np.bincount([sampler.pick(logits) for _ in range(20_000)], minlength=4)
+    counts = np.bincount([sampler.choose(logits)[0] for _ in range(20_000)], minlength=4)
     # 4 standard deviations of a binomial count
     bound = 4 * np.sqrt(20_000 * np.exp(logits) * (1 - np.exp(logits)))
     assert (np.abs(counts - 20_000 * np.exp(logits)) < bound).all()
@@ -117,11 +118,58 @@ def test_draws_follow_the_distribution():
 def test_a_seed_repeats_and_another_differs():
     def draw(seed):
         sampler = Sampler(Sampling(temperature=1.0, seed=seed), [], VOCAB)
-        return [sampler.pick(random_logits(step)) for step in range(20)]
+        return [sampler.choose(random_logits(step))[0] for step in range(20)]
 
     assert draw(7) == draw(7)
     assert draw(7) != draw(8)
     assert draw(None) != draw(None)
+
+
+@pytest.mark.parametrize("isa", _C.supported_isas())
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0, 30.0])
+@pytest.mark.parametrize("size", [1, 5, 64, 65, 1000, 49152])
+def test_draws_are_those_of_the_specification(isa, spread, size):
+    rng = np.random.default_rng(size)
+    logits = (rng.standard_normal(size) * spread).astype(np.float32)
+    logits[rng.integers(0, size, size // 5)] = logits[0]  # ties
+    logits[rng.integers(0, size, size // 7)] = -np.inf
+    logits[size // 2] = 1.0
+    for _ in range(60 if size < 40000 else 12):
+        filters = {
+            "temperature": float(rng.choice([1e-40, 0.3, 0.8, 1.0, 5.0])),
+            "top_k": rng.choice([None, 1, 3, 40, 900, 10**6]),
+            "top_p": rng.choice([None, 1e-9, 0.3, 0.95, 0.999999, 1.0]),
+            "min_p": rng.choice([None, 0.0, 0.05, 0.9, 1.0]),
+        }
+        sampling, uniform = Sampling(**filters), rng.random()
+        token_ids, probabilities = distribution(logits, sampling)
+        cumulative = probabilities.cumsum()
+        got = _C.draw(
+            logits,
+            logits.max(),
+            sampling.temperature,
+            sampling.top_k or 0,
+            1.0 if sampling.top_p is None else sampling.top_p,
+            sampling.min_p or 0.0,
+            uniform,
+            isa,
+        )
+        # the same token, unless the number lies within rounding of the step between two
+        place = token_ids.tolist().index(got)
+        below = cumulative[place - 1] if place else 0.0
+        assert probabilities[place] > 0
+        assert below - 1e-5 <= 1 - uniform <= cumulative[place] + 1e-5
+
+
+def test_draws_at_the_ends_of_the_range():
+    logits = np.log(np.array([1, 2, 3, 4], np.float32))
+    logits = np.concatenate([np.full(70, -np.inf, np.float32), logits, np.full(99, -np.inf)])
+    logits = logits.astype(np.float32)
+    for options in ({}, {"top_k": 4}, {"top_p": 0.9999}, {"min_p": 0.01}):
+        sampling = Sampling(temperature=1.0, **options)
+        assert draw(logits, logits.max(), sampling, 0.0) == 73
+        assert draw(logits, logits.max(), sampling, np.nextafter(1.0, 0.0)) == 70
+        assert draw(logits, logits.max(), sampling, 0.55) == 72
 
 
 def test_impossible_tokens_are_never_drawn():
@@ -129,13 +177,13 @@ def test_impossible_tokens_are_never_drawn():
     logits[[0, 50, 99]] = 0
     logits[[0, 99]] = -1e4  # exp underflows to zero
     sampler = Sampler(Sampling(temperature=1.0, seed=0), [], 100)
-    assert {sampler.pick(logits) for _ in range(200)} == {50}
+    assert {sampler.choose(logits)[0] for _ in range(200)} == {50}
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-30, 1e300, 10**200])
 def test_extreme_temperatures_neither_warn_nor_fail(temperature, recwarn):
     sampler = Sampler(Sampling(temperature=temperature, top_k=5, top_p=0.9, seed=1), [], VOCAB)
-    token_id = sampler.pick(random_logits(1))
+    token_id = sampler.choose(random_logits(1))[0]
     assert temperature > 1 or token_id == random_logits(1).argmax()
     assert not recwarn
 
@@ -146,7 +194,15 @@ def test_broken_logits_are_an_error(temperature, bad):
     logits = random_logits(0)
     logits[17] = bad
     with pytest.raises(MobileLLMError, match="must be finite"):
-        Sampler(Sampling(temperature=temperature), [], VOCAB).pick(logits)
+        Sampler(Sampling(temperature=temperature), [], VOCAB).choose(logits)[0]
+
+
+def test_a_choice_comes_with_its_raw_logprob():
+    logits = random_logits(3)
+    for options in ({}, {"temperature": 0.7, "top_k": 3, "seed": 1}, {"repetition_penalty": 2.0}):
+        sampler = Sampler(Sampling(**options), [int(logits.argmax())], VOCAB)
+        token_id, token_logprob = sampler.choose(logits)
+        assert token_logprob == logprob(logits, token_id)
 
 
 @pytest.mark.parametrize("spread", [0.1, 3.0, 30.0])

@@ -1,0 +1,51 @@
+"""A KV cache together with the tokens in it, so that what is computed is not computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class Context:
+    """The tokens a model has read so far. Not for concurrent use.
+
+    Args:
+        engine: see `generate`; its caches have `.length`, `.truncate(tokens)` and `.copy()`.
+        cache: one of its caches; None makes an empty one.
+        token_ids: the tokens in `cache`.
+    """
+
+    def __init__(self, engine, cache=None, token_ids: Sequence[int] = ()) -> None:
+        self.cache = engine.new_cache() if cache is None else cache
+        self.token_ids = list(token_ids)
+        self.reader: object = None  # whoever extends it now
+        self._engine = engine
+
+    def resume(self, token_ids: list[int]) -> list[int]:
+        """Keep what this and a text have in common; return the text's tokens left to read.
+
+        At least one is left, because logits come from reading a token.
+        """
+        limit = min(len(self.token_ids), len(token_ids) - 1)
+        pairs = zip(self.token_ids[:limit], token_ids, strict=False)
+        common = next((i for i, (ours, new) in enumerate(pairs) if ours != new), limit)
+        self.rewind(common)
+        return token_ids[common:]
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first tokens."""
+        self.cache.truncate(length)
+        del self.token_ids[length:]
+
+    def extend(self, token_ids: Sequence[int], all_logits: bool = False) -> np.ndarray:
+        """Read tokens, return logits: see `Executor.forward`."""
+        before = self.cache.length
+        try:
+            return self._engine.forward(token_ids, self.cache, all_logits)
+        finally:  # an interrupted call may have read some of them
+            self.token_ids += token_ids[: self.cache.length - before]
+
+    def copy(self) -> Context:
+        """Return another one with the same tokens; memory is shared until either changes it."""
+        return Context(self._engine, self.cache.copy(), self.token_ids)
