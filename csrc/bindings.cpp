@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bandwidth.h"
+#include "bindings_tokenizer.h"
 #include "checksum.h"
 #include "dispatch.h"
 #include "executor.h"
@@ -370,6 +371,7 @@ PYBIND11_MODULE(_C, m) {
       "data"_a, "threads"_a = 1, "64 bits that tell whether any byte changed; not cryptographic.");
   m.def("last_level_cache_nbytes", &last_level_cache_nbytes);
   bind_operators(m);
+  bind_tokenizer(m);
 
   py::class_<KVCache>(m, "KVCache")
       .def_property_readonly("length", &KVCache::length)
