@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +88,7 @@ class Image:
         start = _weights_start(len(header), len(tokenizer))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+            temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
             try:
                 with open(temporary, "xb") as file:
                     file.write(prefix + header)

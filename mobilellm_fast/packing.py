@@ -9,7 +9,6 @@ from pathlib import Path
 from . import quant
 from .cache import cache_directory
 from .checkpoint import locate, open_path
-from .checkpoint.default_model import verify_default_model
 from .errors import CheckpointError, MobileLLMError
 from .files import brief
 from .image import SUFFIX, VERSION, Image, open_image
@@ -55,6 +54,8 @@ def load_image(
     with contextlib.suppress(CheckpointError):
         return open_image(cached, state, threads)
     if source is None:  # it comes with a checksum; an image of damaged weights would stay
+        from .checkpoint.default_model import verify_default_model
+
         verify_default_model(path)
     image = pack_checkpoint(path, name, format)
     if image.format in ("int8", "w8a8", "int4"):  # float formats are as large as their source
