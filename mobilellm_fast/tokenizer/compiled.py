@@ -182,7 +182,11 @@ def _characters(fields: dict, backend: Backend) -> Contents:
     prepend, unless_space = _space_rule(fields["normalizer"], fields["pre_tokenizer"])
     strips = _strips_space(fields["decoder"])
 
-    added = {token["id"]: token["content"] for token in fields["added_tokens"]}
+    normalize = _marked if prepend == table.PREPEND_NEVER else lambda t: SPACE + _marked(t)
+    added = {  # such as are found in normalized text are also decoded to it
+        token["id"]: normalize(token["content"]) if token["normalized"] else token["content"]
+        for token in fields["added_tokens"]
+    }
     texts = {i: text for text, i in vocab.items()} | added
     bytes_of = {i: int(m[1], 16) for i, text in texts.items() if (m := BYTE_TOKEN.fullmatch(text))}
     byte_ids = [vocab.get(f"<0x{byte:02X}>") for byte in range(256)]
@@ -190,7 +194,6 @@ def _characters(fields: dict, backend: Backend) -> Contents:
 
     normalized = any(token["normalized"] for token in fields["added_tokens"])
     _require(not normalized or fields["pre_tokenizer"] is None, "a space after added tokens")
-    normalize = _marked if prepend == table.PREPEND_NEVER else lambda t: SPACE + _marked(t)
     return Contents(
         family=table.CHARACTERS,
         vocab_size=backend.vocab_size,
