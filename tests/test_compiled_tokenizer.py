@@ -33,8 +33,10 @@ from mobilellm_fast.engine import Engine
 from mobilellm_fast.errors import MobileLLMError
 from mobilellm_fast.packing import pack_checkpoint
 from mobilellm_fast.text_stream import Detokenizer
-from mobilellm_fast.tokenizer import Tokenizer, compiled
+from mobilellm_fast.tokenizer import Tokenizer
 from mobilellm_fast.tokenizer.backends import HuggingFaceBackend
+from mobilellm_fast.tokenizer.compile_json import SPLITS
+from mobilellm_fast.tokenizer.gguf_vocabulary import GPT2, QWEN2
 from mobilellm_fast.tokenizer.table import CODE_POINTS
 
 SPACE = "\u2581"
@@ -438,7 +440,7 @@ def test_a_difference_is_noticed(monkeypatch):
     """Without this, a compiled tokenizer that differs would be used."""
     library = Tokenizer.from_gguf(byte_level_metadata("gpt-2", byte_level("gpt-2")))
     assert library.compile() is not None
-    monkeypatch.setitem(compiled.SPLITS, compiled.GPT2, compiled.SPLITS[compiled.QWEN2])
+    monkeypatch.setitem(SPLITS, GPT2, SPLITS[QWEN2])
     assert library.compile() is None
 
 

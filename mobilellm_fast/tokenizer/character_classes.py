@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from .table import CODE_POINTS, CUT_DIGIT, LETTER, NUMBER, SPACE
+from .table import CODE_POINTS, CUT_DIGIT, BLANK, CODE_POINTS, CUT_DIGIT, LETTER, NUMBER
 
 # Where Unicode has letters, numbers or white space, or may get some: all but reserved and private
 # planes. The surrogates are no characters.
@@ -33,7 +33,7 @@ def character_classes(digits: str | None) -> np.ndarray:
     codes = np.concatenate([np.arange(part.start, part.stop) for part in ASKED])
     text = "".join(map(chr, codes.tolist()))
     # Runs of one class; then one character stands for all of its run.
-    kinds = [(split(r"\p{L}"), LETTER), (split(r"\p{N}"), NUMBER), (split(r"\s"), SPACE)]
+    kinds = [(split(r"\p{L}"), LETTER), (split(r"\p{N}"), NUMBER), (split(r"\s"), BLANK)]
     classes = _flags(split(r"\p{L}+|\p{N}+|\s+"), kinds, codes, text)
     if digits == "regex":
         classes[classes == NUMBER] |= CUT_DIGIT

@@ -5,9 +5,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from .backends import SPACE
 from .backends import TABLE_MAGIC as MAGIC
 
 VERSION = 1
@@ -19,7 +21,7 @@ SPLIT_NONE, SPLIT_GPT2, SPLIT_LLAMA3, SPLIT_QWEN2 = range(4)
 PREPEND_NEVER, PREPEND_FIRST, PREPEND_ALWAYS = range(3)
 SPECIAL, BYTE = 1, 2  # flags of a token
 LEFT_STRIP, RIGHT_STRIP, NORMALIZED = 1, 2, 4  # flags of an added token
-LETTER, NUMBER, SPACE, CUT_DIGIT = 1, 2, 4, 8  # classes of characters
+LETTER, NUMBER, BLANK, CUT_DIGIT = 1, 2, 4, 8  # classes of characters
 
 CODE_POINTS, BLOCK = 0x110000, 128
 MAX_PROBES = 1024
@@ -63,6 +65,26 @@ class Contents:
     bos_id: int | None = None
     eos_ids: Sequence[int] = ()
     unknown_id: int | None = None
+
+
+class Unsupported(Exception):
+    """The tokenizer is not of a family that can be compiled."""
+
+
+def require(condition: Any, what: str) -> None:
+    """Raise `Unsupported` unless the condition holds."""
+    if not condition:
+        raise Unsupported(what)
+
+
+def check_size(vocab_size: int, tokens: int) -> None:
+    """Refuse ids so far apart that a table of all would be mostly empty."""
+    require(vocab_size <= 2 * tokens + 4096, "ids with wide gaps")
+
+
+def unmarked(text: str) -> bytes:
+    """Return a token's text as the table has it: with spaces, not with SentencePiece's marks."""
+    return text.replace(SPACE, " ").encode()
 
 
 def write_table(c: Contents) -> bytes:
