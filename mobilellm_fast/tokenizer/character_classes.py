@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from .table import CODE_POINTS, CUT_DIGIT, BLANK, CODE_POINTS, CUT_DIGIT, LETTER, NUMBER
+from .table import BLANK, CODE_POINTS, CUT_DIGIT, LETTER, NUMBER
 
 # Where Unicode has letters, numbers or white space, or may get some: all but reserved and private
 # planes. The surrogates are no characters.
