@@ -18,6 +18,8 @@ from .weights import read_weights
 # Files of a model directory that an image depends on.
 SOURCE_SUFFIXES = (".bin", ".jinja", ".json", ".model", ".safetensors")
 
+KEPT_FORMATS = ("int8", "w8a8", "int4")  # float formats are as large as their source
+
 
 def load_image(
     source: str | Path | None = None,
@@ -58,7 +60,7 @@ def load_image(
 
         verify_default_model(path)
     image = pack_checkpoint(path, name, format)
-    if image.format in ("int8", "w8a8", "int4"):  # float formats are as large as their source
+    if image.format in KEPT_FORMATS:
         with contextlib.suppress(CheckpointError):
             image.save(cached, state)
     return image
@@ -70,6 +72,8 @@ def pack_checkpoint(path: Path, name: str | None = None, format: str = "auto") -
     checkpoint = open_path(path, name)
     if format == "auto":
         format = "int4" if checkpoint.dtype == "int4" else "int8"
+    if format in KEPT_FORMATS and checkpoint.tokenizer:
+        checkpoint.tokenizer.compile()  # now: what it needs would come on top of the weights
     weights, buffer = read_weights(checkpoint, format)
     return Image(
         checkpoint.config,

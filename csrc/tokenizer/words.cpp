@@ -45,7 +45,7 @@ class Reader {
   // \s+(?!\S)|\s+ : white space, but for its last character where a word follows it.
   size_t blanks(size_t at) const {
     const size_t end = run(at, kSpace);
-    if (ended(end)) return end;
+    if (end == at || ended(end)) return end;
     const size_t last = character_before(text_.substr(at, end - at), end - at) + at;
     return last > at ? last : end;
   }

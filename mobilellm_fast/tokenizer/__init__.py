@@ -14,6 +14,8 @@ from .huggingface import backend_from_directory, backend_from_json, backend_from
 
 __all__ = ["Tokenizer", "end_token_ids"]
 
+UNKNOWN = "unknown"  # whether there is a table
+
 
 class Tokenizer:
     """Turn text into token ids and back.
@@ -36,6 +38,7 @@ class Tokenizer:
         self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
         self.vocab_size: int = backend.vocab_size
         self.special_ids: frozenset[int] = backend.special_ids
+        self._table: bytes | str | None = UNKNOWN
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`.
@@ -135,13 +138,15 @@ class Tokenizer:
         """Return the tokenizer as a table that needs no library, for `deserialize`.
 
         The table gave the library's ids and texts for all of many probes. None if the tokenizer
-        is not of a family that can be compiled, or if anything differed.
+        is not of a family that can be compiled, or if anything differed. The work is done once.
         """
         if isinstance(self._backend, CompiledBackend):
             return self._backend.vocabulary()
-        from .compiled import compile_backend
+        if self._table is UNKNOWN:
+            from .compiled import compile_backend
 
-        return compile_backend(self._backend, self.bos_token_id, self.eos_token_ids)
+            self._table = compile_backend(self._backend, self.bos_token_id, self.eos_token_ids)
+        return self._table
 
     def serialize(self) -> bytes:
         """Return the tokenizer as bytes: a table, or one line of JSON, then the vocabulary."""

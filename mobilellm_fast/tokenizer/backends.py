@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, MobileLLMError
 from ..files import brief
 
 TABLE_MAGIC = b"MLFTOKEN"  # begins a compiled table
@@ -212,7 +212,10 @@ class CompiledBackend:
         return cls(vocabulary, **options)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens)
+        try:
+            return self._tokenizer.encode(text, add_special_tokens)
+        except ValueError as error:  # too long
+            raise MobileLLMError(f"[encode] {error}") from None
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens)

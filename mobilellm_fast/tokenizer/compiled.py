@@ -8,6 +8,7 @@ and wherever a probe differs, there is no table, and the library does the work.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 from .backends import Backend, CompiledBackend, SentencePieceBackend
 from .compile_json import json_contents
@@ -52,10 +53,11 @@ def _is_same(compiled: CompiledBackend, library: Backend, contents: Contents) ->
         if compiled.encode(text, False) != ids:
             return False
         sequences.append(ids)
-    alone = [([token_id], False) for token_id in range(compiled.vocab_size)]
-    together = [(ids, skip) for ids in sequences for skip in (True, False)]
+    if any(compiled.encode(t, True) != library.encode(t, True) for t in texts[:40]):
+        return False
+    together = ((ids, skip) for ids in sequences for skip in (True, False))
+    alone = (([token_id], False) for token_id in range(compiled.vocab_size))
     return all(
-        compiled.encode(text, True) == library.encode(text, True) for text in texts[:40]
-    ) and all(
-        compiled.decode(ids, skip) == library.decode(ids, skip) for ids, skip in alone + together
+        compiled.decode(ids, skip) == library.decode(ids, skip)
+        for ids, skip in chain(together, alone)
     )
