@@ -438,10 +438,10 @@ def test_huge_ids_are_not_compiled(tmp_path):
 
 def test_a_difference_is_noticed(monkeypatch):
     """Without this, a compiled tokenizer that differs would be used."""
-    library = Tokenizer.from_gguf(byte_level_metadata("gpt-2", byte_level("gpt-2")))
-    assert library.compile() is not None
+    fields = byte_level_metadata("gpt-2", byte_level("gpt-2"))
+    assert Tokenizer.from_gguf(fields).compile() is not None
     monkeypatch.setitem(SPLITS, GPT2, SPLITS[QWEN2])
-    assert library.compile() is None
+    assert Tokenizer.from_gguf(fields).compile() is None
 
 
 # --- damage --------------------------------------------------------------------------------------
