@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bandwidth.h"
+#include "bindings_tokenizer.h"
 #include "checksum.h"
 #include "dispatch.h"
 #include "activation_buffer.h"
@@ -501,6 +502,7 @@ PYBIND11_MODULE(_C, m) {
       "data"_a, "threads"_a = 1, "64 bits that tell whether any byte changed; not cryptographic.");
   m.def("last_level_cache_nbytes", &last_level_cache_nbytes);
   bind_operators(m);
+  bind_tokenizer(m);
 
   bind_sampling(m);
   bind_cache(m);

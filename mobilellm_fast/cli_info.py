@@ -21,7 +21,8 @@ def describe(engine) -> dict[str, str]:
         "width": f"{config.hidden_size}, feed-forward {config.intermediate_size}",
         "heads": f"{config.num_attention_heads} of {config.head_dim}, "
         f"{config.num_key_value_heads} for keys and values",
-        "vocabulary": f"{config.vocab_size}" + (" (no tokenizer)" * (engine.tokenizer is None)),
+        "vocabulary": f"{config.vocab_size}",
+        "tokenizer": engine.tokenizer.implementation if engine.tokenizer else "none",
         "context": f"{config.context_length} tokens",
         "can chat": "yes" if engine.chat_template else "no (no chat template)",
         "format": f"{engine.format}, {8 * nbytes / parameters:.2f} bits per weight",

@@ -3,6 +3,7 @@
     magic "MLFIMAGE" | header length, checksum | header (JSON) | tokenizer | weights
 
 The header has the configuration, the place of every tensor and the checksums of the other parts.
+The tokenizer is a compiled table wherever it can be (`tokenizer/compiled.py`).
 The weights lie as they do in memory (`weights.py`), so opening an image is one `mmap`, a few checks
 and a pass of checksums; processes that open the same image share its memory. Nothing in an image is
 trusted: whatever does not agree with the configuration or the checksums is refused.
@@ -27,8 +28,9 @@ from .weights import Slot, Weights, plan_slots
 
 SUFFIX = ".mlf"
 MAGIC = b"MLFIMAGE"
-VERSION = 2  # of the header and of the packed layout in quant.py; others are refused
+VERSION = 3  # of the header and of the packed layout in quant.py; others are refused
 PREFIX = struct.Struct("<8sIIQ")  # magic, version, header bytes, header checksum
+LINE = 64  # the tokenizer starts at a multiple of it
 PAGE = 1 << 16  # weights start at a multiple of it: the largest page size in use
 
 
@@ -64,7 +66,9 @@ class Image:
         Raises:
             CheckpointError: it cannot be written.
         """
-        tokenizer = self.tokenizer.serialize() if self.tokenizer else b""
+        tokenizer = b""
+        if self.tokenizer:
+            tokenizer = self.tokenizer.compile() or self.tokenizer.serialize()
         kinds = {name: w.kind for name, w in self.weights.items() if not isinstance(w, np.ndarray)}
         header = json.dumps(
             {
@@ -84,7 +88,9 @@ class Image:
         start = _weights_start(len(header), len(tokenizer))
         try:
             with whole_file(path, evict=True) as file:
-                file.write(prefix + header + tokenizer)
+                file.write(prefix + header)
+                file.seek(_tokenizer_start(len(header)))
+                file.write(tokenizer)
                 file.seek(start)
                 file.write(self.buffer)
         except OSError as error:
@@ -155,8 +161,8 @@ def open_image(path: Path, source: str | None = None, threads: int = 1) -> Image
         if len(buffer) != fields["weights_nbytes"]:
             whole = start + fields["weights_nbytes"]
             raise MobileLLMError(f"must have {whole} bytes, got {len(data)}")
-        after_header = PREFIX.size + header_nbytes
-        tokenizer = bytes(data[after_header : after_header + tokenizer_nbytes])
+        tokenizer_start = _tokenizer_start(header_nbytes)
+        tokenizer = data[tokenizer_start : tokenizer_start + tokenizer_nbytes]
         if _C.checksum(tokenizer) != fields["tokenizer_checksum"]:
             raise MobileLLMError("the tokenizer is damaged")
         if _C.checksum(buffer, threads) != fields["weights_checksum"]:
@@ -166,7 +172,7 @@ def open_image(path: Path, source: str | None = None, threads: int = 1) -> Image
             {slot.name: slot.view(buffer) for slot in slots},
             buffer,
             fields["format"],
-            Tokenizer.deserialize(tokenizer) if tokenizer else None,
+            Tokenizer.deserialize(tokenizer) if tokenizer_nbytes else None,
             chat_template,
             name,
         )
@@ -191,6 +197,10 @@ def _slots(config: MobileLLMConfig, fields: dict) -> list[Slot]:
     return slots
 
 
+def _tokenizer_start(header_nbytes: int) -> int:
+    return -(-(PREFIX.size + header_nbytes) // LINE) * LINE
+
+
 def _weights_start(header_nbytes: int, tokenizer_nbytes: int) -> int:
-    end = PREFIX.size + header_nbytes + tokenizer_nbytes
+    end = _tokenizer_start(header_nbytes) + tokenizer_nbytes
     return -(-end // PAGE) * PAGE

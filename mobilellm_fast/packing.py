@@ -9,7 +9,6 @@ from pathlib import Path
 from . import quant
 from .cache import cache_directory
 from .checkpoint import locate, open_path
-from .checkpoint.default_model import verify_default_model
 from .errors import CheckpointError, MobileLLMError
 from .files import brief
 from .image import SUFFIX, VERSION, Image, open_image
@@ -18,6 +17,8 @@ from .weights import read_weights
 
 # Files of a model directory that an image depends on.
 SOURCE_SUFFIXES = (".bin", ".jinja", ".json", ".model", ".safetensors")
+
+KEPT_FORMATS = ("int8", "w8a8", "int4")  # float formats are as large as their source
 
 
 def load_image(
@@ -55,9 +56,11 @@ def load_image(
     with contextlib.suppress(CheckpointError):
         return open_image(cached, state, threads)
     if source is None:  # it comes with a checksum; an image of damaged weights would stay
+        from .checkpoint.default_model import verify_default_model
+
         verify_default_model(path)
     image = pack_checkpoint(path, name, format)
-    if image.format in ("int8", "w8a8", "int4"):  # float formats are as large as their source
+    if image.format in KEPT_FORMATS:
         with contextlib.suppress(CheckpointError):
             image.save(cached, state)
     return image
@@ -69,6 +72,8 @@ def pack_checkpoint(path: Path, name: str | None = None, format: str = "auto") -
     checkpoint = open_path(path, name)
     if format == "auto":
         format = "int4" if checkpoint.dtype == "int4" else "int8"
+    if format in KEPT_FORMATS and checkpoint.tokenizer:
+        checkpoint.tokenizer.compile()  # now: what it needs would come on top of the weights
     weights, buffer = read_weights(checkpoint, format)
     return Image(
         checkpoint.config,

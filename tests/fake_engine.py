@@ -19,6 +19,7 @@ TEMPLATE = (
 class ByteTokenizer:
     """Token = byte, so that every character beyond ASCII lies across tokens."""
 
+    implementation = "bytes"
     vocab_size = VOCAB
     bos_token_id = BOS
     eos_token_ids = (EOS,)

@@ -327,6 +327,7 @@ class TestInfoAndBench:
         assert cli.main(["info"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert "model: fake" in lines
+        assert "tokenizer: bytes" in lines
         assert "format: fp32, 32.00 bits per weight" in lines
         assert "instruction set: scalar (here: avx2, scalar)" in lines
         assert "threads: 2" in lines

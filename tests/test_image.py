@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from mobilellm_fast import _C, cli, packing
 from mobilellm_fast.engine import Engine
 from mobilellm_fast.errors import CheckpointError, MobileLLMError
-from mobilellm_fast.image import PREFIX, open_image
+from mobilellm_fast.image import PREFIX, VERSION, open_image
 from mobilellm_fast.packing import load_image, pack_checkpoint
 
 
@@ -114,7 +114,7 @@ def test_other_versions_and_formats_are_refused(checkpoint, tmp_path):
     whole = bytearray(path.read_bytes())
     whole[8] += 1
     path.write_bytes(whole)
-    with pytest.raises(CheckpointError, match="must have image version 2, got 3"):
+    with pytest.raises(CheckpointError, match="must have image version 3, got 4"):
         load_image(path)
 
 
@@ -144,7 +144,7 @@ def test_crafted_headers_are_refused(checkpoint, tmp_path):
         ({"config": None}, "damaged|config"),
     ]:
         header = json.dumps(fields | change).encode()
-        prefix = PREFIX.pack(b"MLFIMAGE", 2, len(header), _C.checksum(header))
+        prefix = PREFIX.pack(b"MLFIMAGE", VERSION, len(header), _C.checksum(header))
         path.write_bytes((prefix + header).ljust(1 << 16, b"\0") + weights)
         with pytest.raises(CheckpointError, match=rf"tiny\.mlf: .*({message})"):
             open_image(path)

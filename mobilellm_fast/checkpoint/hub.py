@@ -1,7 +1,5 @@
 """Fetches models from the Hugging Face hub, or finds them in its cache."""
 
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +64,9 @@ def _fetch(download: Callable[..., str], repository: str, online: bool, **argume
 
 def _reachable() -> bool:
     """Ask the hub for a sign of life, unless it is switched off (HF_HUB_OFFLINE)."""
+    import urllib.error  # here: a packed model is loaded in less time than these take
+    import urllib.request
+
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

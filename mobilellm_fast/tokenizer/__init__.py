@@ -8,11 +8,13 @@ from typing import Any
 
 from ..errors import MobileLLMError
 from ..files import brief, read_bytes
-from .backends import BACKENDS, Backend
+from .backends import BACKENDS, TABLE_MAGIC, Backend, CompiledBackend
 from .gguf_vocabulary import backend_from_metadata, end_token_ids
 from .huggingface import backend_from_directory, backend_from_json, backend_from_sentencepiece
 
 __all__ = ["Tokenizer", "end_token_ids"]
+
+UNKNOWN = "unknown"  # whether there is a table
 
 
 class Tokenizer:
@@ -36,6 +38,7 @@ class Tokenizer:
         self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
         self.vocab_size: int = backend.vocab_size
         self.special_ids: frozenset[int] = backend.special_ids
+        self._table: bytes | str | None = UNKNOWN
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`.
@@ -126,8 +129,29 @@ class Tokenizer:
         backend, bos = backend_from_metadata(metadata)
         return cls(backend, bos, end_token_ids(metadata))
 
+    @property
+    def implementation(self) -> str:
+        """What does the work: "compiled", or the library "tokenizers" or "sentencepiece"."""
+        return self._backend.name
+
+    def compile(self) -> bytes | None:
+        """Return the tokenizer as a table that needs no library, for `deserialize`.
+
+        The table gave the library's ids and texts for all of many probes. None if the tokenizer
+        is not of a family that can be compiled, or if anything differed. The work is done once.
+        """
+        if isinstance(self._backend, CompiledBackend):
+            return self._backend.vocabulary()
+        if self._table is UNKNOWN:
+            from .compiled import compile_backend
+
+            self._table = compile_backend(self._backend, self.bos_token_id, self.eos_token_ids)
+        return self._table
+
     def serialize(self) -> bytes:
-        """Return the tokenizer as bytes: one line of JSON, then the vocabulary."""
+        """Return the tokenizer as bytes: a table, or one line of JSON, then the vocabulary."""
+        if isinstance(self._backend, CompiledBackend):
+            return self._backend.vocabulary()
         head = {
             "backend": self._backend.name,
             "bos_token_id": self.bos_token_id,
@@ -137,14 +161,20 @@ class Tokenizer:
         return json.dumps(head).encode() + b"\n" + self._backend.vocabulary()
 
     @classmethod
-    def deserialize(cls, data: bytes) -> "Tokenizer":
-        """Undo `serialize`.
+    def deserialize(cls, data) -> "Tokenizer":
+        """Undo `serialize` or `compile`.
+
+        Args:
+            data: the bytes; those of a table are read where they lie, and must not change.
 
         Raises:
-            MobileLLMError: the bytes did not come from `serialize`.
+            MobileLLMError: the bytes are neither.
         """
-        head, _, vocabulary = data.partition(b"\n")
         try:
+            if bytes(data[: len(TABLE_MAGIC)]) == TABLE_MAGIC:
+                compiled = CompiledBackend(data)
+                return cls(compiled, compiled.bos_token_id, compiled.eos_token_ids)
+            head, _, vocabulary = bytes(data).partition(b"\n")
             fields = json.loads(head)
             backend = BACKENDS[fields["backend"]].load(vocabulary, **fields["options"])
             return cls(backend, fields["bos_token_id"], fields["eos_token_ids"])

@@ -1,12 +1,13 @@
-"""The two libraries that do the work, behind one interface."""
+"""What does the work, behind one interface: two libraries, and a compiled table."""
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, MobileLLMError
 from ..files import brief
 
+TABLE_MAGIC = b"MLFTOKEN"  # begins a compiled table
 SPACE = "\u2581"  # how SentencePiece writes a space
 
 
@@ -182,6 +183,51 @@ def _piece_bytes(piece) -> bytes:
     if piece.type == piece.BYTE:  # written "<0x0A>", which the library has checked
         return bytes([int(piece.piece[1:-1], 16)])
     return piece.piece.replace(SPACE, " ").encode()
+
+
+class CompiledBackend:
+    """A tokenizer that was compiled into a table, see `compiled.py`. No library is imported.
+
+    Args:
+        table: its bytes, read where they lie: they must not change.
+
+    Raises:
+        ValueError: the bytes are no such table.
+    """
+
+    name = "compiled"
+
+    def __init__(self, table) -> None:
+        from .._C import Tokenizer
+
+        self._table = table
+        self._tokenizer = Tokenizer(table)
+        self.vocab_size: int = self._tokenizer.vocab_size
+        self.special_ids = frozenset(self._tokenizer.special_ids)
+        self.bos_token_id: int | None = self._tokenizer.bos_id
+        self.eos_token_ids: tuple[int, ...] = tuple(self._tokenizer.eos_ids)
+
+    @classmethod
+    def load(cls, vocabulary: bytes, **options: Any) -> "CompiledBackend":
+        return cls(vocabulary, **options)
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens)
+        except ValueError as error:  # too long
+            raise MobileLLMError(f"[encode] {error}") from None
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens)
+
+    def vocabulary(self) -> bytes:
+        return bytes(self._table)
+
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    def __reduce__(self):
+        return CompiledBackend, (self.vocabulary(),)
 
 
 BACKENDS: dict[str, type[Backend]] = {
