@@ -22,6 +22,7 @@ namespace {
 #include "kernels/embed.h"
 #include "kernels/rope.h"
 #include "kernels/attention.h"
+#include "kernels/peak.h"
 
 }  // namespace
 

@@ -70,7 +70,11 @@ struct Tiles {
                               int64_t queries, int64_t padded_dim))                                 \
   /* out (queries, head_dim) = values / sum */                                                      \
   X(attend_finish,       void(const AttentionState& state, float* out, int64_t queries,             \
-                              int64_t head_dim))
+                              int64_t head_dim))                                                    \
+  /* The table's limits, for machine_probe.h: products done in `rounds`; the sum of values. */      \
+  X(peak_dot,            int64_t(int64_t rounds, int32_t* sink))                                    \
+  X(peak_fma,            int64_t(int64_t rounds, float* sink))                                      \
+  X(read_sum,            double(const float* values, int64_t count))
 // clang-format on
 
 template <class Signature>
