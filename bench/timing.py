@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
 
+from energy import Meter
+
 ROUND_SECONDS = 5e-3  # a turn of a short operation repeats it for so long
 SLOW_SECONDS = 0.5  # of what takes longer, fewer rounds are enough
 
@@ -22,9 +24,10 @@ class Work:
     run: Callable[[], float]
     facts: dict = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
+    joules: list[float] = field(default_factory=list)  # of a turn, where they can be read
 
 
-def interleave(benchmark, works: dict[str, Work], rounds: int) -> None:
+def interleave(benchmark, works: dict[str, Work], rounds: int) -> bool:
     """Measure works in turns, so that a machine that drifts does so under all of them.
 
     A first round only warms up. The seconds of each work, per round, are saved with the run, in
@@ -34,11 +37,18 @@ def interleave(benchmark, works: dict[str, Work], rounds: int) -> None:
         benchmark: the fixture of pytest-benchmark.
         works: by name; ratios are to the first.
         rounds: how many to count; fewer if a round takes long.
+
+    Returns:
+        Whether energy could be read.
     """
+    meter = Meter()
 
     def round() -> None:
         for work in works.values():
+            before = meter.joules() if meter.readable else []
             work.seconds.append(work.run())
+            if meter.readable:
+                work.joules.append(meter.since(before))
 
     gc.collect()
     started = perf_counter()
@@ -46,20 +56,24 @@ def interleave(benchmark, works: dict[str, Work], rounds: int) -> None:
     slow = (perf_counter() - started) / len(works) > SLOW_SECONDS
     for work in works.values():
         work.seconds.clear()
+        work.joules.clear()
     gc.disable()
     try:
         benchmark.pedantic(round, rounds=min(rounds, 3) if slow else rounds)
     finally:
         gc.enable()
-    save(benchmark, works)
+    publish(benchmark, works)
+    return meter.readable
+
+
+def publish(benchmark, works: dict[str, Work]) -> None:
+    """Save the seconds of works and what belongs to them; pytest-benchmark shows the first."""
+    benchmark.extra_info["series"] = {
+        name: {"seconds": work.seconds, "joules": work.joules} | work.facts
+        for name, work in works.items()
+    }
     if benchmark.stats is not None:  # None: --benchmark-disable
         benchmark.stats.stats.data = list(next(iter(works.values())).seconds)
-
-
-def save(benchmark, works: dict[str, Work]) -> None:
-    """Leave the seconds of works, and what belongs to them, in the saved run."""
-    series = {name: {"seconds": work.seconds} | work.facts for name, work in works.items()}
-    benchmark.extra_info["series"] = series
 
 
 def repeated(call: Callable[[], object], seconds: float = ROUND_SECONDS) -> Callable[[], float]:
