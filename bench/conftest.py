@@ -11,6 +11,9 @@ package_under_test.prefer_installed()
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
+AT_START = pytest.StashKey()  # facts and limits of the machine
+
+
 def pytest_addoption(parser):
     group = parser.getgroup("mobilellm_fast")
     group.addoption("--rounds", type=int, default=7, help="turns of each work (default: 7)")
@@ -27,6 +30,14 @@ def pytest_collection_modifyitems(items):
     for item in items:  # the slowest take minutes: exports, compilers, a cold peer
         if item.path.name.startswith("bench_"):
             item.add_marker(pytest.mark.timeout(1500))
+
+
+def pytest_collection_finish(session):
+    benchmarks = [item for item in session.items if item.path.name.startswith("bench_")]
+    if benchmarks and not session.config.getoption("collectonly"):
+        import machine
+
+        session.config.stash[AT_START] = machine.facts(), machine.limits()
 
 
 @pytest.fixture(scope="session")
@@ -60,8 +71,10 @@ def pytest_configure(config):
 def pytest_benchmark_update_machine_info(config, machine_info):
     import machine
 
-    machine_info["bench"] = machine.facts() | {
-        "limits": machine.limits(),
+    start = config.stash.get(AT_START, None) or (machine.facts(), machine.limits())
+    machine_info["bench"] = start[0] | {
+        "limits": start[1],  # of 1 and of all threads, before the first benchmark
+        "limits_end": machine.limits(),
         "rounds": config.getoption("rounds"),
         "smoke": config.getoption("smoke"),
     }

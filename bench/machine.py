@@ -1,6 +1,5 @@
 """What is known of the machine: its names and versions, and its limits, measured when asked for."""
 
-import functools
 import importlib.metadata
 import os
 import platform
@@ -73,9 +72,8 @@ def thread_counts() -> list[int]:
     return sorted({cpus, *(2**i for i in range(cpus.bit_length()) if 2**i <= cpus)})
 
 
-@functools.cache
 def limits() -> dict:
-    """Measure every limit once per run, for 1 and all threads."""
+    """Measure every limit, for 1 and all threads."""
     return {
         str(threads): {source: read_rate(source, threads) for source in SOURCES}
         | {"barrier_seconds": _C.barrier_seconds(threads)}
