@@ -61,7 +61,7 @@ def _run(benchmark, works, rounds, say, **about):
 
 @pytest.mark.parametrize(("preset", "formats", "context"), _params(1))
 def test_decode(preset, formats, context, engines, benchmark, rounds, smoke, say):
-    formats, context = (formats[:2], 8) if smoke else (formats, context)
+    formats, context = (FEW, 8) if smoke else (formats, context)
     works = {f: decode(engines.get(preset, f), context, 2 if smoke else 16) for f in formats}
     title = f"{preset}, decode at context {context}"
     _run(benchmark, works, rounds, say, kind="decode", title=title, preset=preset)
@@ -69,7 +69,7 @@ def test_decode(preset, formats, context, engines, benchmark, rounds, smoke, say
 
 @pytest.mark.parametrize(("preset", "formats", "tokens"), _params(0))
 def test_prefill(preset, formats, tokens, engines, benchmark, rounds, smoke, say):
-    formats, tokens = (formats[:2], 8) if smoke else (formats, tokens)
+    formats, tokens = (FEW, 8) if smoke else (formats, tokens)
     works = {f: prefill(engines.get(preset, f), tokens) for f in formats}
     title = f"{preset}, prefill of {tokens}"
     _run(benchmark, works, rounds, say, kind="prefill", title=title, preset=preset)

@@ -74,7 +74,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     start = config.stash.get(AT_START, None) or (machine.facts(), machine.limits())
     machine_info["bench"] = start[0] | {
         "limits": start[1],  # of 1 and of all threads, before the first benchmark
-        "limits_end": machine.limits(),
+        "limits_end": None if config.getoption("smoke") else machine.limits(),
         "rounds": config.getoption("rounds"),
         "smoke": config.getoption("smoke"),
     }

@@ -36,11 +36,16 @@ class Torch(protocol.Engine):
         return perf_counter() - started
 
     def decode(self, ids, tokens):
-        return self.batch([ids], tokens)
+        return self._decode([ids], tokens)
 
     def batch(self, prompts, tokens):
+        if self.compiled:
+            raise NotImplementedError("a compiled step takes minutes more per size of batch")
+        return self._decode(prompts, tokens)
+
+    def _decode(self, prompts: list[list[int]], tokens: int) -> list[float]:
         cache = self._cache(len(prompts[0]) + tokens, len(prompts))
-        following = self._step(prompts, cache)
+        following = self._step(prompts, cache, self.model.forward)
         times = [perf_counter()]
         for _ in range(tokens):
             following = self._step(following, cache)
@@ -57,10 +62,12 @@ class Torch(protocol.Engine):
         room = -(-tokens // ROOM) * ROOM
         return StaticCache(config=self.model.config, max_cache_len=room)
 
-    def _step(self, ids: list[list[int]], cache) -> list[list[int]]:
+    def _step(self, ids: list[list[int]], cache, forward=None) -> list[list[int]]:
         """Append tokens, return the likeliest one after each sequence."""
         with torch.inference_mode():
-            out = self.forward(torch.tensor(ids), past_key_values=cache, logits_to_keep=1)
+            out = (forward or self.forward)(
+                torch.tensor(ids), past_key_values=cache, logits_to_keep=1
+            )
             return out.logits[:, -1].argmax(-1, keepdim=True).tolist()
 
 
