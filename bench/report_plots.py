@@ -44,15 +44,23 @@ def _decode_by_bits(run: Run, axes) -> bool:
     parameters = drawn[0].first.facts["parameters"]
     if drawn[0].about.get("preset") == "default":
         points += list(_peer_points(run, parameters))
-    for bits, speed, name, marker in points:
+    placed: list[str] = []
+    for bits, speed, name, marker in sorted(points):
         axes.plot(bits, speed, marker, color="tab:blue" if marker == "o" else "tab:gray")
-        axes.annotate(name, (bits, speed), xytext=(4, 3), textcoords="offset points", fontsize=6.5)
+        above = 3 if len(placed) % 2 else -8  # neighbours' names on either side of their points
+        place = (4, above)
+        axes.annotate(name, (bits, speed), xytext=place, textcoords="offset points", fontsize=6)
+        placed.append(name)
     bandwidth = drawn[0].about["limits"]["read_bandwidth"]
+    # a token's weights, once, at the bandwidth of this run
     grid = [4 + i * 0.25 for i in range(4 * 29)]
     floor = [8 * bandwidth / (parameters * bits) for bits in grid]
-    axes.plot(grid, floor, "k--", linewidth=1, label=f"floor at {bandwidth / 1e9:.1f} GB/s")
+    axes.plot(grid, floor, "k--", linewidth=1, label=f"floor: {bandwidth / 1e9:.1f} GB/s")
     axes.set(xlabel="bits per weight", ylabel="tokens/s", xscale="log", yscale="log")
+    axes.minorticks_off()
     axes.set_xticks([4, 5, 6, 8, 16, 32], ["4", "5", "6", "8", "16", "32"])
+    speeds = [25, 50, 100, 200, 400, 800]
+    axes.set_yticks(speeds, [f"{speed}" for speed in speeds])
     axes.legend()
     return True
 
@@ -108,8 +116,9 @@ def _sharing(run: Run, axes) -> bool:
     axes.set_xticks(range(len(found)), [_short(b) for b in found], fontsize=7)
     axes.axhline(1, color="k", linestyle="--", linewidth=1)
     axes.set_ylabel("times the time without sharing")
+    axes.margins(y=0.25)  # room for the legend
     if found:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper left", ncols=2)
     return bool(found)
 
 
