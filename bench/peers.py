@@ -23,7 +23,7 @@ from pathlib import Path
 
 from export import FORMATS, default_root
 from machine import processor
-from peer_compare import TOKENS, Result, compare
+from peer_compare import SEQUENCES, TOKENS, Result, compare
 from peer_workers import Spec, install, state
 
 
@@ -121,24 +121,31 @@ def _print(results: list[Result], op: str) -> None:
     """Print a Markdown table; ratios are of the same round, times of the first engine."""
     first = results[0]
     quality = any(result.quality for result in results)
-    header = ["engine", "version", "weights MB", f"{op} tokens/s", "ms/token (min … max)"]
+    header = [
+        "engine",
+        "version",
+        "weights MB",
+        f"{op} tokens/s",
+        f"ms/{'step' if op == 'batch' else 'token'} (min … max)",
+    ]
     header += [f"{first.spec} is faster by (min … max)", "each round"]
     header += ["KL", "same top-1", "perplexity"] if quality else []
     for row in (header, ["---"] * len(header)):
         print("|", " | ".join(row), "|")
     for result in results:
-        print("|", " | ".join(_cells(result, first, quality)), "|")
+        print("|", " | ".join(_cells(result, first, quality, op)), "|")
     for result in results:
         if result.fault:
             print(f"\n{result.spec}: {result.fault}")
 
 
-def _cells(result: Result, first: Result, quality: bool) -> list[str]:
+def _cells(result: Result, first: Result, quality: bool, op: str) -> list[str]:
     about = result.about
     cells = [str(result.spec), about.get("version", "")]
     cells.append(f"{about['weight_nbytes'] / 1e6:.1f}" if about else "")
     if result.seconds:
-        cells.append(f"{1 / statistics.median(result.seconds):.1f}")
+        together = SEQUENCES if op == "batch" else 1
+        cells.append(f"{together / statistics.median(result.seconds):.1f}")
         cells.append(_spread([1e3 * seconds for seconds in result.seconds]))
     else:
         cells += ["**missing**", ""]

@@ -57,7 +57,7 @@ class Series:
 
 @dataclass
 class Benchmark:
-    """One test: works that were measured in turns; the first is the reference."""
+    """One test: works that were measured in turns; the first that has figures is the reference."""
 
     kind: str
     title: str
@@ -66,7 +66,8 @@ class Benchmark:
 
     @property
     def first(self) -> Series:
-        return next(iter(self.series.values()))
+        measured = (series for series in self.series.values() if series.seconds)
+        return next(measured, next(iter(self.series.values())))
 
     def ratio(self, name: str) -> float | None:
         """The median, over the rounds, of a work's time in that of the first; None if missing."""

@@ -73,7 +73,8 @@ def publish(benchmark, works: dict[str, Work]) -> None:
         for name, work in works.items()
     }
     if benchmark.stats is not None:  # None: --benchmark-disable
-        benchmark.stats.stats.data = list(next(iter(works.values())).seconds)
+        measured = (work.seconds for work in works.values() if work.seconds)
+        benchmark.stats.stats.data = list(next(measured))
 
 
 def repeated(call: Callable[[], object], seconds: float = ROUND_SECONDS) -> Callable[[], float]:

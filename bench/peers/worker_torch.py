@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-ROOM = 1024  # tokens of the static cache; attention over it costs its full length every step
+ROOM = 256  # the static cache is a multiple of it: attention costs its full length every step
 
 
 class Torch(protocol.Engine):
