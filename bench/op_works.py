@@ -139,10 +139,7 @@ def demands(case: OpCase) -> dict:
         "rms_norm": lambda: (4 * elements, 4 * elements),
         "quantize_per_token": lambda: (3 * elements, elements),
         "rope": lambda: (3 * elements, 4 * elements),
-        "gqa_attention": lambda: (
-            4 * _pairs(size) * size["heads"] * size["head_dim"],
-            4 * elements,
-        ),
+        "gqa_attention": lambda: (4 * _products(size), 4 * elements),
         "linear": lambda: (2 * elements * size["outputs"], 4 * size["rows"] * size["outputs"]),
         "swiglu": lambda: (4 * elements * size["inner"], 4 * size["rows"] * size["inner"]),
     }[case.stem]()
@@ -155,7 +152,7 @@ def demands(case: OpCase) -> dict:
     }
 
 
-def _pairs(size: dict) -> int:
-    """Count the products of pairs of a query and a key that it sees."""
+def _products(size: dict) -> int:
+    """Count the products in scores: of each query with each key that it sees."""
     pairs = size["batch"] * sum(size["kv_seq"] - i for i in range(size["seq"]))
     return pairs * size["heads"] * size["head_dim"]

@@ -124,8 +124,8 @@ class Contest:
                 result.attempt(measure)
         return results
 
-    def quality(self) -> list[Result]:
-        """Measure how far each engine's predictions are from fp32's, see `distance`."""
+    def quality(self, wanted: Callable[[Spec], bool] = lambda spec: True) -> list[Result]:
+        """Measure how far each wanted engine's predictions are from fp32's, see `distance`."""
         results = [Result(r.spec, r.about, fault=r.fault) for r in self._started]
         tokenizer = open_checkpoint(self.model).tokenizer
         if tokenizer is None:
@@ -147,13 +147,15 @@ class Contest:
             finally:
                 exact.close()
             for i, result in enumerate(results):
+                if not wanted(result.spec):
+                    continue
 
                 def measure(i=i, result=result):
                     result.quality = distance(reference, logits(self._workers[i], "engine"), ids)
 
                 self.progress(f"quality: {result.spec}")
                 result.attempt(measure)
-        return results
+        return [result for result in results if wanted(result.spec)]
 
 
 def compare(

@@ -91,6 +91,19 @@ def test_all_ops_are_timed_on_shapes_of_models():
             assert min(op_works.demands(case)[k] for k in ("nbytes", "operations")) > 0
 
 
+def test_what_an_op_demands_is_counted_right():
+    sizes = dict(batch=1, seq=2, kv_seq=5, heads=6, kv_heads=2, head_dim=8)
+    found = op_works.demands(op_works.OpCase("x", "gqa_attention", sizes, {}))
+    products = (5 + 4) * 6 * 8  # of the second query with all keys, of the first with one less
+    assert found["operations"] == 2 * 2 * products  # scores and values
+    assert found["nbytes"] == 4 * (2 * 2 * 6 * 8 + 2 * 5 * 2 * 8)
+    sizes, kind = {"rows": 3, "outputs": 64, "cols": 96}, {"kind": "int8", "activation": "int16"}
+    found = op_works.demands(op_works.OpCase("x", "linear", sizes, kind))
+    assert found["operations"] == 2 * 3 * 64 * 96
+    assert found["nbytes"] == 64 * 96 + 64 * 4 + 3 * 96 * 4 + 3 * 64 * 4
+    assert (found["source"], found["peak"]) == ("memory", "int8")
+
+
 def test_weights_rotate_through_more_than_the_cache(monkeypatch):
     monkeypatch.setattr(op_works._C, "last_level_cache_nbytes", lambda: 10**6)
     case = next(c for c in op_works.op_cases() if c.stem == "linear" and c.quick)
