@@ -45,10 +45,13 @@ def engines(pytestconfig, smoke):
 
 def _run(benchmark, works, rounds, say, **about):
     """Measure works that have facts of engines, beside the limits at this moment."""
-    first = next(iter(works.values())).facts
-    limits = {"read_bandwidth": machine.read_rate("memory", first["threads"])}
-    limits |= machine.peaks(first["threads"], first["isa"])
+    found = {}  # by number of threads: each work is held to what its own can do
     for work in works.values():
+        threads = work.facts["threads"]
+        if threads not in found:
+            found[threads] = {"read_bandwidth": machine.read_rate("memory", threads)}
+            found[threads] |= machine.peaks(threads, work.facts["isa"])
+        limits = found[threads]
         if "nbytes" in work.facts:
             work.facts["floor_seconds"] = work.facts["nbytes"] / limits["read_bandwidth"]
         if "operations" in work.facts:
@@ -113,8 +116,5 @@ def test_threads(preset, op, engines, benchmark, rounds, smoke, say):
     for threads in machine.thread_counts():
         engine = with_threads(engines.get(preset, "int8"), threads)
         works[f"{threads}"] = decode(engine, count) if op == "decode" else prefill(engine, count)
-    for work in works.values():  # each is held to what its own threads can do
-        read = machine.read_rate("memory", work.facts["threads"])
-        work.facts["read_bandwidth"] = read
     title = f"{preset} int8, {op} at {count} tokens, by threads"
     _run(benchmark, works, rounds, say, kind="threads", title=title, preset=preset, op=op)

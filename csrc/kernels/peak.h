@@ -44,22 +44,17 @@ int64_t peak_fma(int64_t rounds, float* sink) {
 }
 
 // The sum of `count` values, read in a few streams: one leaves a core's line buffers half idle.
+// Plain loops: compilers make vectors of these on every ISA, but not of the scalar table's VecF.
 double read_sum(const float* values, int64_t count) {
   constexpr int kStreams = 4;
   const int64_t part = count / kStreams / 16 * 16;
-  VecF sums[kStreams];
-  MLF_UNROLL for (int s = 0; s < kStreams; ++s) sums[s] = splat(0.0f);
-  for (int64_t i = 0; i < part; i += 16) {
-    MLF_UNROLL for (int s = 0; s < kStreams; ++s) {
-      sums[s] = add(sums[s], load(values + s * part + i));
-    }
-  }
+  float sums[kStreams][16] = {};
+  for (int64_t i = 0; i < part; i += 16)
+    for (int s = 0; s < kStreams; ++s)
+      for (int j = 0; j < 16; ++j) sums[s][j] += values[s * part + i + j];
   double total = 0;
-  for (int s = 0; s < kStreams; ++s) {
-    float lanes[16];
-    store(lanes, sums[s]);
-    for (float lane : lanes) total += lane;
-  }
+  for (const auto& lanes : sums)
+    for (const float lane : lanes) total += lane;
   for (int64_t i = kStreams * part; i < count; ++i) total += values[i];
   return total;
 }
