@@ -31,9 +31,10 @@ TOKENS = {"decode": 32, "prefill": 512, "batch": 16}  # fewer than of `peers.py`
 
 
 @pytest.fixture(scope="module")
-def contest(pytestconfig):
-    """All engines, loaded once for all tests of this module: those of the quick run, or all."""
-    quick = "quick" in pytestconfig.getoption("keyword") or pytestconfig.getoption("smoke")
+def contest(request, pytestconfig, smoke):
+    """Engines, loaded once for all tests of this module: a few if only quick ones run, else all."""
+    here = [item for item in request.session.items if item.path == request.path]
+    quick = smoke or all(item.get_closest_marker("quick") for item in here)
     ours, peers = (OURS[: QUICK[0]], PEERS[: QUICK[1]]) if quick else (OURS, PEERS)
     specs = [Spec.parse_ours(text) for text in ours] + [Spec.parse(text) for text in peers]
     root = pytestconfig.getoption("peers_root") or default_root()
