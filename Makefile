@@ -1,4 +1,4 @@
-.PHONY: help dev build test ci lint format wheel sanitize clean
+.PHONY: help dev build test bench ci lint format wheel sanitize clean
 PYTHON ?= python3
 SANITIZER ?= address
 SANITIZER_LIBRARY = $(subst address,asan,$(subst undefined,ubsan,$(subst thread,tsan,$(SANITIZER))))
@@ -20,6 +20,10 @@ build:           ## compile the extension beside the sources, only what changed
 
 test:            ## run TESTS (default: all)
 	$(PYTHON) -m pytest $(TESTS)
+
+bench:           ## run all benchmarks (half an hour), and write docs/benchmarks/
+	$(PYTHON) -m pytest bench/ --benchmark-only --benchmark-json=benchmark.json
+	$(PYTHON) bench/report.py benchmark.json
 
 ci:              ## run everything that must be green, in fresh environments
 	.ci/run

@@ -72,7 +72,8 @@ CONVERTERS = {
         "int8": _CTRANSLATE2 + " --quantization int8",
     },
 }
-FORMATS = {"llama.cpp": (*GGUF_TYPES, AS_SHIPPED)} | {
+TORCH_FORMATS = ("fp32", "bf16")  # of what the peer makes from a Hugging Face directory
+FORMATS = {"llama.cpp": (*GGUF_TYPES, AS_SHIPPED), "torch": TORCH_FORMATS} | {
     peer: tuple(commands) for peer, commands in CONVERTERS.items()
 }
 
@@ -107,6 +108,8 @@ def export(peer: str, format: str, source: str | None, root: Path) -> Path:
         target = folder / f"{format}.gguf"
         return _once(target, lambda path: write_gguf(checkpoint, path, *GGUF_TYPES[format]))
     source = _once(folder / "huggingface", lambda path: write_huggingface(checkpoint, path))
+    if peer == "torch":
+        return source
 
     def convert(path: Path) -> None:
         with tempfile.TemporaryDirectory() as scratch:

@@ -13,7 +13,8 @@ from peer_workers import OURS, Spec, Unavailable, Worker
 
 from mobilellm_fast.checkpoint import open_checkpoint
 
-TOKENS = {"decode": 64, "prefill": 512}
+TOKENS = {"decode": 64, "prefill": 512, "batch": 32}
+SEQUENCES = 8  # of "batch"
 TEXT_TOKENS = 1537  # of every CPython's help texts, about a short article's worth
 
 
@@ -44,6 +45,119 @@ class Result:
                 self.fault = str(error)
 
 
+class Contest:
+    """Engines that are measured in turns: A B C, A B C, ...; a context manager that holds them all.
+
+    Args:
+        specs: the engines.
+        root: where peers live.
+        model: the source of the weights; None is the default model.
+        threads: of each engine that does not have an option `threads`.
+        progress: is told what is done next.
+    """
+
+    def __init__(
+        self,
+        specs: list[Spec],
+        *,
+        root: Path,
+        model: str | None = None,
+        threads: int = 2,
+        progress: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.specs, self.root, self.model, self.threads = specs, root, model, threads
+        self.progress = progress
+        self._workers: dict[int, Worker] = {}
+        self._started = [Result(spec) for spec in specs]
+
+    def __enter__(self) -> "Contest":
+        self._stack = contextlib.ExitStack()
+        for i, result in enumerate(self._started):
+
+            def start(i=i, result=result):
+                worker = Worker(result.spec, self.model, self.threads, self.root)
+                self._workers[i] = worker
+                self._stack.callback(worker.close)
+                result.about = {k: v for k, v in worker.about.items() if k != "ready"}
+
+            self.progress(f"load {result.spec}")
+            try:
+                result.attempt(start)
+            except BaseException:
+                self._stack.close()
+                raise
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stack.close()
+
+    def measure(
+        self, op: str, *, context: int = 128, tokens: int | None = None, rounds: int = 7
+    ) -> list[Result]:
+        """Measure what engines take; a first round only warms up.
+
+        Args:
+            op: "decode" measures `tokens` greedy steps (64) after `context` tokens, whose median
+                is the round's figure; "prefill" measures a prompt of `tokens` (512); "batch" is
+                "decode" (32) of 8 sequences together, a figure per step of all of them.
+
+        Returns:
+            One result per engine, in their order.
+        """
+        tokens = tokens or TOKENS[op]
+        arguments = {"tokens": tokens}
+        if op != "prefill":
+            arguments["context"] = context
+        if op == "batch":
+            arguments["sequences"] = SEQUENCES
+        results = [Result(r.spec, r.about, fault=r.fault) for r in self._started]
+        for round in range(rounds + 1):
+            for i, result in enumerate(results):
+
+                def measure(i=i, result=result, counted=round > 0):
+                    seconds = self._workers[i].ask(op, **arguments)["seconds"]
+                    if counted:
+                        per_step = tokens if op == "prefill" else 1
+                        result.seconds.append(statistics.median(seconds) / per_step)
+
+                self.progress(f"{op}, round {round} of {rounds}: {result.spec}")
+                result.attempt(measure)
+        return results
+
+    def quality(self, wanted: Callable[[Spec], bool] = lambda spec: True) -> list[Result]:
+        """Measure how far each wanted engine's predictions are from fp32's, see `distance`."""
+        results = [Result(r.spec, r.about, fault=r.fault) for r in self._started]
+        tokenizer = open_checkpoint(self.model).tokenizer
+        if tokenizer is None:
+            raise ValueError("quality needs a model with a tokenizer")
+        topics = pydoc_data.topics.topics
+        text = "\n\n".join(topics[name] for name in sorted(topics))[: 10 * TEXT_TOKENS]
+        ids = tokenizer.encode(text)[:TEXT_TOKENS]
+        with tempfile.TemporaryDirectory() as scratch:
+
+            def logits(worker: Worker, name: str) -> np.ndarray:
+                path = f"{scratch}/{name}.npy"
+                worker.ask("logits", ids=ids, path=path)
+                return np.load(path, mmap_mode="r")
+
+            self.progress("quality: fp32")
+            exact = Worker(Spec(OURS, "fp32"), self.model, self.threads, self.root)
+            try:
+                reference = logits(exact, "reference")
+            finally:
+                exact.close()
+            for i, result in enumerate(results):
+                if not wanted(result.spec):
+                    continue
+
+                def measure(i=i, result=result):
+                    result.quality = distance(reference, logits(self._workers[i], "engine"), ids)
+
+                self.progress(f"quality: {result.spec}")
+                result.attempt(measure)
+        return [result for result in results if wanted(result.spec)]
+
+
 def compare(
     specs: list[Spec],
     *,
@@ -57,82 +171,14 @@ def compare(
     quality: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Result]:
-    """Measure engines in turns: A B C, A B C, ...; a first round only warms up.
-
-    Args:
-        specs: the engines.
-        root: where peers live.
-        model: the source of the weights; None is the default model.
-        op: "decode" measures `tokens` greedy steps (64) after `context` tokens, whose median is
-            the round's figure; "prefill" measures a prompt of `tokens` (512).
-        quality: also measure how far each engine's predictions are from fp32's.
-        progress: is told what is done next.
-
-    Returns:
-        One result per engine, in their order.
-    """
-    tokens = tokens or TOKENS[op]
-    arguments = {"tokens": tokens} | ({"context": context} if op == "decode" else {})
-    results = [Result(spec) for spec in specs]
-    workers: dict[int, Worker] = {}
-    with contextlib.ExitStack() as stack:
-        for i, result in enumerate(results):
-
-            def start(i=i, result=result):
-                workers[i] = Worker(result.spec, model, threads, root)
-                stack.callback(workers[i].close)
-                result.about = {k: v for k, v in workers[i].about.items() if k != "ready"}
-
-            progress(f"load {result.spec}")
-            result.attempt(start)
-        for round in range(rounds + 1):
-            for i, result in enumerate(results):
-
-                def measure(i=i, result=result, counted=round > 0):
-                    seconds = workers[i].ask(op, **arguments)["seconds"]
-                    if counted:
-                        per_step = 1 if op == "decode" else tokens
-                        result.seconds.append(statistics.median(seconds) / per_step)
-
-                progress(f"{op}, round {round} of {rounds}: {result.spec}")
-                result.attempt(measure)
+    """Measure one op, and with `quality` how far predictions are from fp32's; see `Contest`."""
+    with Contest(specs, root=root, model=model, threads=threads, progress=progress) as contest:
+        results = contest.measure(op, context=context, tokens=tokens, rounds=rounds)
         if quality:
-            progress("quality")
-            _measure_quality(results, workers, model, threads, root)
+            for result, judged in zip(results, contest.quality(), strict=True):
+                result.quality = judged.quality
+                result.fault = result.fault or judged.fault
     return results
-
-
-def _measure_quality(
-    results: list[Result],
-    workers: dict[int, Worker],
-    model: str | None,
-    threads: int,
-    root: Path,
-) -> None:
-    tokenizer = open_checkpoint(model).tokenizer
-    if tokenizer is None:
-        raise ValueError("quality needs a model with a tokenizer")
-    topics = pydoc_data.topics.topics
-    text = "\n\n".join(topics[name] for name in sorted(topics))[: 10 * TEXT_TOKENS]
-    ids = tokenizer.encode(text)[:TEXT_TOKENS]
-    with tempfile.TemporaryDirectory() as scratch:
-
-        def logits(worker: Worker, name: str) -> np.ndarray:
-            path = f"{scratch}/{name}.npy"
-            worker.ask("logits", ids=ids, path=path)
-            return np.load(path, mmap_mode="r")
-
-        exact = Worker(Spec(OURS, "fp32"), model, threads, root)
-        try:
-            reference = logits(exact, "reference")
-        finally:
-            exact.close()
-        for i, result in enumerate(results):
-
-            def measure(i=i, result=result):
-                result.quality = distance(reference, logits(workers[i], "engine"), ids)
-
-            result.attempt(measure)
 
 
 def distance(reference: np.ndarray, logits: np.ndarray, ids: list[int]) -> dict[str, float]:

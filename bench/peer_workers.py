@@ -1,6 +1,7 @@
 """Environments of other engines, and processes that hold one engine each."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -15,6 +16,8 @@ from export import FORMATS, export
 
 HERE = Path(__file__).resolve().parent
 OURS = "ours"
+IN_PLACE = ("torch",)  # peers in our own environment, as the extra "test" installs them
+TORCH_TYPES = {"fp32": "float32", "bf16": "bfloat16"}
 INSTALLED = "installed.txt"  # a copy of the requirements, written when all of them are there
 # For llama.cpp, which is compiled here; two jobs, for a small machine's memory.
 BUILD = {"CMAKE_ARGS": "-DGGML_NATIVE=ON", "CMAKE_BUILD_PARALLEL_LEVEL": "2"}
@@ -68,6 +71,9 @@ def requirements(name: str) -> Path:
 
 def state(name: str, root: Path) -> str:
     """Return "installed", "missing", or "outdated" (installed by other requirements)."""
+    if name in IN_PLACE:
+        found = all(importlib.util.find_spec(module) for module in (name, "transformers"))
+        return "installed" if found else "missing"
     marker = root / name / INSTALLED
     if not marker.exists():
         return "missing"
@@ -80,7 +86,10 @@ def install(name: str, root: Path) -> None:
 
     Raises:
         CalledProcessError: pip failed.
+        ValueError: the peer has no environment of its own.
     """
+    if name in IN_PLACE:
+        raise ValueError(f"{name} is a peer in our own environment: pip install '.[bench]'")
     folder = root / name
     (folder / INSTALLED).unlink(missing_ok=True)
     python = folder / "bin" / "python"
@@ -116,13 +125,20 @@ class Worker:
                 how = f"python bench/peers.py install {spec.name}"
                 raise Unavailable(f"{spec.name} is {found} ({how})")
             python, environment = root / spec.name / "bin" / "python", _peer_environment()
+            if spec.name in IN_PLACE:
+                python, environment = sys.executable, os.environ
             try:
                 path = export(spec.name, spec.format, model, root)
             except (ValueError, RuntimeError) as error:
                 raise Unavailable(str(error)) from None
         script = HERE / "peers" / f"worker_{spec.name.replace('.', '_').replace('-', '_')}.py"
+        options = [option for option in spec.options if not option.startswith("threads=")]
+        for option in set(spec.options) - set(options):
+            threads = int(option.removeprefix("threads="))
+        if spec.name == "torch":
+            options.append(f"dtype={TORCH_TYPES[spec.format]}")
         command = [python, script, path, "--threads", str(threads)]
-        command += [f"--option={option}" for option in spec.options]
+        command += [f"--option={option}" for option in options]
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             command,

@@ -6,14 +6,14 @@
     python bench/peers.py compare --ours int4 --peer llama.cpp:Q4_0:flash=off --op prefill
     python bench/peers.py compare --ours int4 --peer llama.cpp:as-shipped --quality
 
-Each peer has a virtual environment of its own. On the first use of a format our model is exported
-to it. Exporters need torch: where the index has builds for GPUs first, have pip take a small one
-by PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+Each peer has a virtual environment of its own, but for torch, which has ours. An option threads=N
+gives one engine its own number of threads. On the first use of a format our model is exported to
+it. Exporters need torch: where the index has builds for GPUs first, have pip take a small one by
+PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
 """
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,7 +22,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from export import FORMATS, default_root
-from peer_compare import TOKENS, Result, compare
+from machine import processor
+from peer_compare import SEQUENCES, TOKENS, Result, compare
 from peer_workers import Spec, install, state
 
 
@@ -76,8 +77,8 @@ def _list(args: argparse.Namespace) -> int:
 def _install(args: argparse.Namespace) -> int:
     try:
         install(args.name, args.root)
-    except subprocess.CalledProcessError as error:
-        print(f"error: pip ended with status {error.returncode}", file=sys.stderr)
+    except (subprocess.CalledProcessError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{args.name} is installed in {args.root / args.name}")
     return 0
@@ -116,37 +117,35 @@ def _progress(text: str) -> None:
         print(f"\r{text:<78}", end="\r", file=sys.stderr, flush=True)
 
 
-def processor() -> str:
-    """Name this machine's processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def _print(results: list[Result], op: str) -> None:
     """Print a Markdown table; ratios are of the same round, times of the first engine."""
     first = results[0]
     quality = any(result.quality for result in results)
-    header = ["engine", "version", "weights MB", f"{op} tokens/s", "ms/token (min … max)"]
+    header = [
+        "engine",
+        "version",
+        "weights MB",
+        f"{op} tokens/s",
+        f"ms/{'step' if op == 'batch' else 'token'} (min … max)",
+    ]
     header += [f"{first.spec} is faster by (min … max)", "each round"]
     header += ["KL", "same top-1", "perplexity"] if quality else []
     for row in (header, ["---"] * len(header)):
         print("|", " | ".join(row), "|")
     for result in results:
-        print("|", " | ".join(_cells(result, first, quality)), "|")
+        print("|", " | ".join(_cells(result, first, quality, op)), "|")
     for result in results:
         if result.fault:
             print(f"\n{result.spec}: {result.fault}")
 
 
-def _cells(result: Result, first: Result, quality: bool) -> list[str]:
+def _cells(result: Result, first: Result, quality: bool, op: str) -> list[str]:
     about = result.about
     cells = [str(result.spec), about.get("version", "")]
     cells.append(f"{about['weight_nbytes'] / 1e6:.1f}" if about else "")
     if result.seconds:
-        cells.append(f"{1 / statistics.median(result.seconds):.1f}")
+        together = SEQUENCES if op == "batch" else 1
+        cells.append(f"{together / statistics.median(result.seconds):.1f}")
         cells.append(_spread([1e3 * seconds for seconds in result.seconds]))
     else:
         cells += ["**missing**", ""]

@@ -59,6 +59,19 @@ def test_ours_is_measured_and_a_missing_peer_is_reported(model, tmp_path):
     assert not peer.seconds and "install llama.cpp" in peer.fault
 
 
+def test_torch_runs_the_same_weights(model, tmp_path):
+    ids, path = random_ids(tiny_config(), 12).tolist(), tmp_path / "logits.npy"
+    worker = Worker(Spec.parse("torch:fp32"), str(model), 1, tmp_path)
+    try:
+        worker.ask("logits", ids=ids, path=str(path))
+        assert len(worker.ask("decode", context=4, tokens=3)["seconds"]) == 3
+        assert len(worker.ask("batch", sequences=2, context=4, tokens=3)["seconds"]) == 3
+        assert worker.ask("prefill", tokens=5)["seconds"]
+    finally:
+        worker.close()
+    assert distance(logits(model, ids), np.load(path), ids)["kl"] < 1e-6
+
+
 def test_an_engine_that_fails_says_why(model, tmp_path):
     with pytest.raises(Unavailable, match="format must be one of"):
         Worker(Spec.parse_ours("int7"), str(model), 1, tmp_path)

@@ -9,14 +9,15 @@
 #include <string>
 #include <vector>
 
-#include "bandwidth.h"
 #include "bindings_tokenizer.h"
 #include "checksum.h"
 #include "dispatch.h"
 #include "activation_buffer.h"
 #include "executor.h"
 #include "gqa_attention.h"
+#include "machine_probe.h"
 #include "memory.h"
+#include "plan.h"
 #include "sampling.h"
 
 namespace py = pybind11;
@@ -449,6 +450,49 @@ void bind_cache(py::module_& m) {
           "tokens"_a, "Forget all but the first tokens.");
 }
 
+// Probes of csrc/machine_probe.h: each measures for some milliseconds, without the GIL.
+void bind_machine_probe(py::module_& m) {
+  using namespace pybind11::literals;
+  const auto probe = [&m](const char* name, double (*measure)(const KernelTable&, int),
+                          const char* doc) {
+    m.def(
+        name,
+        [measure](int threads, const std::string& isa) {
+          const KernelTable& kernels = kernel_table(isa);
+          check_threads(threads);
+          py::gil_scoped_release release;
+          return measure(kernels, threads);
+        },
+        "threads"_a, "isa"_a = "", doc);
+  };
+  probe("read_bandwidth", read_bandwidth,
+        "Bytes per second that `threads` threads read from memory together.");
+  probe("int8_peak", int8_peak, "int8 operations per second of registers alone (a product is 2).");
+  probe("fp32_peak", fp32_peak, "fp32 operations per second of registers alone (an fma is 2).");
+  m.def(
+      "cache_bandwidth",
+      [](int threads, int64_t nbytes_per_thread, const std::string& isa) {
+        const KernelTable& kernels = kernel_table(isa);
+        check_threads(threads);
+        if (nbytes_per_thread < 1 || nbytes_per_thread > (int64_t{1} << 32))
+          throw py::value_error("nbytes_per_thread must be in 1..2^32, got " +
+                                std::to_string(nbytes_per_thread));
+        py::gil_scoped_release release;
+        return cache_bandwidth(kernels, threads, nbytes_per_thread);
+      },
+      "threads"_a, "nbytes_per_thread"_a, "isa"_a = "",
+      "Bytes per second that threads read from caches, each again and again its own buffer.");
+  m.def(
+      "barrier_seconds",
+      [](int threads) {
+        check_threads(threads);
+        py::gil_scoped_release release;
+        return barrier_seconds(threads);
+      },
+      "threads"_a, "Seconds that a barrier of `threads` running threads takes.");
+  m.def("l2_cache_nbytes", &l2_cache_nbytes);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -459,14 +503,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("tile_nbytes", [](const std::string& kind, int64_t cols) {
     return tile_nbytes(to_kind(kind, "weight"), cols);
   });
-  m.def(
-      "read_bandwidth",
-      [](int threads) {
-        check_threads(threads);
-        py::gil_scoped_release release;
-        return read_bandwidth(threads);
-      },
-      "threads"_a, "Bytes per second that `threads` threads read from memory together.");
+  bind_machine_probe(m);
   m.def(
       "allocate",
       [](int64_t nbytes) {

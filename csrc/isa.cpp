@@ -23,6 +23,7 @@ namespace {
 #include "kernels/rope.h"
 #include "kernels/softmax.h"
 #include "kernels/attention.h"
+#include "kernels/peak.h"
 
 }  // namespace
 

@@ -114,7 +114,11 @@ struct Tiles {
   X(block_max,           void(const float* x, float* out, int64_t n))                               \
   /* out = exp((x - max) / temperature), unless null; sums[b] = sum of block b; x, out (n) */       \
   X(softmax_weights,     void(const float* x, float* out, float* sums, int64_t n, float max,        \
-                              float temperature))
+                              float temperature))                                                     \
+  /* The table's limits, for machine_probe.h: products done in `rounds`; the sum of values. */      \
+  X(peak_dot,            int64_t(int64_t rounds, int32_t* sink))                                    \
+  X(peak_fma,            int64_t(int64_t rounds, float* sink))                                      \
+  X(read_sum,            double(const float* values, int64_t count))
 // clang-format on
 
 template <class Signature>

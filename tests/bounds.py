@@ -22,6 +22,41 @@ def _chain(n: int) -> int:
     return -(-n // 16) + 4
 
 
+def assert_right(stem: str, args: tuple, got: Tensor | tuple[Tensor, ...]) -> None:
+    """Hold the result of a kernel to the reference: exactly where it is exact, else in its bound.
+
+    Args:
+        stem: name of the op.
+        args: its arguments, float32 where floating.
+        got: what `cases.run_kernel` returned for them.
+    """
+    if stem == "quantize_per_token":
+        for part, want in zip(got, reference.quantize_per_token(*args), strict=True):
+            assert torch.equal(part, want), f"{stem} is not the reference's"
+    elif stem == "linear" and args[2] == args[5] == "int8":  # integer sums: exact
+        assert torch.equal(got, reference.linear(*args)), f"{stem} is not the reference's"
+    else:
+        exact = tuple(
+            a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
+        )
+        want = _exact(stem, exact)
+        bound, error = error_bound(stem, exact), (got.double() - want).abs()
+        assert got.shape == want.shape, f"{stem} has shape {got.shape}, not {want.shape}"
+        worst = (error / bound.clamp(min=1e-300)).max()
+        # a comparison with NaN is false
+        assert (error <= bound).all(), f"error of {stem} is {worst:.2f} times its bound"
+        # A bound that admits a wrong answer is none.
+        assert bound.max() < 1e-3 * want.abs().max()
+
+
+def _exact(stem: str, args: tuple) -> Tensor:
+    if stem == "swiglu" and len(args) > 3:
+        x, gate, up, kind, activation, rows, cols = args
+        gate, up = (reference.linear(x, w, kind, rows, cols, activation) for w in (gate, up))
+        return torch.nn.functional.silu(gate) * up
+    return getattr(reference, stem)(*args)
+
+
 def error_bound(stem: str, args: tuple) -> Tensor:
     """Return the largest allowed error of each output element.
 
@@ -67,11 +102,21 @@ def _gqa_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tens
     return torch.einsum("bhst,bthd->bshd", weights * total, v.abs())
 
 
-def _swiglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
-    terms = _chain(x.shape[-1])
-    gate, up = x @ gate_weight.T, x @ up_weight.T
-    gate_error = terms * U * (x.abs() @ gate_weight.abs().T)
-    up_error = terms * U * (x.abs() @ up_weight.abs().T)
+def _swiglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor, *packed) -> Tensor:
+    if packed:
+        kind, activation, rows, cols = packed
+        shape = (kind, rows, cols, activation)
+        gate, up = (reference.linear(x, w, *shape) for w in (gate_weight, up_weight))
+        gate_error, up_error = (
+            # exact integers, then two products
+            2 * U * gate.abs().maximum(up.abs()) if kind == "int8" else _linear(x, w, *shape)
+            for w in (gate_weight, up_weight)
+        )
+    else:
+        terms = _chain(x.shape[-1])
+        gate, up = x @ gate_weight.T, x @ up_weight.T
+        gate_error = terms * U * (x.abs() @ gate_weight.abs().T)
+        up_error = terms * U * (x.abs() @ up_weight.abs().T)
     silu = torch.nn.functional.silu(gate).abs()
     silu_error = 1.1 * gate_error + 6 * U * silu  # slope at most 1.1; e^x (4), sum, quotient
     return up.abs() * silu_error + silu * up_error + silu_error * up_error + U * silu * up.abs()

@@ -1,6 +1,7 @@
 """The table of cases: for each op stem, sizes and how to make its arguments from them.
 
-Tests check every case; benchmarks time those of whole models. Argument order is the op's.
+Tests check every case of `CASES`; benchmarks check and time those of whole models, `model_cases`.
+Argument order is the op's.
 """
 
 from collections.abc import Callable
@@ -76,6 +77,41 @@ LINEAR_KINDS = [
 ]
 
 
+DECODE, PREFILL = 1, 128  # rows of a decode step, and of a chunk of a prompt
+
+
+def model_cases(config: MobileLLMConfig) -> dict[str, list[dict]]:
+    """List, per op stem, the sizes that a model of this shape runs it with.
+
+    The head sees one row only: a prompt needs the logits of its last token.
+    """
+    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    projections = ((heads * dim, hidden), (kv_heads * dim, hidden), (hidden, inner))
+    attention = ((1, 128), (1, 512), (1, 2048), (PREFILL, PREFILL), (PREFILL, 512))
+    by_row = [{"rows": rows, "cols": hidden} for rows in (DECODE, PREFILL)]
+    return {
+        "rms_norm": by_row,
+        "quantize_per_token": by_row,
+        "rope": [
+            {"batch": 1, "seq": rows, "heads": heads, "head_dim": dim} for rows in (DECODE, PREFILL)
+        ],
+        "gqa_attention": [
+            dict(batch=1, seq=seq, kv_seq=kv_seq, heads=heads, kv_heads=kv_heads, head_dim=dim)
+            for seq, kv_seq in attention
+        ],
+        "swiglu": [{"rows": rows, "inner": inner, "cols": hidden} for rows in (DECODE, PREFILL)],
+        "linear": [
+            *(
+                {"rows": rows, "outputs": outputs, "cols": cols}
+                for outputs, cols in projections
+                for rows in (DECODE, PREFILL)
+            ),
+            {"rows": DECODE, "outputs": config.vocab_size, "cols": hidden},
+        ],
+    }
+
+
 def each_case(*stems: str) -> list[tuple[str, dict]]:
     """List (stem, sizes) of the given stems, or of all."""
     return [(stem, sizes) for stem in stems or CASES for sizes in CASES[stem]]
@@ -92,46 +128,79 @@ def make_args(stem: str, sizes: dict, seed: int = 0, **options) -> tuple:
     Args:
         stem: name of the op.
         sizes: one entry of `CASES[stem]`.
-        options: for `linear`, the weight's `kind` and the `activation`.
+        options: for `linear` and `swiglu`, the weights' `kind` and the `activation`.
     """
     return _MAKERS[stem](np.random.default_rng(seed), **sizes, **options)
 
 
-def run_kernel(stem: str, args: tuple, isa: str = "") -> torch.Tensor:
-    """Call the C++ kernel of an op with one output, prefilled with NaN.
+def run_kernel(stem: str, args: tuple, isa: str = "") -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """Call the C++ kernel of an op, its outputs prefilled with NaN (codes: with 99).
 
     Args:
         stem: name of the op.
         args: from `make_args`.
         isa: name of a kernel table; the best if empty.
+
+    Returns:
+        The output, or the outputs of an op with several.
     """
+    call, out = bind_kernel(stem, args, isa)
+    call()
+    return out
+
+
+def bind_kernel(
+    stem: str, args: tuple, isa: str = "", threads: int = 1
+) -> tuple[Callable[[], None], torch.Tensor | tuple[torch.Tensor, ...]]:
+    """Prepare a call of the C++ kernel of an op; arguments as for `run_kernel`.
+
+    Returns:
+        A function that computes, and the output or outputs that it writes to.
+    """
+    if stem == "quantize_per_token":
+        (x,) = args
+        codes, scales = np.full(x.shape, 99, np.int8), np.full(len(x), np.nan, np.float32)
+        outputs = (torch.from_numpy(codes), torch.from_numpy(scales))
+        return lambda: _C.quantize_per_token(x.numpy(), codes, scales, isa), outputs
+    x = args[0].numpy()
     if stem == "rms_norm":
-        x, weight, eps = args
+        weight, eps = args[1].numpy(), args[2]
         out = np.full(x.shape, np.nan, np.float32)
-        _C.rms_norm(x.numpy(), weight.numpy(), eps, out, isa)
+
+        def call():
+            _C.rms_norm(x, weight, eps, out, isa)
     elif stem == "rope":
-        x, cos, sin = args
+        cos, sin = args[1].numpy(), args[2].numpy()
         out = np.full(x.shape, np.nan, np.float32)
-        cos, sin = cos.numpy(), sin.numpy()
-        for one, result in zip(x.numpy(), out, strict=True):
-            _C.rope(one, cos, sin, result, isa)
+
+        def call():
+            for one, result in zip(x, out, strict=True):
+                _C.rope(one, cos, sin, result, isa)
     elif stem == "gqa_attention":
-        q, k, v, scale = args
-        out = np.full(q.shape, np.nan, np.float32)
-        for i, result in enumerate(out):
-            inputs = (t[i].numpy() for t in (q, k, v))
-            _C.gqa_attention(*inputs, scale or q.shape[-1] ** -0.5, result, isa)
+        k, v = args[1].numpy(), args[2].numpy()
+        scale = args[3] or x.shape[-1] ** -0.5
+        out = np.full(x.shape, np.nan, np.float32)
+
+        def call():
+            for i, result in enumerate(out):
+                _C.gqa_attention(x[i], k[i], v[i], scale, result, isa)
     elif stem == "swiglu":
-        x, gate, up = args
-        out = np.full((len(x), len(gate)), np.nan, np.float32)
-        gate, up = (("fp32", *w.shape, w.numpy()) for w in (gate, up))
-        _C.swiglu(x.numpy(), gate, up, out, "float", isa)
+        _, gate, up, kind, activation = (*args, "fp32", "float")[:5]
+        rows, cols = (len(gate), x.shape[1]) if len(args) == 3 else args[5:]
+        out = np.full((len(x), rows), np.nan, np.float32)
+        gate, up = ((kind, rows, cols, w.numpy()) for w in (gate, up))
+
+        def call():
+            _C.swiglu(x, gate, up, out, activation, isa, threads)
     elif stem == "linear":
-        x, packed, kind, rows, cols, activation = args
+        _, packed, kind, rows, cols, activation = args
         out = np.full((len(x), rows), np.nan, np.float32)
         weight = (kind, rows, cols, packed.numpy())
-        _C.linear(x.numpy(), weight, out, activation, isa)
-    return torch.from_numpy(out)
+
+        def call():
+            _C.linear(x, weight, out, activation, isa, threads)
+
+    return call, torch.from_numpy(out)
 
 
 def _normal(rng: np.random.Generator, *shape: int, spread: float = 1.0) -> torch.Tensor:
@@ -157,9 +226,14 @@ def _gqa_attention(rng, batch, seq, kv_seq, heads, kv_heads, head_dim):
     return q, k, v, None
 
 
-def _swiglu(rng, rows, inner, cols):
+def _swiglu(rng, rows, inner, cols, kind="fp32", activation="float"):
     gate, up = (_normal(rng, inner, cols, spread=2 * cols**-0.5) for _ in range(2))
-    return _normal(rng, rows, cols), gate, up
+    x = _normal(rng, rows, cols)
+    if kind == "fp32":
+        return x, gate, up
+    # the kernel of the engine; the torch operator takes float32 weights only
+    gate, up = (torch.from_numpy(quant.pack(w.numpy(), kind).data) for w in (gate, up))
+    return x, gate, up, kind, activation, inner, cols
 
 
 def _quantize_per_token(rng, rows, cols):

@@ -2,6 +2,8 @@
 
     {"op": "prefill", "tokens": 512}                  -> {"seconds": [one]}
     {"op": "decode", "context": 128, "tokens": 64}    -> {"seconds": [one per token]}
+    {"op": "batch", "sequences": 8, "context": 128, "tokens": 64}
+                                                      -> {"seconds": [one per step of all]}
     {"op": "logits", "ids": [...], "path": "x.npy"}   -> {}; writes float32 (tokens, vocabulary)
 
 The first line out, {"ready": ...}, describes the engine; a failed command answers {"error": ...}.
@@ -39,6 +41,10 @@ class Engine(ABC):
     @abstractmethod
     def decode(self, ids: list[int], tokens: int) -> list[float]:
         """Return the seconds of each of `tokens` greedy steps that follow `ids`."""
+
+    def batch(self, prompts: list[list[int]], tokens: int) -> list[float]:
+        """Return the seconds of each of `tokens` greedy steps of all prompts together."""
+        raise NotImplementedError("batches of this engine are not measured")
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """Return float32 (len(ids), vocabulary)."""
@@ -79,6 +85,9 @@ def serve(kind: type[Engine]) -> None:
             elif command["op"] == "decode":
                 ids = prompt(command["context"])
                 answer(seconds=engine.decode(ids, command["tokens"]))
+            elif command["op"] == "batch":
+                prompts = [prompt(command["context"]) for _ in range(command["sequences"])]
+                answer(seconds=engine.batch(prompts, command["tokens"]))
             elif command["op"] == "logits":
                 np.save(command["path"], engine.logits(command["ids"]).astype(np.float32))
                 answer()

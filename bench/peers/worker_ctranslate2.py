@@ -24,6 +24,19 @@ class CTranslate2(protocol.Engine):
     def decode(self, ids, tokens):
         return protocol.differences(self._generate(ids, tokens + 1))
 
+    def batch(self, prompts, tokens):
+        times = []
+        for count in (1, 1 + tokens):  # what more tokens take, so the prompts do not count
+            started = perf_counter()
+            self.generator.generate_batch(
+                [[self.tokens[i] for i in ids] for ids in prompts],
+                max_length=count,
+                min_length=count,
+                include_prompt_in_result=False,
+            )
+            times.append(perf_counter() - started)
+        return [(times[1] - times[0]) / tokens]
+
     def logits(self, ids):
         return np.array(self.generator.forward_batch([ids]))[0]
 

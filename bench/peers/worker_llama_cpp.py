@@ -25,12 +25,8 @@ class LlamaCpp(protocol.Engine):
         model = llama_cpp.llama_model_load_from_file(
             path.encode(), llama_cpp.llama_model_default_params()
         )
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch = CONTEXT, BATCH
-        params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type = FLASH[flash]
-        params.n_outputs_max_per_seq = 0  # as many as are asked for
-        self.context = model and llama_cpp.llama_init_from_model(model, params)
+        self.model, self.threads, self.flash = model, threads, FLASH[flash]
+        self.context = model and self._context(1)
         if not self.context:
             raise RuntimeError(f"llama.cpp cannot load {path}")
         self.memory = llama_cpp.llama_get_memory(self.context)
@@ -52,10 +48,53 @@ class LlamaCpp(protocol.Engine):
             times.append(perf_counter())
         return protocol.differences(times)
 
+    def batch(self, prompts, tokens):
+        count = len(prompts)
+        context = self._context(count)
+        try:
+            rows = [
+                (token, i, seq) for seq, ids in enumerate(prompts) for i, token in enumerate(ids)
+            ]
+            ends = {(len(ids) - 1, seq) for seq, ids in enumerate(prompts)}
+            following = self._step(context, rows, [(i, seq) in ends for _, i, seq in rows])
+            times = [perf_counter()]
+            for step in range(tokens):
+                rows = [(following[seq], len(ids) + step, seq) for seq, ids in enumerate(prompts)]
+                following = self._step(context, rows, [True] * count)
+                times.append(perf_counter())
+        finally:
+            llama_cpp.llama_free(context)
+        return protocol.differences(times)
+
     def logits(self, ids):
         self._clear()
         parts = [self._forward(ids[i : i + 512], True).copy() for i in range(0, len(ids), 512)]
         return np.concatenate(parts)
+
+    def _context(self, sequences: int):
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch = CONTEXT, BATCH
+        params.n_seq_max, params.kv_unified = sequences, True
+        params.n_threads = params.n_threads_batch = self.threads
+        params.flash_attn_type = self.flash
+        params.n_outputs_max_per_seq = 0  # as many as are asked for
+        return llama_cpp.llama_init_from_model(self.model, params)
+
+    def _step(self, context, rows: list[tuple[int, int, int]], wanted: list[bool]) -> list[int]:
+        """Run (token, position, sequence) rows; return the likeliest token after each wanted."""
+        batch = llama_cpp.llama_batch_init(len(rows), 0, 1)
+        try:
+            batch.n_tokens = len(rows)
+            for i, (token, position, sequence) in enumerate(rows):
+                batch.token[i], batch.pos[i] = token, position
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+                batch.logits[i] = wanted[i]
+            if status := llama_cpp.llama_decode(context, batch):
+                raise RuntimeError(f"llama_decode returned {status}")
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        found = llama_cpp.llama_get_logits(context)
+        return np.ctypeslib.as_array(found, (sum(wanted), self.vocab_size)).argmax(-1).tolist()
 
     def _clear(self) -> None:
         llama_cpp.llama_memory_clear(self.memory, False)

@@ -38,6 +38,16 @@ class OnnxRuntimeGenAI(protocol.Engine):
             times.append(perf_counter())
         return protocol.differences(times)
 
+    def batch(self, prompts, tokens):
+        generator = self._generator(len(prompts[0]) + tokens + 1, len(prompts))
+        generator.append_tokens(np.array(prompts, np.int32))
+        generator.generate_next_token()
+        times = [perf_counter()]
+        for _ in range(tokens):
+            generator.generate_next_token()
+            times.append(perf_counter())
+        return protocol.differences(times)
+
     def logits(self, ids):
         generator = self._generator(len(ids) + 1)
         rows = []
@@ -46,10 +56,12 @@ class OnnxRuntimeGenAI(protocol.Engine):
             rows.append(np.array(generator.get_output("logits"))[0, -1])
         return np.stack(rows)
 
-    def _generator(self, length: int):
+    def _generator(self, length: int, sequences: int = 1):
         params = onnxruntime_genai.GeneratorParams(self.model)
         # No end of text before `length`; greedy.
-        params.set_search_options(max_length=length, min_length=length, do_sample=False)
+        params.set_search_options(
+            max_length=length, min_length=length, do_sample=False, batch_size=sequences
+        )
         return onnxruntime_genai.Generator(self.model, params)
 
 

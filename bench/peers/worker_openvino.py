@@ -34,6 +34,10 @@ class OpenVINO(protocol.Engine):
         # The first duration is the prompt's; the clock is the library's own, in microseconds.
         return [1e-6 * each for each in self._generate(ids, tokens + 1).m_durations[-tokens:]]
 
+    def batch(self, prompts, tokens):
+        durations = self._generate_all(prompts, tokens + 1).m_durations
+        return [1e-6 * each for each in durations[-tokens:]]
+
     def logits(self, ids):
         # The pipeline keeps them to itself; the same model file in the bare runtime does not.
         model = openvino.Core().compile_model(
@@ -48,8 +52,12 @@ class OpenVINO(protocol.Engine):
         return model(inputs)["logits"][0]
 
     def _generate(self, ids: list[int], tokens: int):
+        return self._generate_all([ids], tokens)
+
+    def _generate_all(self, prompts: list[list[int]], tokens: int):
+        ids = np.array(prompts)
         inputs = openvino_genai.TokenizedInputs(
-            openvino.Tensor(np.array([ids])), openvino.Tensor(np.ones((1, len(ids)), np.int64))
+            openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids))
         )
         config = openvino_genai.GenerationConfig(
             max_new_tokens=tokens, ignore_eos=True, do_sample=False

@@ -1,0 +1,126 @@
+"""pytest's part of the benchmarks: options, progress, and what a saved run says of its machine."""
+
+import sys
+from pathlib import Path
+from time import perf_counter
+
+import package_under_test
+import pytest
+
+package_under_test.prefer_installed()
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+
+AT_START = pytest.StashKey()  # facts and limits of the machine
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("mobilellm_fast")
+    group.addoption("--rounds", type=int, default=7, help="turns of each work (default: 7)")
+    group.addoption(
+        "--smoke",
+        action="store_true",
+        help="one round of everything, short: shows that it works, not how fast it is",
+    )
+    group.addoption("--peers-root", type=Path, help="where bench/peers.py installed its peers")
+    group.addoption("--model", help="model of the benchmarks of a real one (default: SmolLM2-135M)")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:  # the slowest take minutes: exports, compilers, a cold peer
+        if item.path.name.startswith("bench_"):
+            item.add_marker(pytest.mark.timeout(1500))
+
+
+def pytest_collection_finish(session):
+    benchmarks = [item for item in session.items if item.path.name.startswith("bench_")]
+    if benchmarks and not session.config.getoption("collectonly"):
+        import machine
+
+        session.config.stash[AT_START] = machine.facts(), machine.limits()
+
+
+@pytest.fixture(scope="session")
+def smoke(pytestconfig) -> bool:
+    return pytestconfig.getoption("smoke")
+
+
+@pytest.fixture(scope="session")
+def rounds(pytestconfig, smoke) -> int:
+    return 1 if smoke else pytestconfig.getoption("rounds")
+
+
+@pytest.fixture
+def say(pytestconfig):
+    """Tell what a long benchmark does now: a function of one text."""
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+    progress = pytestconfig.pluginmanager.getplugin("bench-progress")
+
+    def tell(text: str) -> None:
+        with capture.global_and_fixture_disabled():
+            progress.detail(text)
+
+    return tell
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Progress(), "bench-progress")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(config, machine_info):
+    import machine
+
+    start = config.stash.get(AT_START, None) or (machine.facts(), machine.limits())
+    machine_info["bench"] = start[0] | {
+        "limits": start[1],  # of 1 and of all threads, before the first benchmark
+        "limits_end": None if config.getoption("smoke") else machine.limits(),
+        "rounds": config.getoption("rounds"),
+        "smoke": config.getoption("smoke"),
+    }
+
+
+class Progress:
+    """Shows which benchmark runs, how many there are, and the time since the start.
+
+    A bar on a terminal, a line per benchmark elsewhere.
+    """
+
+    def __init__(self):
+        self.bar, self.done, self.total, self.started = None, 0, 0, 0.0
+
+    def pytest_collection_finish(self, session):
+        self.total, self.started = len(session.items), perf_counter()
+        if sys.stderr.isatty() and self.total and not session.config.getoption("collectonly"):
+            from tqdm import tqdm
+
+            tqdm.monitor_interval = 0  # no thread beside what is measured
+            self.bar = tqdm(total=self.total, unit="test", dynamic_ncols=True, mininterval=0)
+
+    def pytest_runtest_logstart(self, nodeid):
+        self.done += 1
+        name = nodeid.rpartition("/")[2]
+        if self.bar is None:
+            seconds = perf_counter() - self.started
+            print(f"[{self.done}/{self.total}, {seconds:.0f} s] {name}", file=sys.stderr)
+        else:
+            self.bar.set_description(name[-60:])
+
+    def pytest_runtest_logfinish(self):
+        if self.bar is not None:
+            self.bar.set_postfix_str("", refresh=False)
+            self.bar.update()
+
+    def pytest_report_teststatus(self, report):
+        """Leave out the dot of a passed test: the progress tells as much."""
+        return ("passed", "", "PASSED") if report.when == "call" and report.passed else None
+
+    def pytest_sessionfinish(self):
+        if self.bar is not None:
+            self.bar.close()
+
+    def detail(self, text: str) -> None:
+        if self.bar is None:
+            print(f"    {text}", file=sys.stderr)
+        else:
+            self.bar.set_postfix_str(text[-60:])
