@@ -57,10 +57,17 @@ struct Weight {
 };
 
 // What the inputs of a linear layer are rounded to: nothing, 8 bits with one scale per token (the
-// paper's W8A8), or 8 bits with one scale per token and group.
+// paper's W8A8), or 8 bits with one scale per token and group, 16 bits in wide groups: those in
+// which the largest input leaves few of the 8 bits to the others. A few inputs of trained models
+// are much larger than their neighbours; rounding those groups alone more finely takes away most of
+// the error, for little time.
 enum class ActivationKind : int32_t { floating, int8, int8_g32 };
 
 constexpr int32_t kMaxCode = 127;  // codes are symmetric: -127..127
+// A group is wide if the squares of its codes sum up to at most this: in a normal group of 32 it is
+// five times as much. Between 1/10 and 1/6 of all groups of SmolLM2-135M.
+constexpr int32_t kWideEnergy = 3 * kMaxCode * kMaxCode / 2;
+constexpr float kLowSteps = 2 * kMaxCode;  // value = scale * (code + low code / kLowSteps)
 
 // Inputs of a linear layer, one row per token: floats for float weights, integer codes otherwise.
 struct Activations {
@@ -68,9 +75,11 @@ struct Activations {
   int64_t cols;
   float* values;      // (rows, cols)
   int8_t* codes;      // (rows, padded cols), 0 beyond cols
+  int8_t* low_codes;  // (rows, padded cols), 0 in groups that are not wide
   float* scales;      // (rows, groups): value = scale * code
-  int32_t* offsets;   // (rows, groups): what the sum of products of a group starts from
+  int32_t* offsets;   // (rows, groups, 2): what the sums of products with both codes start from
   float* group_sums;  // (rows, groups): sum of the values of a group
+  uint8_t* wide;      // (rows, groups): 1 where there are low codes
 
   MLF_INLINE int64_t groups() const { return ceil_div(cols, kGroup); }
   MLF_INLINE int64_t padded_cols() const { return groups() * kGroup; }
@@ -79,9 +88,11 @@ struct Activations {
             cols,
             values + row * cols,
             codes + row * padded_cols(),
+            low_codes + row * padded_cols(),
             scales + row * groups(),
-            offsets + row * groups(),
-            group_sums + row * groups()};
+            offsets + 2 * row * groups(),
+            group_sums + row * groups(),
+            wide + row * groups()};
   }
 };
 

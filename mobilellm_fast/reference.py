@@ -122,7 +122,8 @@ def linear(
         kind: "fp32", "bf16", "int8", "int8_g32" or "int4_g32", see `mobilellm_fast.quant`.
         rows, cols: output and input features.
         activation: "float" leaves `x` as it is; the others round it to 8-bit codes, symmetrically:
-            "int8" with one scale per row, "int8_g32" with one per group of 32 inputs.
+            "int8" with one scale per row, "int8_g32" with one per group of 32 inputs, and to 16
+            bits in groups with one large and many small inputs, see `round_activations`.
 
     Returns:
         (..., rows), dtype of `x`.
@@ -178,13 +179,24 @@ def dequantize(packed: Tensor, kind: str, rows: int, cols: int) -> Tensor:
 
 
 def round_activations(x: Tensor, activation: str) -> Tensor:
-    """Return x (..., n) float32 as its codes see it, "int8" or "int8_g32": (..., n) float64."""
+    """Return x (..., n) float32 as its codes see it: (..., n) float64.
+
+    "int8" takes one scale per row, "int8_g32" one per group of 32. There, if the squares of all
+    codes sum up to no more than 1.5 times the largest one, what the codes leave is rounded to
+    another 8 bits: the largest input has left too little of the first 8 to the others.
+    """
+    if activation == "int8":
+        codes, scales = round_rows(x)
+        return codes.to(torch.float64) * scales.unsqueeze(-1)
     cols = x.shape[-1]
-    if activation == "int8_g32":
-        x = F.pad(x, (0, -cols % GROUP)).unflatten(-1, (-1, GROUP))
-    codes, scales = round_rows(x)
-    values = codes.to(torch.float64) * scales.unsqueeze(-1)
-    return values.flatten(-2)[..., :cols] if activation == "int8_g32" else values
+    groups = F.pad(x, (0, -cols % GROUP)).unflatten(-1, (-1, GROUP))
+    codes, scales = round_rows(groups)
+    wide = codes.square().sum(-1, keepdim=True) <= 3 * 127**2 // 2
+    rest = groups * _inverse_scale(groups.abs().amax(-1)).unsqueeze(-1) - codes
+    low = torch.where(wide, torch.round(rest * 254), 0)
+    scales, low_scales = scales.unsqueeze(-1), (scales * torch.tensor(1 / 254)).unsqueeze(-1)
+    values = codes.to(torch.float64) * scales + low.to(torch.float64) * low_scales
+    return values.flatten(-2)[..., :cols]
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,10 +207,13 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         `codes * scales`.
     """
     peak = x.abs().amax(-1)
-    # not `127 / peak`, which torch computes as a reciprocal and a product, rounding twice
-    inverse = torch.where(peak >= TINY, torch.full_like(peak, 127) / peak, 0)
-    codes = torch.round(x * inverse.unsqueeze(-1))
+    codes = torch.round(x * _inverse_scale(peak).unsqueeze(-1))
     return codes, torch.where(peak >= TINY, peak / 127, 0)
+
+
+def _inverse_scale(peak: Tensor) -> Tensor:
+    # not `127 / peak`, which torch computes as a reciprocal and a product, rounding twice
+    return torch.where(peak >= TINY, torch.full_like(peak, 127) / peak, 0)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -33,6 +33,15 @@ def quantized_rows(x):
     return np.rint(x * inverse).astype(np.int64), (largest / np.float32(127))[:, 0]
 
 
+def low_codes(x, codes):
+    """What the codes of a group leave, in 254ths of their scale, where the group is wide."""
+    largest = np.abs(x).max(axis=1, keepdims=True)
+    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    rest = x * inverse - codes.astype(np.float32)
+    wide = (codes**2).sum(axis=1, keepdims=True) <= 3 * 127**2 // 2
+    return np.where(wide, np.rint(rest * np.float32(254)), 0).astype(np.int64)
+
+
 def exact_linear(x, tensor, activation):
     """The integer kernels' result, operation by operation."""
     weights = tensor.codes.astype(np.int64)
@@ -49,18 +58,24 @@ def exact_linear(x, tensor, activation):
 
     for first in range(0, x.shape[1], 32):
         part, group = slice(first, first + 32), first // 32
+        low = np.zeros_like(codes[:, part])
         if activation == "int8_g32":
-            codes_of_group, scale = quantized_rows(x[:, part])
+            high, scale = quantized_rows(x[:, part])
+            low = low_codes(x[:, part], high)
         else:
-            codes_of_group = codes[:, part]
-        total = (codes_of_group @ weights[:, part].T).astype(np.float32)
-        if tensor.kind == "int8":
-            acc = fma(total, scale[:, None])
-            continue
-        acc = fma(total * scale[:, None], tensor.scales[:, group])
-        if tensor.mins is not None:
-            sums = codes_of_group.sum(axis=1).astype(np.float32) * scale
-            acc = fma(tensor.mins[:, group], sums[:, None])
+            high = codes[:, part]
+        low_scale = scale * np.float32(1 / 254)
+        for code, step in ((high, scale), (low, low_scale)):
+            total = (code @ weights[:, part].T).astype(np.float32)
+            if tensor.kind == "int8":
+                acc = fma(total, step[:, None])
+            else:
+                acc = fma(total * step[:, None], tensor.scales[:, group])
+            if tensor.mins is not None and code is high:
+                sums, low_sums = (c.sum(axis=1).astype(np.longdouble) for c in (high, low))
+                whole = (sums.astype(np.float32) * scale).astype(np.longdouble)
+                whole = (low_sums * low_scale.astype(np.longdouble) + whole).astype(np.float32)
+                acc = fma(tensor.mins[:, group], whole[:, None])
     return acc * tensor.scales if tensor.kind == "int8" else acc
 
 

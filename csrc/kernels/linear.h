@@ -74,7 +74,7 @@ inline void swiglu_tiles(const Activations& x, const Weight& gate, const Weight&
 inline void store_group(const float* values, const Activations& out, int64_t row, int64_t group) {
   const int64_t left = out.cols - group * kGroup, count = left < kGroup ? left : kGroup;
   if (out.kind == ActivationKind::int8_g32)
-    quantize_group(values, count, code_scale(max_abs(values, count)), out, row, group);
+    quantize_group(values, count, code_scale(max_abs(values, count)), out, row, group, true);
   else memcpy(out.values + row * out.cols + group * kGroup, values, sizeof(float) * count);
 }
 

@@ -21,26 +21,46 @@ inline CodeScale code_scale(float largest, float max_code = kMaxCode) {
   return {max_code / largest, largest / max_code};
 }
 
-// Round one group of inputs: x holds those that are there, at most 32.
+inline float low_scale(float scale) { return scale * (1.0f / kLowSteps); }
+
+// Round one group of inputs: x holds those that are there, at most 32. Only `may_be_wide` groups
+// get low codes.
 inline void quantize_group(const float* x, int64_t count, CodeScale scale, const Activations& out,
-                           int64_t row, int64_t group) {
+                           int64_t row, int64_t group, bool may_be_wide) {
+  constexpr int kVecs = kGroup / 16;
   int8_t* codes = out.codes + row * out.padded_cols() + group * kGroup;
-  const VecF inverse = splat(scale.inverse);
+  int8_t* low_codes = out.low_codes + row * out.padded_cols() + group * kGroup;
+  VecF rest[kVecs];  // what the codes leave, in units of their scale
   VecI sums = splat_int(0);
-  for (int64_t i = 0; i < kGroup; i += 16) {
-    const int64_t left = count - i;
+  VecF energy = splat(0.0f);
+  for (int i = 0; i < kVecs; ++i) {
+    const int64_t left = count - 16 * i;
     const VecF v = scale.inverse == 0.0f ? splat(0.0f)  // also where x is not finite
-                   : left >= 16          ? load(x + i)
-                                         : load_first(x + i, left > 0 ? static_cast<int>(left) : 0);
-    const VecI code = round_to_int(mul(v, inverse));
-    store_codes(codes + i, code);
+                   : left >= 16 ? load(x + 16 * i)
+                                : load_first(x + 16 * i, left > 0 ? static_cast<int>(left) : 0);
+    const VecF scaled = mul(v, splat(scale.inverse));
+    const VecI code = round_to_int(scaled);
+    const VecF rounded = to_float(code);
+    rest[i] = sub(scaled, rounded);
+    energy = fma(rounded, rounded, energy);  // exact
+    store_codes(codes + 16 * i, code);
     sums = add(sums, code);
   }
-  const int32_t total = sum(sums);
+  const bool wide = may_be_wide && sum(energy) <= static_cast<float>(kWideEnergy);
+  VecI low_sums = splat_int(0);
+  for (int i = 0; i < kVecs; ++i) {
+    const VecI low = wide ? round_to_int(mul(rest[i], splat(kLowSteps))) : splat_int(0);
+    store_codes(low_codes + 16 * i, low);
+    low_sums = add(low_sums, low);
+  }
   const int64_t at = row * out.groups() + group;
+  const int32_t total = sum(sums), low_total = sum(low_sums);
   out.scales[at] = scale.scale;
-  out.offsets[at] = -kInt8Offset * total;
-  out.group_sums[at] = scale.scale * static_cast<float>(total);
+  out.wide[at] = wide;
+  out.offsets[2 * at] = -kInt8Offset * total;
+  out.offsets[2 * at + 1] = -kInt8Offset * low_total;
+  out.group_sums[at] = fmaf(low_scale(scale.scale), static_cast<float>(low_total),
+                            scale.scale * static_cast<float>(total));
 }
 
 void quantize_activations(const float* x, const Activations& out, int64_t rows) {
@@ -51,7 +71,7 @@ void quantize_activations(const float* x, const Activations& out, int64_t rows) 
       const float* values = x + group * kGroup;
       const int64_t left = out.cols - group * kGroup, count = left < kGroup ? left : kGroup;
       if (!per_token) scale = code_scale(max_abs(values, count));
-      quantize_group(values, count, scale, out, row, group);
+      quantize_group(values, count, scale, out, row, group, !per_token);
     }
   }
 }

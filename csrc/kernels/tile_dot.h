@@ -20,10 +20,32 @@ struct TileReader {
   }
 };
 
-// One group of 8-bit weights, exactly: an integer sum per row and tile, acc[m * T + t].
+// Does any of M rows have low codes in this group?
+template <int M>
+inline bool any_wide(const Activations& x, int64_t group) {
+  uint8_t any = 0;
+  MLF_UNROLL for (int m = 0; m < M; ++m) any |= x.wide[m * x.groups() + group];
+  return any;
+}
+
+// The lines that were read last, again: for the low codes.
+template <int T>
+struct Again {
+  TileReader tiles[T];
+
+  Again(const TileReader* read, int lines) {
+    MLF_UNROLL for (int t = 0; t < T; ++t) tiles[t] = {read[t].line - lines * kStepBytes, 0};
+  }
+};
+
+// One group of 8-bit weights times codes, exactly: an integer sum per row and tile, acc[m * T + t],
+// from its offset on (of `Activations::offsets`, 0 for codes, 1 for low codes).
 template <int M, int T>
-inline void group_dot_int8(TileReader* tiles, const Activations& x, int64_t group, DotSum* acc) {
-  const int8_t* inputs = x.codes + group * kGroup;
+inline void group_dot_int8(TileReader* tiles, const Activations& x, const int8_t* codes, int which,
+                           int64_t group, DotSum* acc) {
+  const int8_t* inputs = codes + group * kGroup;
+  MLF_UNROLL for (int i = 0; i < M * T; ++i) acc[i] =
+      dot_begin(x.offsets[2 * (i / T * x.groups() + group) + which]);
   MLF_UNROLL for (int step = 0; step < kStepsPerGroup; ++step) {
     DotWeights w[T];
     MLF_UNROLL for (int t = 0; t < T; ++t) w[t] = load_step_int8(tiles[t].next());
@@ -36,8 +58,10 @@ inline void group_dot_int8(TileReader* tiles, const Activations& x, int64_t grou
 
 // As above for 4-bit weights.
 template <int M, int T>
-inline void group_dot_int4(TileReader* tiles, const Activations& x, int64_t group, NibbleSum* acc) {
-  const int8_t* inputs = x.codes + group * kGroup;
+inline void group_dot_int4(TileReader* tiles, const Activations& x, const int8_t* codes,
+                           int64_t group, NibbleSum* acc) {
+  const int8_t* inputs = codes + group * kGroup;
+  MLF_UNROLL for (int i = 0; i < M * T; ++i) acc[i] = nibble_begin();
   MLF_UNROLL for (int step = 0; step < kStepsPerGroup / 2; ++step) {
     NibbleWeights low[T], high[T];
     MLF_UNROLL for (int t = 0; t < T; ++t) load_steps_int4(tiles[t].next(), low[t], high[t]);
@@ -60,19 +84,15 @@ inline void tile_dot_w8a8(TileReader* tiles, const Activations& x, VecF* y) {
   VecF scales[T];
   MLF_UNROLL for (int t = 0; t < T; ++t) scales[t] =
       load(reinterpret_cast<const float*>(tiles[t].next()));
-  DotSum acc[M * T];
-  MLF_UNROLL for (int i = 0; i < M * T; ++i) acc[i] = dot_begin(0);
-  for (int64_t group = 0; group < groups; ++group) group_dot_int8<M, T>(tiles, x, group, acc);
-  MLF_UNROLL for (int m = 0; m < M; ++m) {
-    int32_t offset = 0;
-    if (kInt8Offset)
-      for (int64_t group = 0; group < groups; ++group) offset += x.offsets[m * groups + group];
-    const VecF scale = splat(x.scales[m * groups]);
-    MLF_UNROLL for (int t = 0; t < T; ++t) {
-      const VecF total = to_float(add(dot_result(acc[m * T + t]), splat_int(offset)));
-      y[m * T + t] = mul(total, mul(scales[t], scale));
-    }
+  VecI total[M * T];
+  MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = splat_int(0);
+  for (int64_t group = 0; group < groups; ++group) {
+    DotSum acc[M * T];
+    group_dot_int8<M, T>(tiles, x, x.codes, 0, group, acc);
+    MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = add(total[i], dot_result(acc[i]));
   }
+  MLF_UNROLL for (int i = 0; i < M * T; ++i) y[i] =
+      mul(to_float(total[i]), mul(scales[i % T], splat(x.scales[i / T * groups])));
 }
 
 // With one scale per token and group: an exact integer per group, then one fma with its scale.
@@ -85,13 +105,13 @@ inline void tile_dot_int8(TileReader* tiles, const Activations& x, VecF* y) {
   MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = splat(0.0f);
   for (int64_t group = 0; group < groups; ++group) {
     DotSum acc[M * T];
-    MLF_UNROLL for (int i = 0; i < M * T; ++i) acc[i] =
-        dot_begin(x.offsets[i / T * groups + group]);
-    group_dot_int8<M, T>(tiles, x, group, acc);
-    MLF_UNROLL for (int i = 0; i < M * T; ++i) {
-      const VecF scale = splat(x.scales[i / T * groups + group]);
-      total[i] = fma(to_float(dot_result(acc[i])), scale, total[i]);
-    }
+    group_dot_int8<M, T>(tiles, x, x.codes, 0, group, acc);
+    MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] =
+        fma(to_float(dot_result(acc[i])), splat(x.scales[i / T * groups + group]), total[i]);
+    if (!any_wide<M>(x, group)) continue;
+    group_dot_int8<M, T>(Again<T>(tiles, kStepsPerGroup).tiles, x, x.low_codes, 1, group, acc);
+    MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = fma(
+        to_float(dot_result(acc[i])), splat(low_scale(x.scales[i / T * groups + group])), total[i]);
   }
   MLF_UNROLL for (int i = 0; i < M * T; ++i) y[i] = mul(total[i], scales[i % T]);
 }
@@ -104,14 +124,18 @@ inline void tile_dot_int8_g32(TileReader* tiles, const Activations& x, VecF* y) 
   VecF total[M * T];
   MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = splat(0.0f);
   for (int64_t group = 0; group < groups; ++group) {
-    DotSum acc[M * T];
     MLF_UNROLL for (int t = 0; t < T; ++t) halves[t] =
         group % 2 ? halves[t] + kTileRows : reinterpret_cast<const uint16_t*>(tiles[t].next());
-    MLF_UNROLL for (int i = 0; i < M * T; ++i) acc[i] =
-        dot_begin(x.offsets[i / T * groups + group]);
-    group_dot_int8<M, T>(tiles, x, group, acc);
+    DotSum acc[M * T];
+    group_dot_int8<M, T>(tiles, x, x.codes, 0, group, acc);
     MLF_UNROLL for (int i = 0; i < M * T; ++i) {
       const VecF scale = splat(x.scales[i / T * groups + group]);
+      total[i] = fma(mul(to_float(dot_result(acc[i])), scale), load_half(halves[i % T]), total[i]);
+    }
+    if (!any_wide<M>(x, group)) continue;
+    group_dot_int8<M, T>(Again<T>(tiles, kStepsPerGroup).tiles, x, x.low_codes, 1, group, acc);
+    MLF_UNROLL for (int i = 0; i < M * T; ++i) {
+      const VecF scale = splat(low_scale(x.scales[i / T * groups + group]));
       total[i] = fma(mul(to_float(dot_result(acc[i])), scale), load_half(halves[i % T]), total[i]);
     }
   }
@@ -126,19 +150,21 @@ inline void tile_dot_int4_g32(TileReader* tiles, const Activations& x, VecF* y) 
   MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = splat(0.0f);
   for (int64_t group = 0; group < groups; ++group) {
     const uint16_t* halves[T];
-    NibbleSum acc[M * T];
     MLF_UNROLL for (int t = 0; t < T; ++t) halves[t] =
         reinterpret_cast<const uint16_t*>(tiles[t].next());
-    MLF_UNROLL for (int i = 0; i < M * T; ++i) acc[i] = nibble_begin();
-    group_dot_int4<M, T>(tiles, x, group, acc);
-    MLF_UNROLL for (int t = 0; t < T; ++t) {
-      const VecF scales = load_half(halves[t]), mins = load_half(halves[t] + kTileRows);
-      MLF_UNROLL for (int m = 0; m < M; ++m) {
-        const int64_t at = m * groups + group;
-        VecF& sum = total[m * T + t];
-        sum = fma(mul(to_float(dot_result(acc[m * T + t])), splat(x.scales[at])), scales, sum);
-        sum = fma(mins, splat(x.group_sums[at]), sum);
-      }
+    NibbleSum acc[M * T];
+    group_dot_int4<M, T>(tiles, x, x.codes, group, acc);
+    MLF_UNROLL for (int i = 0; i < M * T; ++i) {
+      const int64_t at = i / T * groups + group;
+      const VecF part = mul(to_float(dot_result(acc[i])), splat(x.scales[at]));
+      total[i] = fma(part, load_half(halves[i % T]), total[i]);
+      total[i] = fma(load_half(halves[i % T] + kTileRows), splat(x.group_sums[at]), total[i]);
+    }
+    if (!any_wide<M>(x, group)) continue;
+    group_dot_int4<M, T>(Again<T>(tiles, kStepsPerGroup / 2).tiles, x, x.low_codes, group, acc);
+    MLF_UNROLL for (int i = 0; i < M * T; ++i) {
+      const VecF scale = splat(low_scale(x.scales[i / T * groups + group]));
+      total[i] = fma(mul(to_float(dot_result(acc[i])), scale), load_half(halves[i % T]), total[i]);
     }
   }
   MLF_UNROLL for (int i = 0; i < M * T; ++i) y[i] = total[i];
