@@ -115,7 +115,7 @@ class Executor:
         """Return an empty KV cache.
 
         It has `.length`, `.nbytes`, `.truncate(tokens)`, and `.copy()`, which shares memory until
-        one of the two grows; `.pages()` and `.restore(length, pages)` take it out and back as bytes.
+        one of the two grows; `.pages()` and `.restore(length, pages)` give and take it as bytes.
         """
         return self._executor.new_cache()
 
