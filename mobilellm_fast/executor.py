@@ -120,7 +120,11 @@ class Executor:
         return self._executor.cache_nbytes_per_token
 
     def new_cache(self) -> _C.KVCache:
-        """Return an empty KV cache; it has `.length`, `.nbytes` and `.truncate(tokens)`."""
+        """Return an empty KV cache.
+
+        It has `.length`, `.nbytes`, `.truncate(tokens)`, and `.copy()`, which shares memory until
+        one of the two grows; `.pages()` and `.restore(length, pages)` give and take it as bytes.
+        """
         return self._executor.new_cache()
 
     def forward(

@@ -1,9 +1,9 @@
-"""Generation and scoring: one decoding loop, and what is built on it. numpy only.
+"""Generation and scoring: one decoding loop, and what is built on it. No torch.
 
 An *engine* is anything with `.config`, `.tokenizer` (or None), `.chat_template` (or None),
 `.new_cache()`, `.forward(token_ids, cache, all_logits=False) -> float32 (1 or n, vocab)`, which
 appends to the cache, and `.forward_batch(sequences, caches) -> float32 (sequences, vocab)`, which
-does so for several.
+does so for several. Caches have `.length`, `.truncate(tokens)` and `.copy()`.
 """
 
 from __future__ import annotations

@@ -80,16 +80,17 @@ class Sampler:
         Raises:
             MobileLLMError: the largest logit is not finite, so the model's numbers are broken.
         """
-        largest = likeliest = float(logits.max())
+        # One pass finds both the place and the value: argmax stops at nan, as max does.
+        token_id = int(logits.argmax())
+        largest = likeliest = float(logits[token_id])
         chosen_from = logits
         if self._seen is not None:
             chosen_from = penalise(logits, self._seen, self._sampling.repetition_penalty)
-            likeliest = float(chosen_from.max())
+            token_id = int(chosen_from.argmax())
+            likeliest = float(chosen_from[token_id])
         if not (math.isfinite(largest) and math.isfinite(likeliest)):
             raise MobileLLMError("[generate] the model's logits must be finite, got nan or inf")
-        if self._random is None:
-            token_id = int(chosen_from.argmax())
-        else:
+        if self._random is not None:
             token_id = draw(chosen_from, likeliest, self._sampling, self._random.random())
         if self._seen is not None:
             self._seen[token_id] = True

@@ -109,7 +109,9 @@ def _swiglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor, *packed) -> Tenso
         gate, up = (reference.linear(x, w, *shape) for w in (gate_weight, up_weight))
         gate_error, up_error = (
             # exact integers, then two products
-            2 * U * gate.abs().maximum(up.abs()) if kind == activation == "int8" else _linear(x, w, *shape)
+            2 * U * gate.abs().maximum(up.abs())
+            if kind == activation == "int8"
+            else _linear(x, w, *shape)
             for w in (gate_weight, up_weight)
         )
     else:
