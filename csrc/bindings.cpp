@@ -74,6 +74,9 @@ Weight to_weight(const WeightTuple& tuple, const char* name) {
     throw py::value_error(std::string(name) + " is too large");
   const Weight weight{to_kind(kind_name, name), rows, cols,
                       static_cast<const uint8_t*>(data.data())};
+  if (cols > kMaxCols)
+    throw py::value_error(std::string(name) + " must have at most " + std::to_string(kMaxCols) +
+                          " columns, got " + std::to_string(cols));
   if (rows < 1 || cols < 1 || !contiguous || data.nbytes() != weight.nbytes())
     throw py::value_error(std::string(name) + " must hold " + std::to_string(weight.nbytes()) +
                           " contiguous, aligned bytes for " + kind_name + " (" +

@@ -14,6 +14,7 @@ enum class WeightKind : int32_t { fp32, bf16, int8, int8_g32, int4_g32 };
 constexpr int kTileRows = 16;  // output rows of a tile: int32 lanes of one 512-bit register
 constexpr int kStep = 4;       // inputs of one row side by side: one lane of a dot instruction
 constexpr int kGroup = 32;     // inputs that share a scale; quantized inputs are padded to it
+constexpr int64_t kMaxCols = 8192 * kGroup;  // of a weight matrix
 constexpr int kStepBytes = kTileRows * kStep;
 constexpr int kStepsPerGroup = kGroup / kStep;
 constexpr int kTilesPerGroup = kGroup / kTileRows;  // output tiles that make an input group

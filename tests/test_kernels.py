@@ -56,6 +56,13 @@ def exact_linear(x, tensor, activation):
         wide = a.astype(np.longdouble) * b.astype(np.longdouble) + acc
         return wide.astype(np.float32)
 
+    def add(code, step, part, group):
+        total = (code @ weights[:, part].T).astype(np.float32)
+        if tensor.kind == "int8":
+            return fma(total, step[:, None])
+        return fma(total * step[:, None], tensor.scales[:, group])
+
+    wide = []
     for first in range(0, x.shape[1], 32):
         part, group = slice(first, first + 32), first // 32
         low = np.zeros_like(codes[:, part])
@@ -65,17 +72,15 @@ def exact_linear(x, tensor, activation):
         else:
             high = codes[:, part]
         low_scale = scale * np.float32(1 / 254)
-        for code, step in ((high, scale), (low, low_scale)):
-            total = (code @ weights[:, part].T).astype(np.float32)
-            if tensor.kind == "int8":
-                acc = fma(total, step[:, None])
-            else:
-                acc = fma(total * step[:, None], tensor.scales[:, group])
-            if tensor.mins is not None and code is high:
-                sums, low_sums = (c.sum(axis=1).astype(np.longdouble) for c in (high, low))
-                whole = (sums.astype(np.float32) * scale).astype(np.longdouble)
-                whole = (low_sums * low_scale.astype(np.longdouble) + whole).astype(np.float32)
-                acc = fma(tensor.mins[:, group], whole[:, None])
+        wide.append((low, low_scale, part, group))
+        acc = add(high, scale, part, group)
+        if tensor.mins is not None:
+            sums, low_sums = (c.sum(axis=1).astype(np.longdouble) for c in (high, low))
+            whole = (sums.astype(np.float32) * scale).astype(np.longdouble)
+            whole = (low_sums * low_scale.astype(np.longdouble) + whole).astype(np.float32)
+            acc = fma(tensor.mins[:, group], whole[:, None])
+    for low in wide:  # low codes come last
+        acc = add(*low)
     return acc * tensor.scales if tensor.kind == "int8" else acc
 
 

@@ -20,53 +20,47 @@ struct TileReader {
   }
 };
 
-// Does any of M rows have low codes in this group?
-template <int M>
-inline bool any_wide(const Activations& x, int64_t group) {
-  uint8_t any = 0;
-  MLF_UNROLL for (int m = 0; m < M; ++m) any |= x.wide[m * x.groups() + group];
-  return any;
-}
-
-// The lines that were read last, again: for the low codes.
-template <int T>
-struct Again {
-  TileReader tiles[T];
-
-  Again(const TileReader* read, int lines) {
-    MLF_UNROLL for (int t = 0; t < T; ++t) tiles[t] = {read[t].line - lines * kStepBytes, 0};
-  }
+// The wide groups of some rows, row by row: a row, or tile after tile, looks only at its own.
+struct WideGroup {
+  uint16_t row, group;
+};
+struct WideGroups {
+  const WideGroup* begin;
+  const WideGroup* end;
 };
 
-// One group of 8-bit weights times codes, exactly: an integer sum per row and tile, acc[m * T + t],
-// from its offset on (of `Activations::offsets`, 0 for codes, 1 for low codes).
+// Lines of a tile before the codes of a group.
+inline int64_t lines_before(WeightKind kind, int64_t group) {
+  if (kind == WeightKind::int8) return 1 + group * kStepsPerGroup;
+  if (kind == WeightKind::int8_g32) return group / 2 + 1 + group * kStepsPerGroup;
+  return group + 1 + group * kStepsPerGroup / 2;
+}
+
+// One group of 8-bit weights times M rows of codes, exactly: integer sums acc[m * T + t]. The codes
+// and the offsets of rows are so far apart.
 template <int M, int T>
-inline void group_dot_int8(TileReader* tiles, const Activations& x, const int8_t* codes, int which,
-                           int64_t group, DotSum* acc) {
-  const int8_t* inputs = codes + group * kGroup;
-  MLF_UNROLL for (int i = 0; i < M * T; ++i) acc[i] =
-      dot_begin(x.offsets[2 * (i / T * x.groups() + group) + which]);
+inline void group_dot_int8(TileReader* tiles, const int8_t* codes, int64_t stride,
+                           const int32_t* offsets, int64_t offset_stride, DotSum* acc) {
+  MLF_UNROLL for (int i = 0; i < M * T; ++i) acc[i] = dot_begin(offsets[i / T * offset_stride]);
   MLF_UNROLL for (int step = 0; step < kStepsPerGroup; ++step) {
     DotWeights w[T];
     MLF_UNROLL for (int t = 0; t < T; ++t) w[t] = load_step_int8(tiles[t].next());
     MLF_UNROLL for (int m = 0; m < M; ++m) {
-      const DotInputs a = load_inputs(inputs + m * x.padded_cols() + step * kStep);
+      const DotInputs a = load_inputs(codes + m * stride + step * kStep);
       MLF_UNROLL for (int t = 0; t < T; ++t) dot(acc[m * T + t], w[t], a);
     }
   }
 }
 
-// As above for 4-bit weights.
+// As above for 4-bit weights, which need no offsets.
 template <int M, int T>
-inline void group_dot_int4(TileReader* tiles, const Activations& x, const int8_t* codes,
-                           int64_t group, NibbleSum* acc) {
-  const int8_t* inputs = codes + group * kGroup;
+inline void group_dot_int4(TileReader* tiles, const int8_t* codes, int64_t stride, NibbleSum* acc) {
   MLF_UNROLL for (int i = 0; i < M * T; ++i) acc[i] = nibble_begin();
   MLF_UNROLL for (int step = 0; step < kStepsPerGroup / 2; ++step) {
     NibbleWeights low[T], high[T];
     MLF_UNROLL for (int t = 0; t < T; ++t) load_steps_int4(tiles[t].next(), low[t], high[t]);
     MLF_UNROLL for (int m = 0; m < M; ++m) {
-      const int8_t* row = inputs + m * x.padded_cols() + step * kStep;
+      const int8_t* row = codes + m * stride + step * kStep;
       const auto first = load_nibble_inputs(row), second = load_nibble_inputs(row + kGroup / 2);
       MLF_UNROLL for (int t = 0; t < T; ++t) {
         dot(acc[m * T + t], low[t], first);
@@ -76,11 +70,50 @@ inline void group_dot_int4(TileReader* tiles, const Activations& x, const int8_t
   }
 }
 
+// Add the low codes of wide groups: y[m * T + t] += scale of the input * scale of the weight, if it
+// has one per group, * sum of products. They are few, so that rows are taken one by one.
+template <int T>
+inline void add_wide_groups(const TileReader* tiles, WeightKind kind, const Activations& x,
+                            const WideGroups& wide, int64_t first_row, VecF* y) {
+  const int64_t groups = x.groups();
+  for (const WideGroup* at = wide.begin; at < wide.end; ++at) {
+    const int64_t row = at->row - first_row, group = at->group, i = row * groups + group;
+    const int8_t* codes = x.low_codes + row * x.padded_cols() + group * kGroup;
+    const VecF scale = splat(low_scale(x.scales[i]));
+    TileReader lines[T];
+    MLF_UNROLL for (int t = 0; t < T; ++t)
+        lines[t] = {tiles[t].line + lines_before(kind, group) * kStepBytes, 0};
+    VecF part[T];
+    if (kind == WeightKind::int4_g32) {
+      NibbleSum acc[T];
+      group_dot_int4<1, T>(lines, codes, 0, acc);
+      MLF_UNROLL for (int t = 0; t < T; ++t) part[t] = to_float(dot_result(acc[t]));
+    } else {
+      DotSum acc[T];
+      group_dot_int8<1, T>(lines, codes, 0, x.offsets + 2 * i + 1, 0, acc);
+      MLF_UNROLL for (int t = 0; t < T; ++t) part[t] = to_float(dot_result(acc[t]));
+    }
+    MLF_UNROLL for (int t = 0; t < T; ++t) {
+      VecF& sum = y[row * T + t];
+      if (kind == WeightKind::int8) {
+        sum = fma(part[t], scale, sum);
+        continue;
+      }
+      const int64_t header = kind == WeightKind::int4_g32 ? lines_before(kind, group) - 1
+                                                          : lines_before(kind, group / 2 * 2) - 1;
+      const uint16_t* halves =
+          reinterpret_cast<const uint16_t*>(tiles[t].line + header * kStepBytes);
+      const int64_t second = kind == WeightKind::int8_g32 && group % 2 ? kTileRows : 0;
+      sum = fma(mul(part[t], scale), load_half(halves + second), sum);
+    }
+  }
+}
+
 // y[m * T + t] (16 outputs) = x[m] . tile[t], with one scale per token: the sum over all inputs is
 // an exact integer. It fits int32 up to 2^31 / 127^2 = 133000 inputs.
 template <int M, int T>
 inline void tile_dot_w8a8(TileReader* tiles, const Activations& x, VecF* y) {
-  const int64_t groups = x.groups();
+  const int64_t groups = x.groups(), stride = x.padded_cols();
   VecF scales[T];
   MLF_UNROLL for (int t = 0; t < T; ++t) scales[t] =
       load(reinterpret_cast<const float*>(tiles[t].next()));
@@ -88,7 +121,8 @@ inline void tile_dot_w8a8(TileReader* tiles, const Activations& x, VecF* y) {
   MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = splat_int(0);
   for (int64_t group = 0; group < groups; ++group) {
     DotSum acc[M * T];
-    group_dot_int8<M, T>(tiles, x, x.codes, 0, group, acc);
+    group_dot_int8<M, T>(tiles, x.codes + group * kGroup, stride, x.offsets + 2 * group, 2 * groups,
+                         acc);
     MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = add(total[i], dot_result(acc[i]));
   }
   MLF_UNROLL for (int i = 0; i < M * T; ++i) y[i] =
@@ -97,29 +131,31 @@ inline void tile_dot_w8a8(TileReader* tiles, const Activations& x, VecF* y) {
 
 // With one scale per token and group: an exact integer per group, then one fma with its scale.
 template <int M, int T>
-inline void tile_dot_int8(TileReader* tiles, const Activations& x, VecF* y) {
-  const int64_t groups = x.groups();
+inline void tile_dot_int8(TileReader* tiles, const Activations& x, const WideGroups& wide,
+                          int64_t first_row, VecF* y) {
+  const int64_t groups = x.groups(), stride = x.padded_cols();
+  TileReader starts[T];
+  MLF_UNROLL for (int t = 0; t < T; ++t) starts[t] = tiles[t];
   VecF scales[T], total[M * T];
   MLF_UNROLL for (int t = 0; t < T; ++t) scales[t] =
       load(reinterpret_cast<const float*>(tiles[t].next()));
   MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = splat(0.0f);
   for (int64_t group = 0; group < groups; ++group) {
     DotSum acc[M * T];
-    group_dot_int8<M, T>(tiles, x, x.codes, 0, group, acc);
+    group_dot_int8<M, T>(tiles, x.codes + group * kGroup, stride, x.offsets + 2 * group, 2 * groups,
+                         acc);
     MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] =
         fma(to_float(dot_result(acc[i])), splat(x.scales[i / T * groups + group]), total[i]);
-    if (!any_wide<M>(x, group)) continue;
-    group_dot_int8<M, T>(Again<T>(tiles, kStepsPerGroup).tiles, x, x.low_codes, 1, group, acc);
-    MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = fma(
-        to_float(dot_result(acc[i])), splat(low_scale(x.scales[i / T * groups + group])), total[i]);
   }
-  MLF_UNROLL for (int i = 0; i < M * T; ++i) y[i] = mul(total[i], scales[i % T]);
+  MLF_UNROLL for (int i = 0; i < M * T; ++i) y[i] = total[i];
+  add_wide_groups<T>(starts, WeightKind::int8, x, wide, first_row, y);
+  MLF_UNROLL for (int i = 0; i < M * T; ++i) y[i] = mul(y[i], scales[i % T]);
 }
 
 // Weights with a scale per group, too.
 template <int M, int T>
 inline void tile_dot_int8_g32(TileReader* tiles, const Activations& x, VecF* y) {
-  const int64_t groups = x.groups();
+  const int64_t groups = x.groups(), stride = x.padded_cols();
   const uint16_t* halves[T];
   VecF total[M * T];
   MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = splat(0.0f);
@@ -127,15 +163,10 @@ inline void tile_dot_int8_g32(TileReader* tiles, const Activations& x, VecF* y) 
     MLF_UNROLL for (int t = 0; t < T; ++t) halves[t] =
         group % 2 ? halves[t] + kTileRows : reinterpret_cast<const uint16_t*>(tiles[t].next());
     DotSum acc[M * T];
-    group_dot_int8<M, T>(tiles, x, x.codes, 0, group, acc);
+    group_dot_int8<M, T>(tiles, x.codes + group * kGroup, stride, x.offsets + 2 * group, 2 * groups,
+                         acc);
     MLF_UNROLL for (int i = 0; i < M * T; ++i) {
       const VecF scale = splat(x.scales[i / T * groups + group]);
-      total[i] = fma(mul(to_float(dot_result(acc[i])), scale), load_half(halves[i % T]), total[i]);
-    }
-    if (!any_wide<M>(x, group)) continue;
-    group_dot_int8<M, T>(Again<T>(tiles, kStepsPerGroup).tiles, x, x.low_codes, 1, group, acc);
-    MLF_UNROLL for (int i = 0; i < M * T; ++i) {
-      const VecF scale = splat(low_scale(x.scales[i / T * groups + group]));
       total[i] = fma(mul(to_float(dot_result(acc[i])), scale), load_half(halves[i % T]), total[i]);
     }
   }
@@ -145,7 +176,7 @@ inline void tile_dot_int8_g32(TileReader* tiles, const Activations& x, VecF* y) 
 // With scale and min: the sum of (scale * code + min) * x = scale * dot + min * sum(x).
 template <int M, int T>
 inline void tile_dot_int4_g32(TileReader* tiles, const Activations& x, VecF* y) {
-  const int64_t groups = x.groups();
+  const int64_t groups = x.groups(), stride = x.padded_cols();
   VecF total[M * T];
   MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = splat(0.0f);
   for (int64_t group = 0; group < groups; ++group) {
@@ -153,18 +184,12 @@ inline void tile_dot_int4_g32(TileReader* tiles, const Activations& x, VecF* y) 
     MLF_UNROLL for (int t = 0; t < T; ++t) halves[t] =
         reinterpret_cast<const uint16_t*>(tiles[t].next());
     NibbleSum acc[M * T];
-    group_dot_int4<M, T>(tiles, x, x.codes, group, acc);
+    group_dot_int4<M, T>(tiles, x.codes + group * kGroup, stride, acc);
     MLF_UNROLL for (int i = 0; i < M * T; ++i) {
       const int64_t at = i / T * groups + group;
       const VecF part = mul(to_float(dot_result(acc[i])), splat(x.scales[at]));
       total[i] = fma(part, load_half(halves[i % T]), total[i]);
       total[i] = fma(load_half(halves[i % T] + kTileRows), splat(x.group_sums[at]), total[i]);
-    }
-    if (!any_wide<M>(x, group)) continue;
-    group_dot_int4<M, T>(Again<T>(tiles, kStepsPerGroup / 2).tiles, x, x.low_codes, group, acc);
-    MLF_UNROLL for (int i = 0; i < M * T; ++i) {
-      const VecF scale = splat(low_scale(x.scales[i / T * groups + group]));
-      total[i] = fma(mul(to_float(dot_result(acc[i])), scale), load_half(halves[i % T]), total[i]);
     }
   }
   MLF_UNROLL for (int i = 0; i < M * T; ++i) y[i] = total[i];
@@ -215,11 +240,13 @@ struct TileSet {
   int64_t ahead[kMaxStreams];  // see TileReader, for each tile
 };
 
-// y[m * T + t] (16 outputs) = x[m] . tile[t], for m < M and t < T.
+// y[m * T + t] (16 outputs) = x[m] . tile[t], for m < M and t < T; `wide` are the wide groups of
+// these rows, which count from `first_row` there.
 // Not inlined: its callers share one copy of these loops, and a call is small beside a tile.
 template <int M, int T>
-__attribute__((noinline)) void tile_dot(const Activations& x, const Weight& weight,
-                                        const TileSet& set, VecF* y) {
+__attribute__((noinline)) void tile_dot(const Activations& x, const WideGroups& wide,
+                                        int64_t first_row, const Weight& weight, const TileSet& set,
+                                        VecF* y) {
   if (!is_quantized(weight.kind)) {
     for (int t = 0; t < T; ++t) {
       const int64_t row = (set.first + t * set.stride) * kTileRows;
@@ -235,12 +262,15 @@ __attribute__((noinline)) void tile_dot(const Activations& x, const Weight& weig
     }
     return;
   }
-  TileReader tiles[T];
+  TileReader tiles[T], starts[T];
   const int64_t nbytes = tile_nbytes(weight.kind, weight.cols);
   for (int t = 0; t < T; ++t)
-    tiles[t] = {weight.data + (set.first + t * set.stride) * nbytes, set.ahead[t]};
-  if (weight.kind == WeightKind::int4_g32) return tile_dot_int4_g32<M, T>(tiles, x, y);
-  if (weight.kind == WeightKind::int8_g32) return tile_dot_int8_g32<M, T>(tiles, x, y);
-  if (x.kind == ActivationKind::int8) return tile_dot_w8a8<M, T>(tiles, x, y);
-  tile_dot_int8<M, T>(tiles, x, y);
+    starts[t] = tiles[t] = {weight.data + (set.first + t * set.stride) * nbytes, set.ahead[t]};
+  if (weight.kind == WeightKind::int8) {
+    if (x.kind == ActivationKind::int8) return tile_dot_w8a8<M, T>(tiles, x, y);
+    return tile_dot_int8<M, T>(tiles, x, wide, first_row, y);
+  }
+  if (weight.kind == WeightKind::int4_g32) tile_dot_int4_g32<M, T>(tiles, x, y);
+  else tile_dot_int8_g32<M, T>(tiles, x, y);
+  add_wide_groups<T>(starts, weight.kind, x, wide, first_row, y);
 }
