@@ -129,7 +129,8 @@ BoundExecutor make_executor(int64_t hidden, int64_t intermediate, int64_t vocab,
                             const std::string& activation, const std::string& kv_format,
                             std::vector<int> schedule, std::vector<py::dict> blocks,
                             py::array final_norm, WeightTuple embedding, WeightTuple head,
-                            int threads, const std::string& isa, int64_t cache_nbytes) {
+                            int threads, const std::string& isa, int64_t cache_nbytes,
+                            bool fetch_ahead) {
   if (hidden < 1 || intermediate < 1 || vocab < 1 || kv_heads < 1 || heads < 1 ||
       heads % kv_heads || head_dim < 2 || head_dim % 2)
     throw py::value_error("sizes must be positive, heads a multiple of kv_heads, head_dim even");
@@ -177,7 +178,7 @@ BoundExecutor make_executor(int64_t hidden, int64_t intermediate, int64_t vocab,
   model.embedding = weight(embedding, "embedding", vocab, hidden, model.activation);
   model.head = weight(head, "head", vocab, hidden, model.activation);
   bound.executor = std::make_unique<Executor>(std::move(model), check_threads(threads),
-                                              kernel_table(isa), cache_nbytes);
+                                              kernel_table(isa), cache_nbytes, fetch_ahead);
   return bound;
 }
 
@@ -550,7 +551,11 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&make_executor), py::kw_only(), "hidden_size"_a, "intermediate_size"_a,
            "vocab_size"_a, "num_attention_heads"_a, "num_key_value_heads"_a, "head_dim"_a,
            "rms_norm_eps"_a, "activation"_a, "kv_format"_a, "schedule"_a, "blocks"_a,
-           "final_norm"_a, "embedding"_a, "head"_a, "threads"_a, "isa"_a, "cache_nbytes"_a)
+           "final_norm"_a, "embedding"_a, "head"_a, "threads"_a, "isa"_a, "cache_nbytes"_a,
+           "fetch_ahead"_a)
+      .def_property_readonly(
+          "fetches_ahead",
+          [](const BoundExecutor& self) { return self.executor->plan().fetches_ahead(); })
       .def_property_readonly("threads",
                              [](const BoundExecutor& self) { return self.executor->threads(); })
       .def_property_readonly("isa", [](const BoundExecutor& self) { return self.executor->isa(); })

@@ -48,19 +48,21 @@ AttentionState attention_state(float* buffer, int64_t queries, int64_t padded_di
   return {buffer, max, max + queries};
 }
 
-Plan plan_of(const Model& model, int64_t cache_nbytes) {
+Plan plan_of(const Model& model, int64_t cache_nbytes, bool fetch_ahead) {
   std::vector<int64_t> block_nbytes;
   for (const BlockWeights& block : model.blocks) block_nbytes.push_back(block.nbytes());
-  const bool fetches = model.activation != ActivationKind::floating;  // float kernels do not
+  // float kernels do not fetch
+  const bool fetches = fetch_ahead && model.activation != ActivationKind::floating;
   return make_plan(model.schedule, block_nbytes, model.head.nbytes(), cache_nbytes, fetches);
 }
 
 }  // namespace
 
-Executor::Executor(Model model, int threads, const KernelTable& kernels, int64_t cache_nbytes)
+Executor::Executor(Model model, int threads, const KernelTable& kernels, int64_t cache_nbytes,
+                   bool fetch_ahead)
     : model_(std::move(model)),
       kernels_(kernels),
-      plan_(plan_of(model_, cache_nbytes)),
+      plan_(plan_of(model_, cache_nbytes, fetch_ahead)),
       pool_(threads),
       chunk_rows_(std::clamp(kRowsPerThread * threads, kMinChunkRows, kMaxChunkRows)),
       hidden_(chunk_rows_ * model_.hidden),

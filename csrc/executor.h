@@ -53,8 +53,9 @@ constexpr int64_t kSplitRows = 32;
 class Executor {
  public:
   // `model` points to weights that outlive the executor; `cache_nbytes` is the size of the
-  // last-level cache.
-  Executor(Model model, int threads, const KernelTable& kernels, int64_t cache_nbytes);
+  // last-level cache; `fetch_ahead` allows the plan to fetch blocks before they are wanted.
+  Executor(Model model, int threads, const KernelTable& kernels, int64_t cache_nbytes,
+           bool fetch_ahead);
   ~Executor();
 
   const Model& model() const { return model_; }

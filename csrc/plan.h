@@ -1,6 +1,7 @@
 // Where a decode step's weights come from, and what is fetched ahead of time.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -20,6 +21,10 @@ struct Plan {
   std::vector<Ahead> ahead;  // per position of the schedule
   int64_t memory_nbytes;     // predicted weight bytes per token from memory
   int64_t cache_nbytes;      // ... and from cache
+
+  bool fetches_ahead() const {
+    return std::any_of(ahead.begin(), ahead.end(), [](const Ahead& a) { return a.block >= 0; });
+  }
 };
 
 // A block that runs several times in a row (layer sharing) needs memory once. If it and the next

@@ -32,6 +32,7 @@ def describe(engine) -> dict[str, str]:
         f"from memory, {executor.cache_nbytes_per_token / 1e6:.1f} MB from cache",
         "instruction set": f"{executor.isa} (here: {', '.join(supported_isas())})",
         "threads": f"{executor.threads}",
+        "fetches blocks ahead": "yes" if executor.fetches_ahead else "no",
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import generate
+from . import calibration, generate
 from .config import MobileLLMConfig
 from .executor import Executor, Weights, check_isa, check_kv_format, check_threads
 from .packing import load_image
@@ -27,7 +27,7 @@ class Engine:
         tokenizer: a `Tokenizer`, or None for token ids only.
         chat_template: Jinja source, or None.
         name: for display.
-        threads, isa, kv_format: see `Executor`.
+        threads, isa, kv_format, fetch_ahead: see `Executor`.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Engine:
         threads: int | None = None,
         isa: str | None = None,
         kv_format: str | None = None,
+        fetch_ahead: bool = True,
     ) -> None:
         self.config = config
         self.weights = weights
@@ -49,7 +50,9 @@ class Engine:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.name = name
-        self.executor = Executor(config, weights, format, threads, isa, kv_format)
+        self.executor = Executor(
+            config, weights, format, threads, isa, kv_format, fetch_ahead=fetch_ahead
+        )
 
     @classmethod
     def load(
@@ -68,7 +71,8 @@ class Engine:
             source: see `packing.load_image`.
             format: `fp32`, `bf16`, `int8`, `w8a8` or `int4`; `auto` keeps a GGUF file's own grid
                 where there are kernels for it, and takes `int8` otherwise.
-            threads: how many to use; None means as many as this process may run on.
+            threads: how many to use; None means as many as decode fastest among those that this
+                process may run on, measured once for each model, see `calibration`.
             revision: branch, tag or commit of a hub id.
             isa: name of a kernel table, see `mobilellm-fast info`; None means the best.
             kv_format: `fp16`, `fp32` or `int8`, how keys and values are kept; None takes `fp32`
@@ -81,6 +85,16 @@ class Engine:
         check_isa(isa)  # now, not after a long load
         check_kv_format(kv_format)
         image = load_image(source, format, revision, check_threads(threads))
+        fetch_ahead = True
+        if threads is None:
+            model = image.config, image.weights, image.format
+            choice = calibration.choose(
+                lambda choice: Executor(
+                    *model, choice.threads, isa, kv_format, fetch_ahead=choice.fetch_ahead
+                ),
+                f"{image.config.to_hf()} {image.format} {kv_format} {isa}",
+            )
+            threads, fetch_ahead = choice.threads, choice.fetch_ahead
         return cls(
             image.config,
             image.weights,
@@ -91,6 +105,7 @@ class Engine:
             threads=threads,
             isa=isa,
             kv_format=kv_format,
+            fetch_ahead=fetch_ahead,
         )
 
     def new_cache(self):

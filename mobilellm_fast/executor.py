@@ -44,6 +44,7 @@ class Executor:
             codes with a scale for each key and each value. None takes `fp32` for float formats,
             else `fp16`.
         cache_nbytes: size of the last-level cache to plan for; None asks the system.
+        fetch_ahead: whether blocks that run several times in a row fetch the next one meanwhile.
 
     Raises:
         MobileLLMError: `threads`, `isa` or `kv_format` is not possible here.
@@ -58,6 +59,7 @@ class Executor:
         isa: str | None = None,
         kv_format: str | None = None,
         cache_nbytes: int | None = None,
+        fetch_ahead: bool = True,
     ) -> None:
         self.config = config
         self.kv_format = check_kv_format(kv_format) or (
@@ -98,6 +100,7 @@ class Executor:
             threads=check_threads(threads),
             isa=check_isa(isa),
             cache_nbytes=_C.last_level_cache_nbytes() if cache_nbytes is None else cache_nbytes,
+            fetch_ahead=fetch_ahead,
         )
         self._piece = max(PIECE // self._executor.chunk_rows, 1) * self._executor.chunk_rows
 
@@ -108,6 +111,11 @@ class Executor:
     @property
     def isa(self) -> str:
         return self._executor.isa
+
+    @property
+    def fetches_ahead(self) -> bool:
+        """Whether some block is fetched while the one before it runs again."""
+        return self._executor.fetches_ahead
 
     @property
     def memory_nbytes_per_token(self) -> int:
