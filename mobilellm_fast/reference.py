@@ -145,7 +145,7 @@ def linear(
     if activation == "int8":  # an exact integer, scaled in float32
         row_codes, row_scales = round_rows(rounded)
         total = F.linear(row_codes.to(torch.float64), codes).to(torch.float32)
-        return (total * (scales * row_scales.unsqueeze(-1))).to(x.dtype)
+        return (total * row_scales.unsqueeze(-1) * scales).to(x.dtype)
     return (F.linear(round_activations(rounded, activation), codes) * scales).to(x.dtype)
 
 

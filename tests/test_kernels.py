@@ -49,20 +49,20 @@ def exact_linear(x, tensor, activation):
     if tensor.kind == activation == "int8":
         total = codes @ weights.T
         assert np.abs(total).max() < 2**31
-        return total.astype(np.float32) * (tensor.scales[None] * scale[:, None])
+        return total.astype(np.float32) * scale[:, None] * tensor.scales
     acc = np.zeros((len(x), len(weights)), np.float32)
 
-    def fma(a, b):  # 64 bits of mantissa hold the exact sum
+    def fma(a, b, acc):  # 64 bits of mantissa hold the exact sum
         wide = a.astype(np.longdouble) * b.astype(np.longdouble) + acc
         return wide.astype(np.float32)
 
-    def add(code, step, part, group):
+    def add(acc, code, step, part, group):
         total = (code @ weights[:, part].T).astype(np.float32)
         if tensor.kind == "int8":
-            return fma(total, step[:, None])
-        return fma(total * step[:, None], tensor.scales[:, group])
+            return fma(total, step[:, None], acc)
+        return fma(total * step[:, None], tensor.scales[:, group], acc)
 
-    wide = []
+    low_acc = np.zeros_like(acc)
     for first in range(0, x.shape[1], 32):
         part, group = slice(first, first + 32), first // 32
         low = np.zeros_like(codes[:, part])
@@ -72,15 +72,14 @@ def exact_linear(x, tensor, activation):
         else:
             high = codes[:, part]
         low_scale = scale * np.float32(1 / 254)
-        wide.append((low, low_scale, part, group))
-        acc = add(high, scale, part, group)
+        low_acc = add(low_acc, low, low_scale, part, group)
+        acc = add(acc, high, scale, part, group)
         if tensor.mins is not None:
             sums, low_sums = (c.sum(axis=1).astype(np.longdouble) for c in (high, low))
             whole = (sums.astype(np.float32) * scale).astype(np.longdouble)
             whole = (low_sums * low_scale.astype(np.longdouble) + whole).astype(np.float32)
-            acc = fma(tensor.mins[:, group], whole[:, None])
-    for low in wide:  # low codes come last
-        acc = add(*low)
+            acc = fma(tensor.mins[:, group], whole[:, None], acc)
+    acc += low_acc
     return acc * tensor.scales if tensor.kind == "int8" else acc
 
 

@@ -26,7 +26,7 @@ struct Panel {
   Panel(const Activations& all, int64_t first_row, int64_t left) : x(all.from_row(first_row)) {
     const int64_t groups = x.groups();
     rows = left < kMaxRows ? left : kMaxRows;
-    if (x.kind != ActivationKind::int8_g32) return;
+    if (x.kind != ActivationKind::int8_g32 || rows <= kRowsWithLowCodes) return;
     while (rows > 1 && rows * groups > kMaxWide) rows /= 2;
     int32_t count = 0;
     for (int64_t row = 0; row < rows; ++row) {

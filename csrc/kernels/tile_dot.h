@@ -29,170 +29,219 @@ struct WideGroups {
   const WideGroup* end;
 };
 
-// Lines of a tile before the codes of a group.
-inline int64_t lines_before(WeightKind kind, int64_t group) {
-  if (kind == WeightKind::int8) return 1 + group * kStepsPerGroup;
-  if (kind == WeightKind::int8_g32) return group / 2 + 1 + group * kStepsPerGroup;
-  return group + 1 + group * kStepsPerGroup / 2;
+// From how few rows on their low codes are multiplied along with their codes.
+constexpr int kRowsWithLowCodes = kDotRows < 8 ? 1 : 2;
+
+// The line of a tile at which its reader is before it reads the header of a group; of a group that
+// shares the header of the group before it, the line of its first codes. For int8, whose tile has
+// one header, lines count from behind it.
+constexpr int64_t kGroupsPerHeader = 2;  // at most
+inline int64_t header_line(WeightKind kind, int64_t group) {
+  if (kind == WeightKind::int8) return group * kStepsPerGroup;
+  if (kind == WeightKind::int8_g32) return group * kStepsPerGroup + ceil_div(group, 2);
+  return group * (1 + kStepsPerGroup / 2);
 }
 
-// One group of 8-bit weights times M rows of codes, exactly: integer sums acc[m * T + t]. The codes
-// and the offsets of rows are so far apart.
-template <int M, int T>
-inline void group_dot_int8(TileReader* tiles, const int8_t* codes, int64_t stride,
-                           const int32_t* offsets, int64_t offset_stride, DotSum* acc) {
-  MLF_UNROLL for (int i = 0; i < M * T; ++i) acc[i] = dot_begin(offsets[i / T * offset_stride]);
+// Where the codes of R rows of one group lie, and what their sums start from.
+template <int R>
+struct CodeRows {
+  const int8_t* codes[R];
+  const int32_t* offsets[R];
+
+  // Codes of M rows, and if R is 2 M, their low codes.
+  template <int M>
+  static CodeRows of(const Activations& x, int64_t group, Constant<M>) {
+    CodeRows rows;
+    MLF_UNROLL for (int m = 0; m < M; ++m) {
+      const int64_t at = m * x.padded_cols() + group * kGroup, i = 2 * (m * x.groups() + group);
+      rows.codes[m] = x.codes + at;
+      rows.offsets[m] = x.offsets + i;
+      if constexpr (R == 2 * M) {
+        rows.codes[M + m] = x.low_codes + at;
+        rows.offsets[M + m] = x.offsets + i + 1;
+      }
+    }
+    return rows;
+  }
+};
+
+// One group of T tiles times R rows of codes, exactly: integer sums acc[r * T + t].
+template <int R, int T>
+inline void group_dot(TileReader* tiles, const CodeRows<R>& rows, DotSum* acc) {
+  MLF_UNROLL for (int i = 0; i < R * T; ++i) acc[i] = dot_begin(*rows.offsets[i / T]);
   MLF_UNROLL for (int step = 0; step < kStepsPerGroup; ++step) {
     DotWeights w[T];
     MLF_UNROLL for (int t = 0; t < T; ++t) w[t] = load_step_int8(tiles[t].next());
-    MLF_UNROLL for (int m = 0; m < M; ++m) {
-      const DotInputs a = load_inputs(codes + m * stride + step * kStep);
-      MLF_UNROLL for (int t = 0; t < T; ++t) dot(acc[m * T + t], w[t], a);
+    MLF_UNROLL for (int r = 0; r < R; ++r) {
+      const DotInputs a = load_inputs(rows.codes[r] + step * kStep);
+      MLF_UNROLL for (int t = 0; t < T; ++t) dot(acc[r * T + t], w[t], a);
     }
   }
 }
 
 // As above for 4-bit weights, which need no offsets.
-template <int M, int T>
-inline void group_dot_int4(TileReader* tiles, const int8_t* codes, int64_t stride, NibbleSum* acc) {
-  MLF_UNROLL for (int i = 0; i < M * T; ++i) acc[i] = nibble_begin();
+template <int R, int T>
+inline void group_dot_int4(TileReader* tiles, const CodeRows<R>& rows, NibbleSum* acc) {
+  MLF_UNROLL for (int i = 0; i < R * T; ++i) acc[i] = nibble_begin();
   MLF_UNROLL for (int step = 0; step < kStepsPerGroup / 2; ++step) {
     NibbleWeights low[T], high[T];
     MLF_UNROLL for (int t = 0; t < T; ++t) load_steps_int4(tiles[t].next(), low[t], high[t]);
-    MLF_UNROLL for (int m = 0; m < M; ++m) {
-      const int8_t* row = codes + m * stride + step * kStep;
-      const auto first = load_nibble_inputs(row), second = load_nibble_inputs(row + kGroup / 2);
+    MLF_UNROLL for (int r = 0; r < R; ++r) {
+      const int8_t* codes = rows.codes[r] + step * kStep;
+      const auto first = load_nibble_inputs(codes), second = load_nibble_inputs(codes + kGroup / 2);
       MLF_UNROLL for (int t = 0; t < T; ++t) {
-        dot(acc[m * T + t], low[t], first);
-        dot(acc[m * T + t], high[t], second);
+        dot(acc[r * T + t], low[t], first);
+        dot(acc[r * T + t], high[t], second);
       }
     }
   }
 }
 
-// Add the low codes of wide groups: y[m * T + t] += scale of the input * scale of the weight, if it
-// has one per group, * sum of products. They are few, so that rows are taken one by one.
-template <int T>
-inline void add_wide_groups(const TileReader* tiles, WeightKind kind, const Activations& x,
-                            const WideGroups& wide, int64_t first_row, VecF* y) {
-  const int64_t groups = x.groups();
+// The formats of weights, as the loop below sees them: `Header` is what precedes the codes of a
+// group in the stream, `dot` gives sums of products as floats, and `add` adds them to a total.
+
+struct Int8Tile {  // one scale per row, applied at the end
+  static constexpr WeightKind kKind = WeightKind::int8;
+  template <int T>
+  struct Header {
+    void read(TileReader*, int64_t) {}
+    VecF add(VecF dot, VecF scale, int, VecF total) const { return fma(dot, scale, total); }
+    VecF add_min(float, int, VecF total) const { return total; }
+  };
+  template <int R, int T>
+  static void dot(TileReader* tiles, const CodeRows<R>& rows, VecF* out) {
+    DotSum acc[R * T];
+    group_dot<R, T>(tiles, rows, acc);
+    MLF_UNROLL for (int i = 0; i < R * T; ++i) out[i] = to_float(dot_result(acc[i]));
+  }
+};
+
+struct Int8GroupTile {  // one scale per row and group, two groups to a header
+  static constexpr WeightKind kKind = WeightKind::int8_g32;
+  template <int T>
+  struct Header {
+    const uint16_t* scales[T];
+    void read(TileReader* tiles, int64_t group) {
+      MLF_UNROLL for (int t = 0; t < T; ++t) scales[t] =
+          group % 2 ? scales[t] + kTileRows : reinterpret_cast<const uint16_t*>(tiles[t].next());
+    }
+    VecF add(VecF dot, VecF scale, int t, VecF total) const {
+      return fma(mul(dot, scale), load_half(scales[t]), total);
+    }
+    VecF add_min(float, int, VecF total) const { return total; }
+  };
+  template <int R, int T>
+  static void dot(TileReader* tiles, const CodeRows<R>& rows, VecF* out) {
+    Int8Tile::dot<R, T>(tiles, rows, out);
+  }
+};
+
+// Scale and min: the sum of (scale * code + min) * x = scale * dot + min * sum(x).
+struct Int4Tile {
+  static constexpr WeightKind kKind = WeightKind::int4_g32;
+  template <int T>
+  struct Header {
+    const uint16_t* halves[T];
+    void read(TileReader* tiles, int64_t) {
+      MLF_UNROLL for (int t = 0; t < T; ++t) halves[t] =
+          reinterpret_cast<const uint16_t*>(tiles[t].next());
+    }
+    VecF add(VecF dot, VecF scale, int t, VecF total) const {
+      return fma(mul(dot, scale), load_half(halves[t]), total);
+    }
+    VecF add_min(float group_sum, int t, VecF total) const {
+      return fma(load_half(halves[t] + kTileRows), splat(group_sum), total);
+    }
+  };
+  template <int R, int T>
+  static void dot(TileReader* tiles, const CodeRows<R>& rows, VecF* out) {
+    NibbleSum acc[R * T];
+    group_dot_int4<R, T>(tiles, rows, acc);
+    MLF_UNROLL for (int i = 0; i < R * T; ++i) out[i] = to_float(dot_result(acc[i]));
+  }
+};
+
+// The low codes of wide groups, after the rest: for many rows, of which few are wide in one group.
+template <class Format, int T>
+inline void add_wide_groups(const TileReader* starts, const Activations& x, const WideGroups& wide,
+                            int64_t first_row, VecF* low) {
   for (const WideGroup* at = wide.begin; at < wide.end; ++at) {
-    const int64_t row = at->row - first_row, group = at->group, i = row * groups + group;
-    const int8_t* codes = x.low_codes + row * x.padded_cols() + group * kGroup;
-    const VecF scale = splat(low_scale(x.scales[i]));
-    TileReader lines[T];
+    const int64_t row = at->row - first_row, group = at->group, i = row * x.groups() + group;
+    const CodeRows<1> codes{{x.low_codes + row * x.padded_cols() + group * kGroup},
+                            {x.offsets + 2 * i + 1}};
+    TileReader tiles[T];
+    typename Format::template Header<T> header;
+    // from the header that the group shares, where it has one
+    const int64_t first = group / kGroupsPerHeader * kGroupsPerHeader;
     MLF_UNROLL for (int t = 0; t < T; ++t)
-        lines[t] = {tiles[t].line + lines_before(kind, group) * kStepBytes, 0};
-    VecF part[T];
-    if (kind == WeightKind::int4_g32) {
-      NibbleSum acc[T];
-      group_dot_int4<1, T>(lines, codes, 0, acc);
-      MLF_UNROLL for (int t = 0; t < T; ++t) part[t] = to_float(dot_result(acc[t]));
-    } else {
-      DotSum acc[T];
-      group_dot_int8<1, T>(lines, codes, 0, x.offsets + 2 * i + 1, 0, acc);
-      MLF_UNROLL for (int t = 0; t < T; ++t) part[t] = to_float(dot_result(acc[t]));
+        tiles[t] = {starts[t].line + header_line(Format::kKind, first) * kStepBytes, 0};
+    header.read(tiles, first);
+    if (group != first) {
+      MLF_UNROLL for (int t = 0; t < T; ++t) tiles[t].line =
+          starts[t].line + header_line(Format::kKind, group) * kStepBytes;
+      header.read(tiles, group);
     }
-    MLF_UNROLL for (int t = 0; t < T; ++t) {
-      VecF& sum = y[row * T + t];
-      if (kind == WeightKind::int8) {
-        sum = fma(part[t], scale, sum);
-        continue;
-      }
-      const int64_t header = kind == WeightKind::int4_g32 ? lines_before(kind, group) - 1
-                                                          : lines_before(kind, group / 2 * 2) - 1;
-      const uint16_t* halves =
-          reinterpret_cast<const uint16_t*>(tiles[t].line + header * kStepBytes);
-      const int64_t second = kind == WeightKind::int8_g32 && group % 2 ? kTileRows : 0;
-      sum = fma(mul(part[t], scale), load_half(halves + second), sum);
-    }
+    VecF dots[T];
+    Format::template dot<1, T>(tiles, codes, dots);
+    const VecF scale = splat(low_scale(x.scales[i]));
+    MLF_UNROLL for (int t = 0; t < T; ++t) low[row * T + t] =
+        header.add(dots[t], scale, t, low[row * T + t]);
   }
 }
 
-// y[m * T + t] (16 outputs) = x[m] . tile[t], with one scale per token: the sum over all inputs is
-// an exact integer. It fits int32 up to 2^31 / 127^2 = 133000 inputs.
+// total[m * T + t] (16 outputs) = x[m] . tile[t]: an exact integer per group, then a fused
+// multiply-add with its scales. Low codes have totals of their own, added at the end. Few rows take
+// them along, because a stream that is read twice is slow; many leave them for later.
+template <class Format, int M, int T>
+inline void tile_dot_groups(TileReader* tiles, const Activations& x, const WideGroups& wide,
+                            int64_t first_row, VecF* total) {
+  constexpr bool kAlong = M <= kRowsWithLowCodes;
+  const int64_t groups = x.groups();
+  TileReader starts[T];
+  MLF_UNROLL for (int t = 0; t < T; ++t) starts[t] = tiles[t];
+  typename Format::template Header<T> header;
+  VecF sums[M * T], low[M * T];
+  MLF_UNROLL for (int i = 0; i < M * T; ++i) sums[i] = low[i] = splat(0.0f);
+  for (int64_t group = 0; group < groups; ++group) {
+    header.read(tiles, group);
+    VecF dots[2 * M * T];
+    bool any_wide = false;
+    if constexpr (kAlong)
+      for (int m = 0; m < M; ++m) any_wide |= x.wide[m * groups + group] != 0;
+    if (kAlong && any_wide) {
+      if constexpr (kAlong)
+        Format::template dot<2 * M, T>(tiles, CodeRows<2 * M>::of(x, group, Constant<M>()), dots);
+      MLF_UNROLL for (int i = 0; i < M * T; ++i) {
+        const VecF scale = splat(low_scale(x.scales[i / T * groups + group]));
+        low[i] = header.add(dots[M * T + i], scale, i % T, low[i]);
+      }
+    } else {
+      Format::template dot<M, T>(tiles, CodeRows<M>::of(x, group, Constant<M>()), dots);
+    }
+    MLF_UNROLL for (int i = 0; i < M * T; ++i) {
+      const int64_t at = i / T * groups + group;
+      sums[i] = header.add(dots[i], splat(x.scales[at]), i % T, sums[i]);
+      sums[i] = header.add_min(x.group_sums[at], i % T, sums[i]);
+    }
+  }
+  if constexpr (!kAlong) add_wide_groups<Format, T>(starts, x, wide, first_row, low);
+  MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = add(sums[i], low[i]);
+}
+
+// With one scale per token: the sum over all inputs is an exact integer. It fits int32 up to
+// 2^31 / 127^2 = 133000 inputs.
 template <int M, int T>
 inline void tile_dot_w8a8(TileReader* tiles, const Activations& x, VecF* y) {
-  const int64_t groups = x.groups(), stride = x.padded_cols();
-  VecF scales[T];
-  MLF_UNROLL for (int t = 0; t < T; ++t) scales[t] =
-      load(reinterpret_cast<const float*>(tiles[t].next()));
+  const int64_t groups = x.groups();
   VecI total[M * T];
   MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = splat_int(0);
   for (int64_t group = 0; group < groups; ++group) {
     DotSum acc[M * T];
-    group_dot_int8<M, T>(tiles, x.codes + group * kGroup, stride, x.offsets + 2 * group, 2 * groups,
-                         acc);
+    group_dot<M, T>(tiles, CodeRows<M>::of(x, group, Constant<M>()), acc);
     MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = add(total[i], dot_result(acc[i]));
   }
   MLF_UNROLL for (int i = 0; i < M * T; ++i) y[i] =
-      mul(to_float(total[i]), mul(scales[i % T], splat(x.scales[i / T * groups])));
-}
-
-// With one scale per token and group: an exact integer per group, then one fma with its scale.
-template <int M, int T>
-inline void tile_dot_int8(TileReader* tiles, const Activations& x, const WideGroups& wide,
-                          int64_t first_row, VecF* y) {
-  const int64_t groups = x.groups(), stride = x.padded_cols();
-  TileReader starts[T];
-  MLF_UNROLL for (int t = 0; t < T; ++t) starts[t] = tiles[t];
-  VecF scales[T], total[M * T];
-  MLF_UNROLL for (int t = 0; t < T; ++t) scales[t] =
-      load(reinterpret_cast<const float*>(tiles[t].next()));
-  MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = splat(0.0f);
-  for (int64_t group = 0; group < groups; ++group) {
-    DotSum acc[M * T];
-    group_dot_int8<M, T>(tiles, x.codes + group * kGroup, stride, x.offsets + 2 * group, 2 * groups,
-                         acc);
-    MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] =
-        fma(to_float(dot_result(acc[i])), splat(x.scales[i / T * groups + group]), total[i]);
-  }
-  MLF_UNROLL for (int i = 0; i < M * T; ++i) y[i] = total[i];
-  add_wide_groups<T>(starts, WeightKind::int8, x, wide, first_row, y);
-  MLF_UNROLL for (int i = 0; i < M * T; ++i) y[i] = mul(y[i], scales[i % T]);
-}
-
-// Weights with a scale per group, too.
-template <int M, int T>
-inline void tile_dot_int8_g32(TileReader* tiles, const Activations& x, VecF* y) {
-  const int64_t groups = x.groups(), stride = x.padded_cols();
-  const uint16_t* halves[T];
-  VecF total[M * T];
-  MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = splat(0.0f);
-  for (int64_t group = 0; group < groups; ++group) {
-    MLF_UNROLL for (int t = 0; t < T; ++t) halves[t] =
-        group % 2 ? halves[t] + kTileRows : reinterpret_cast<const uint16_t*>(tiles[t].next());
-    DotSum acc[M * T];
-    group_dot_int8<M, T>(tiles, x.codes + group * kGroup, stride, x.offsets + 2 * group, 2 * groups,
-                         acc);
-    MLF_UNROLL for (int i = 0; i < M * T; ++i) {
-      const VecF scale = splat(x.scales[i / T * groups + group]);
-      total[i] = fma(mul(to_float(dot_result(acc[i])), scale), load_half(halves[i % T]), total[i]);
-    }
-  }
-  MLF_UNROLL for (int i = 0; i < M * T; ++i) y[i] = total[i];
-}
-
-// With scale and min: the sum of (scale * code + min) * x = scale * dot + min * sum(x).
-template <int M, int T>
-inline void tile_dot_int4_g32(TileReader* tiles, const Activations& x, VecF* y) {
-  const int64_t groups = x.groups(), stride = x.padded_cols();
-  VecF total[M * T];
-  MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = splat(0.0f);
-  for (int64_t group = 0; group < groups; ++group) {
-    const uint16_t* halves[T];
-    MLF_UNROLL for (int t = 0; t < T; ++t) halves[t] =
-        reinterpret_cast<const uint16_t*>(tiles[t].next());
-    NibbleSum acc[M * T];
-    group_dot_int4<M, T>(tiles, x.codes + group * kGroup, stride, acc);
-    MLF_UNROLL for (int i = 0; i < M * T; ++i) {
-      const int64_t at = i / T * groups + group;
-      const VecF part = mul(to_float(dot_result(acc[i])), splat(x.scales[at]));
-      total[i] = fma(part, load_half(halves[i % T]), total[i]);
-      total[i] = fma(load_half(halves[i % T] + kTileRows), splat(x.group_sums[at]), total[i]);
-    }
-  }
-  MLF_UNROLL for (int i = 0; i < M * T; ++i) y[i] = total[i];
+      mul(to_float(total[i]), splat(x.scales[i / T * groups]));
 }
 
 inline VecF load_weights(const float* p, int n) { return load_upto(p, n); }
@@ -262,15 +311,17 @@ __attribute__((noinline)) void tile_dot(const Activations& x, const WideGroups& 
     }
     return;
   }
-  TileReader tiles[T], starts[T];
+  TileReader tiles[T];
   const int64_t nbytes = tile_nbytes(weight.kind, weight.cols);
   for (int t = 0; t < T; ++t)
-    starts[t] = tiles[t] = {weight.data + (set.first + t * set.stride) * nbytes, set.ahead[t]};
-  if (weight.kind == WeightKind::int8) {
-    if (x.kind == ActivationKind::int8) return tile_dot_w8a8<M, T>(tiles, x, y);
-    return tile_dot_int8<M, T>(tiles, x, wide, first_row, y);
-  }
-  if (weight.kind == WeightKind::int4_g32) tile_dot_int4_g32<M, T>(tiles, x, y);
-  else tile_dot_int8_g32<M, T>(tiles, x, y);
-  add_wide_groups<T>(starts, weight.kind, x, wide, first_row, y);
+    tiles[t] = {weight.data + (set.first + t * set.stride) * nbytes, set.ahead[t]};
+  if (weight.kind == WeightKind::int4_g32)
+    return tile_dot_groups<Int4Tile, M, T>(tiles, x, wide, first_row, y);
+  if (weight.kind == WeightKind::int8_g32)
+    return tile_dot_groups<Int8GroupTile, M, T>(tiles, x, wide, first_row, y);
+  VecF scales[T];
+  for (int t = 0; t < T; ++t) scales[t] = load(reinterpret_cast<const float*>(tiles[t].next()));
+  if (x.kind == ActivationKind::int8) tile_dot_w8a8<M, T>(tiles, x, y);
+  else tile_dot_groups<Int8Tile, M, T>(tiles, x, wide, first_row, y);
+  for (int i = 0; i < M * T; ++i) y[i] = mul(y[i], scales[i % T]);
 }
