@@ -5,12 +5,19 @@ inline int tile_width(const Weight& weight, int64_t tile) {
   return static_cast<int>(left < kTileRows ? left : kTileRows);
 }
 
+// Few streams leave the hardware's prefetchers idle, which also stop at every 4 KB page: they fetch
+// one page ahead by software. Four streams are faster without.
+constexpr int64_t kFetchBytes = 4096;
+
 // The tiles first, first + stride, ...; what they fetch ahead is fetched by the first rows alone.
 template <int T>
 inline TileSet tile_set(const Tiles& tiles, int64_t first, int64_t stride, bool fetch) {
   TileSet set{first, stride, {}};
-  for (int t = 0; t < T; ++t)
-    if (fetch && (first + t * stride) % tiles.stride == tiles.phase) set.ahead[t] = tiles.ahead;
+  for (int t = 0; t < T; ++t) {
+    const bool wanted = (first + t * stride) % tiles.stride == tiles.phase;
+    if (fetch)
+      set.ahead[t] = wanted && tiles.ahead ? tiles.ahead : T < kMaxStreams ? kFetchBytes : 0;
+  }
   return set;
 }
 
