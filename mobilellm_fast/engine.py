@@ -69,8 +69,9 @@ class Engine:
 
         Args:
             source: see `packing.load_image`.
-            format: `fp32`, `bf16`, `int8`, `w8a8` or `int4`; `auto` keeps a GGUF file's own grid
-                where there are kernels for it, and takes `int8` otherwise.
+            format: `fp32`, `bf16`, `int8`, `w8a8`, `int4` or `int4_all`, which has 4 bits in the
+                embedding and the head, too; `auto` keeps a GGUF file's own grid where there are
+                kernels for it, and takes `int8` otherwise.
             threads: how many to use; None means as many as decode fastest among those that this
                 process may run on, measured once for each model, see `calibration`.
             revision: branch, tag or commit of a hub id.

@@ -18,7 +18,7 @@ from .weights import read_weights
 # Files of a model directory that an image depends on.
 SOURCE_SUFFIXES = (".bin", ".jinja", ".json", ".model", ".safetensors")
 
-KEPT_FORMATS = ("int8", "w8a8", "int4")  # float formats are as large as their source
+KEPT_FORMATS = quant.INTEGER_FORMATS  # float formats are as large as their source
 
 
 def load_image(

@@ -29,7 +29,8 @@ import numpy as np
 
 from .errors import MobileLLMError
 
-FORMATS = ("fp32", "bf16", "int8", "w8a8", "int4")
+FORMATS = ("fp32", "bf16", "int8", "w8a8", "int4", "int4_all")
+INTEGER_FORMATS = FORMATS[2:]
 GROUP = 32  # inputs that share a scale in the *_g32 kinds; inputs are padded to a multiple of it
 TILE_ROWS = 16  # rows of a packed tile: the int32 lanes of one 512-bit register
 STEP = 4  # inputs of one row that lie next to each other: one lane of a dot-product instruction
@@ -311,13 +312,16 @@ def kind_of(format: str, name: str, dtype: str) -> str:
     """Choose the kind that `format` stores matrix `name` in, which its file holds as `dtype`.
 
     A grid that the file brought along ("int4", "int8") is kept where the format allows it; `int4`
-    stores the embedding and the head of a float checkpoint in int8, where four bits cost most.
+    stores the embedding and the head of a float checkpoint in int8, where four bits cost most, and
+    `int4_all` stores every matrix in four bits.
     """
     own = {"int4": "int4_g32", "int8": "int8_g32"}.get(dtype)
     if format in ("fp32", "bf16"):
         return format
     if format == "w8a8":  # the paper's scheme, exactly
         return "int8"
+    if format == "int4_all":
+        return "int4_g32"
     if format == "int8":
         return "int8_g32" if own == "int8_g32" else "int8"
     if own is not None:
@@ -327,5 +331,10 @@ def kind_of(format: str, name: str, dtype: str) -> str:
 
 def kinds_of(format: str) -> tuple[str, ...]:
     """Return the kinds that `kind_of` may choose for a format."""
-    several = {"w8a8": ("int8",), "int8": ("int8", "int8_g32"), "int4": QUANTIZED_KINDS}
+    several = {
+        "w8a8": ("int8",),
+        "int8": ("int8", "int8_g32"),
+        "int4": QUANTIZED_KINDS,
+        "int4_all": ("int4_g32",),
+    }
     return several.get(format, (format,))

@@ -27,7 +27,7 @@ from mobilellm_fast.errors import MobileLLMError
 from mobilellm_fast.executor import Executor, available_cpus
 from mobilellm_fast.model import MobileLLM
 
-INTEGER_FORMATS = ("int8", "w8a8", "int4")
+INTEGER_FORMATS = quant.INTEGER_FORMATS
 
 
 def weights_in(format, config, seed=0):

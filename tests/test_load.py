@@ -27,7 +27,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("format", "tolerance"),
-    [("fp32", 1e-5), ("bf16", 3e-2), ("int8", 2e-2), ("w8a8", 5e-2), ("int4", 2e-2)],
+    [("fp32", 1e-5), ("bf16", 3e-2), ("int8", 5e-2), ("w8a8", 5e-2), ("int4", 5e-2)],
 )
 def test_torch_and_engine_compute_the_same(folder, format, tolerance):
     lm = mobilellm_fast.load(folder, format=format, threads=1)

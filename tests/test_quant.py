@@ -104,6 +104,8 @@ def test_bf16_rounds_to_nearest_even():
         ("int4", "model.layers.0.mlp.up_proj.weight", "int8", "int8_g32"),
         ("int4", "model.embed_tokens.weight", "float32", "int8"),
         ("int4", "lm_head.weight", "int4", "int4_g32"),
+        ("int4_all", "model.embed_tokens.weight", "int8", "int4_g32"),
+        ("int4_all", "lm_head.weight", "float32", "int4_g32"),
     ],
 )
 def test_kind_of(format, name, dtype, kind):
