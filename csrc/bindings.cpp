@@ -103,6 +103,11 @@ void check_activation(const Weight& weight, ActivationKind activation, const cha
   if (is_quantized(weight.kind) != (activation != ActivationKind::floating))
     throw py::value_error(std::string(name) +
                           ": integer weights need integer activations, float weights float ones");
+  // one sum over all inputs must fit int32
+  constexpr int64_t kMost = (int64_t{1} << 31) / (128 * kMaxCode);
+  if (activation == ActivationKind::int8 && weight.cols > kMost)
+    throw py::value_error(std::string(name) + " must have at most " + std::to_string(kMost) +
+                          " columns for int8 activations, got " + std::to_string(weight.cols));
 }
 
 int check_threads(int threads) {
@@ -394,6 +399,13 @@ void bind_sampling(py::module_& m) {
         if (!(temperature > 0) || top_k < 0 || !(top_p > 0) || !(min_p >= 0) || !(min_p <= 1) ||
             !(uniform >= 0) || !(uniform < 1) || !std::isfinite(max) || logits.shape(0) < 1)
           throw py::value_error("draw: an argument is out of range");
+        uint32_t not_finite = 0;  // an exponent of all ones
+        for (int64_t i = 0; i < logits.shape(0); ++i) {
+          uint32_t bits;
+          std::memcpy(&bits, x + i, sizeof bits);
+          not_finite |= (bits & 0x7f800000) == 0x7f800000 && (bits != 0xff800000);
+        }
+        if (not_finite) throw py::value_error("draw: logits must be finite, or minus infinity");
         const KernelTable& kernels = kernel_table(isa);
         py::gil_scoped_release release;
         return draw(kernels, x, logits.shape(0), max, {temperature, top_k, top_p, min_p}, uniform);
@@ -414,12 +426,14 @@ void restore(KVCache& cache, int64_t length, const std::vector<py::buffer>& page
       throw py::value_error("a page must have " + std::to_string(cache.page_nbytes()) +
                             " contiguous bytes, got " + std::to_string(info.size * info.itemsize));
   }
-  cache.set_length(0);
-  cache.reserve(length);
+  KVCache fresh = cache;  // so that a failure leaves the cache as it was
+  fresh.set_length(0);
+  fresh.reserve(length);
   for (size_t i = 0; i < pages.size(); ++i)
     std::copy_n(static_cast<const uint8_t*>(pages[i].request().ptr), cache.page_nbytes(),
-                cache.page(i));
-  cache.set_length(length);
+                fresh.page(i));
+  fresh.set_length(length);
+  cache = std::move(fresh);
 }
 
 void bind_cache(py::module_& m) {

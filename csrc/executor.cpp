@@ -256,21 +256,27 @@ void Executor::attend(int thread, const Chunk& chunk, int position) {
   std::atomic<int64_t>& next = next_task_[position];
   for (int64_t i = thread; i < tasks; i = next.fetch_add(1, std::memory_order_relaxed)) {
     const AttentionTask& task = chunk.tasks[i];
-    if (task.span->alone()) attend_one(thread, task, position);
+    const int64_t likely = i + pool_.size();
+    if (task.span->alone())
+      attend_one(thread, task, likely < tasks ? &chunk.tasks[likely] : nullptr, position);
     else attend_many(thread, task, position);
   }
 }
 
 // A lone token, one KV head and page. The tasks rotate the queries for themselves, and that of the
 // last page stores the new key and value, so no stage of its own is needed for it.
-void Executor::attend_one(int thread, const AttentionTask& task, int position) {
+// Meanwhile it fetches the page of the task that this thread is likely to take next.
+void Executor::attend_one(int thread, const AttentionTask& task, const AttentionTask* next,
+                          int position) {
   Scratch& scratch = scratch_[thread];
   const Span& span = *task.span;
   const int dim = model_.head_dim, kv_head = task.kv_head;
   const int64_t page = task.part, pages = span.pages(), state_size = group() * (padded_dim() + 2);
   const int in_last = static_cast<int>(span.start % kPageTokens) + 1;
   const bool last = page == pages - 1;
-  const PageView view = span.cache->view(position, page, kv_head);
+  PageView view = span.cache->view(position, page, kv_head);
+  if (next && next->span->alone())
+    view.ahead = next->span->cache->view(position, next->part, next->kv_head).data - view.data;
   const float* qkv = qkv_.data() + span.row * qkv_size();
   if (last) {
     const float* key = qkv + q_size() + kv_head * dim;

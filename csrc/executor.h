@@ -45,7 +45,7 @@ constexpr int64_t kMinChunkRows = 128, kMaxChunkRows = 512;
 
 // From so many rows for each thread on, threads split the rows of a chunk and each reads all
 // weights: at 32 rows the arithmetic takes several times as long as reading a block from the shared
-// cache, and five of seven barriers per block are saved. Below, they split the weights.
+// cache, and seven of nine barriers per block are saved. Below, they split the weights.
 constexpr int64_t kSplitRows = 32;
 
 // Results do not depend on the thread count, on how tokens are split over calls, on what else is in
@@ -67,7 +67,7 @@ class Executor {
 
   // Append the tokens of every sequence to its cache (all different, made by new_cache) and write
   // the logits that they want (all of them, vocab), in order of the sequences. Safe to call from
-  // several threads; calls take turns.
+  // several threads, if their caches are different; calls take turns.
   void forward(const std::vector<Sequence>& sequences, float* logits);
 
  private:
@@ -87,7 +87,7 @@ class Executor {
   Tiles tiles(const Part& part, int position, const Weight BlockWeights::* weight,
               int unit = 1) const;
   void attend(int thread, const Chunk& chunk, int position);
-  void attend_one(int thread, const AttentionTask& task, int position);
+  void attend_one(int thread, const AttentionTask& task, const AttentionTask* next, int position);
   const float* merge(const Part& part, const Chunk& chunk);
   void merge_one(int thread, const Span& span, float* out);
   void attend_many(int thread, const AttentionTask& task, int position);

@@ -12,7 +12,7 @@ void KVCache::reserve(int64_t tokens) {
   for (int64_t page = length_ / kPageTokens; page < static_cast<int64_t>(pages_.size()); ++page) {
     if (page * kPageTokens >= tokens || pages_[page].use_count() == 1) continue;
     Pages own = allocate_pages(page_nbytes());
-    std::copy_n(pages_[page].get(), page_nbytes(), own.get());
+    if (page * kPageTokens < length_) std::copy_n(pages_[page].get(), page_nbytes(), own.get());
     pages_[page] = std::move(own);
   }
   while (static_cast<int64_t>(pages_.size()) * kPageTokens < tokens)

@@ -41,18 +41,22 @@ Pages allocate_pages(int64_t nbytes) {
 }
 
 Pages map_file(const char* path, int64_t& nbytes) {
-  const int file = open(path, O_RDONLY | O_CLOEXEC);
+  const int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // do not wait for a pipe
   if (file < 0) throw std::system_error(errno, std::generic_category());
   struct stat status;
   int error = fstat(file, &status) ? errno : 0;
-  if (!error && S_ISDIR(status.st_mode)) error = EISDIR;
+  if (!error && !S_ISREG(status.st_mode)) error = S_ISDIR(status.st_mode) ? EISDIR : EINVAL;
   Pages pages;
   if (!error && status.st_size > 0) {
-    pages = allocate_pages(status.st_size);
-    if (mmap(pages.get(), status.st_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, file,
-             0) == MAP_FAILED)
+    try {
+      pages = allocate_pages(status.st_size);
+    } catch (const std::bad_alloc&) {
+      error = ENOMEM;
+    }
+    if (!error && mmap(pages.get(), status.st_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED,
+                       file, 0) == MAP_FAILED)
       error = errno;
-    else ask_for_huge_pages(pages.get(), status.st_size);
+    if (!error) ask_for_huge_pages(pages.get(), status.st_size);
   }
   close(file);
   if (error) throw std::system_error(error, std::generic_category());

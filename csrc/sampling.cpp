@@ -4,6 +4,7 @@
 #include <cmath>
 #include <functional>
 #include <numeric>
+#include <stdexcept>
 #include <vector>
 
 namespace mlf {
@@ -93,6 +94,7 @@ int64_t draw_from(const Candidates& kept, double uniform) {  // by ascending tok
     reached += candidate.weight;
     if (reached >= target) return candidate.token;
   }
+  if (kept.empty()) throw std::invalid_argument("max must be the largest logit");
   return kept.back().token;
 }
 

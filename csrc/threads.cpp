@@ -43,15 +43,18 @@ void WaitCounter::wait_while(uint32_t seen) {
   sleepers_.fetch_sub(1, std::memory_order_relaxed);
 }
 
-ForkSafeMutex::ForkSafeMutex() : mutex_(new std::mutex), owner_process_(getpid()) {}
+ForkSafeMutex::ForkSafeMutex() : owned_(new Owned{getpid(), {}}) {}
 
 void ForkSafeMutex::lock() {
-  // After fork() there is one thread, and nobody to unlock the old mutex: leave it behind.
-  if (owner_process_ != getpid()) {
-    mutex_ = new std::mutex;
-    owner_process_ = getpid();
+  Owned* owned = owned_.load();
+  if (owned->process != getpid()) {
+    // After fork() nobody is there to unlock the old mutex: leave it behind. The first thread of
+    // the child that comes here brings the new one.
+    Owned* fresh = new Owned{getpid(), {}};
+    if (owned_.compare_exchange_strong(owned, fresh)) owned = fresh;
+    else delete fresh;
   }
-  mutex_->lock();
+  owned->mutex.lock();
 }
 
 ThreadPool::ThreadPool(int threads) : size_(threads) {}

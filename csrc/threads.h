@@ -31,13 +31,16 @@ class ForkSafeMutex {
  public:
   ForkSafeMutex();
   ForkSafeMutex(const ForkSafeMutex&) = delete;
-  ~ForkSafeMutex() { delete mutex_; }
+  ~ForkSafeMutex() { delete owned_.load(); }
   void lock();
-  void unlock() { mutex_->unlock(); }
+  void unlock() { owned_.load()->mutex.unlock(); }
 
  private:
-  std::mutex* mutex_;
-  int owner_process_;
+  struct Owned {
+    int process;
+    std::mutex mutex;
+  };
+  std::atomic<Owned*> owned_;
 };
 
 // Runs a function on every thread at once; the calling thread is thread 0. Between calls the

@@ -17,10 +17,10 @@ class Options(Sampling):
     Args:
         max_new_tokens: most tokens to generate, >= 1.
         stop: string or strings at which the answer ends; the text ends before it.
-        prompt_lookup: guess up to so many tokens per step where the text repeats itself, and have
-            the model check them together: the same answer, sooner. Needs temperature 0. None
-            guesses none.
-        prompt_lookup_ngram: how many last tokens to look for in the text, >= 1.
+        prompt_lookup: guess up to so many tokens (1 to 64) per step where the text repeats itself,
+            and have the model check them together: the same answer, sooner. Needs temperature 0.
+            None guesses none.
+        prompt_lookup_ngram: how many last tokens to look for in the text, 1 to 16.
 
     Raises:
         MobileLLMError: a value is of the wrong type or out of range.
@@ -37,10 +37,13 @@ class Options(Sampling):
         self._check("prompt_lookup_ngram", check_integer, at_least=1)
         if self.prompt_lookup is not None:
             self._check("prompt_lookup", check_integer, at_least=1)
-            if self.temperature > 0:
-                raise MobileLLMError(
-                    f"[generate] prompt_lookup needs temperature 0, got {self.temperature}"
-                )
+        for name, limit in (("prompt_lookup", 64), ("prompt_lookup_ngram", 16)):
+            if (got := getattr(self, name) or 0) > limit:
+                raise MobileLLMError(f"[generate] {name} must be at most {limit}, got {got}")
+        if self.prompt_lookup is not None and self.temperature > 0:
+            raise MobileLLMError(
+                f"[generate] prompt_lookup needs temperature 0, got {self.temperature}"
+            )
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         stop = () if stop is None else stop
         if not isinstance(stop, (list, tuple)) or not all(isinstance(s, str) and s for s in stop):

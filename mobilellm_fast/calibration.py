@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import platform
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,8 +19,10 @@ from typing import Any
 from . import _C
 from .cache import cache_directory
 from .executor import Executor, available_cpus
+from .files import whole_file
+from .version import __version__
 
-MARGIN = 1.05  # a choice must be this much faster than the default to replace it
+MARGIN = 1.15  # a choice must decode so much faster than all threads, which prompts want
 ROUNDS = 5  # in which every candidate takes its turn
 BUDGET = 0.3  # seconds after which no further round begins
 LIFETIME = 30 * 24 * 3600  # seconds until it is measured again: machines change
@@ -85,11 +85,14 @@ def _measure(executors: list[Executor]) -> list[float]:
     return best
 
 
-def _file(signature: str, cpus: int) -> Path:
-    """One small file per machine and model."""
-    machine = f"{platform.machine()} {_processor()} {cpus} {_C.supported_isas()}"
+def _file(signature: str, cpus: int) -> Path | None:
+    """One small file per machine and model; None if there is no place for it."""
+    machine = f"{__version__} {platform.machine()} {_processor()} {cpus} {_C.supported_isas()}"
     key = hashlib.sha256(f"{machine}\0{signature}".encode()).hexdigest()[:32]
-    return cache_directory() / "calibration" / f"{key}.json"
+    try:
+        return cache_directory() / "calibration" / f"{key}.json"
+    except RuntimeError:  # no home directory
+        return None
 
 
 def _processor() -> str:
@@ -101,8 +104,10 @@ def _processor() -> str:
     return platform.processor()
 
 
-def _read(file: Path, cpus: int) -> Choice | None:
+def _read(file: Path | None, cpus: int) -> Choice | None:
     """A choice that was kept; None if there is none, or it is old or damaged."""
+    if file is None:
+        return None
     try:
         if time.time() - file.stat().st_mtime > LIFETIME:
             return None
@@ -110,17 +115,13 @@ def _read(file: Path, cpus: int) -> Choice | None:
         threads, fetch_ahead = fields["threads"], fields["fetch_ahead"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    good = isinstance(threads, int) and 1 <= threads <= cpus and isinstance(fetch_ahead, bool)
+    good = type(threads) is int and 1 <= threads <= cpus and isinstance(fetch_ahead, bool)
     return Choice(threads, fetch_ahead) if good else None
 
 
-def _write(file: Path, choice: Choice) -> None:
+def _write(file: Path | None, choice: Choice) -> None:
     """Keep a choice; a cache that cannot be written costs measuring again."""
     with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}")
-        try:
-            temporary.write_text(json.dumps(asdict(choice)))
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        if file is not None:
+            with whole_file(file) as out:
+                out.write(json.dumps(asdict(choice)).encode())

@@ -94,7 +94,9 @@ def _parser() -> argparse.ArgumentParser:
         model = sub.add_argument_group("model")
         model.add_argument("--model", metavar="MODEL", help="directory, hub id, .gguf or .mlf file")
         model.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
-        model.add_argument("--format", default="auto", help="auto, fp32, bf16, int8, w8a8, int4 or int4_all")
+        model.add_argument(
+            "--format", default="auto", help="auto, fp32, bf16, int8, w8a8, int4 or int4_all"
+        )
         model.add_argument(
             "--kv-format", metavar="FORMAT", help="of the KV cache: fp16, fp32 or int8"
         )

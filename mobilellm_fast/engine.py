@@ -83,7 +83,7 @@ class Engine:
             MobileLLMError: an argument is out of range.
             CheckpointError: the source cannot be found, read or trusted.
         """
-        check_isa(isa)  # now, not after a long load
+        isa = check_isa(isa)  # now, not after a long load
         check_kv_format(kv_format)
         image = load_image(source, format, revision, check_threads(threads))
         fetch_ahead = True
@@ -93,7 +93,7 @@ class Engine:
                 lambda choice: Executor(
                     *model, choice.threads, isa, kv_format, fetch_ahead=choice.fetch_ahead
                 ),
-                f"{image.config.to_hf()} {image.format} {kv_format} {isa}",
+                f"{image.config.to_hf()} {image.format} {isa}",
             )
             threads, fetch_ahead = choice.threads, choice.fetch_ahead
         return cls(

@@ -181,6 +181,8 @@ class Executor:
                 f"[forward] sequences must be one or more, each with a cache, "
                 f"got {len(counts)} and {len(starts)} caches"
             )
+        if len({id(cache) for cache in caches}) < len(caches):
+            raise MobileLLMError("[forward] caches must be different, got one twice")
         positions = [np.arange(s, s + count) for s, count in zip(starts, counts, strict=True)]
         rotary = self._rotary_rows(np.concatenate(positions))
         ends = np.cumsum(counts)
@@ -203,7 +205,10 @@ class Executor:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _checked_ids(self, token_ids: Sequence[int]) -> np.ndarray:
-        ids = np.asarray(token_ids)
+        try:
+            ids = np.asarray(token_ids)
+        except ValueError:  # ragged
+            ids = np.asarray(token_ids, object)
         if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
             raise MobileLLMError(
                 f"[forward] token_ids must be a non-empty list of integers, got {ids.dtype} "

@@ -27,9 +27,9 @@ def load(
         source: a Hugging Face directory, a hub id, a .gguf or .mlf file, or None for
             SmolLM2-135M-Instruct (98 MB, fetched once).
         device: `"auto"` or `"cpu"`.
-        format: `"fp32"`, `"bf16"`, `"int8"`, `"w8a8"`, `"int4"`, `"int4_all"`, or `"auto"`: the file's own grid
-            if it is a quantized GGUF, else `"int8"`.
-        threads: how many to use; None means as many as this process may run on.
+        format: `"fp32"`, `"bf16"`, `"int8"`, `"w8a8"`, `"int4"`, `"int4_all"`, or `"auto"`: the
+            file's own grid if it is a quantized GGUF, else `"int8"`.
+        threads: how many to use; None means as many as decode fastest, see `Engine.load`.
         revision: branch, tag or commit of a hub id.
         kv_format: `"fp16"`, `"fp32"` or `"int8"`, how generation keeps keys and values; None takes
             `"fp32"` for float formats, else `"fp16"`.

@@ -9,6 +9,7 @@ from typing import Any
 from .answer import Generation, Options
 from .context import Context
 from .errors import MobileLLMError
+from .files import brief
 from .generate import Stream
 from .prompt import chat_ids, prompt_ids
 
@@ -26,6 +27,14 @@ class Session:
 
     def __init__(self, engine, messages: Sequence[Mapping[str, Any]] = ()) -> None:
         self._engine = engine
+        if not isinstance(messages, (list, tuple)) or not all(
+            isinstance(m, Mapping) and all(isinstance(v, str) for v in (*m, *m.values()))
+            for m in messages
+        ):
+            raise MobileLLMError(
+                "[session] messages must be a list of dicts with a role and a content, "
+                f"got {brief(messages)}"
+            )
         self._messages = list(messages)
         self._pending: tuple[dict[str, str], Stream] | None = None  # last question and answer
         self._context = Context(engine)

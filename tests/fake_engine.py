@@ -97,6 +97,7 @@ class FakeEngine:
             cache_nbytes_per_token=0,
             isa="scalar",
             kv_format="fp32",
+            fetches_ahead=False,
             threads=2,
         )
         self.prompts = []

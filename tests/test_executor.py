@@ -1,6 +1,7 @@
 """The executor against transformers, and against itself: threads, chunks, tables, caches."""
 
 import multiprocessing
+import os
 import subprocess
 import sys
 import threading
@@ -182,6 +183,29 @@ def test_decode_of_ragged_batches_has_the_bits_of_single_steps():
         assert np.array_equal(logits, want)
 
 
+@pytest.mark.parametrize("kv_format", ["fp16", "fp32", "int8"])
+def test_not_finite_tokens_reach_no_earlier_ones(kv_format):
+    config = tiny_config()
+    weights = weights_in("int8", config)
+    weights["model.embed_tokens.weight"].data[:] = 0
+    executor = Executor(config, weights, "int8", kv_format=kv_format)
+    ids = [1, 2, 7, 3]
+
+    # a row of NaN: the scale of row 7 of the first tile
+    weights["model.embed_tokens.weight"].data[:64].view(np.float32)[7] = np.nan
+    want = [True, True, False, False]
+    for chunk in (4, 2, 1):
+        assert np.isfinite(run(executor, ids, chunk)[:, :7]).all(axis=1).tolist() == want
+
+
+def test_one_cache_twice_is_refused_before_anything_is_computed():
+    executor = make_executor(tiny_config())
+    cache, ids = executor.new_cache(), random_ids(executor.config, 40)
+    with pytest.raises(MobileLLMError, match="caches must be different"):
+        executor.forward_batch([ids, ids], [cache, cache])
+    assert cache.length == 0
+
+
 def test_bad_batches():
     executor = make_executor(tiny_config(max_position_embeddings=8))
     caches = [executor.new_cache() for _ in range(2)]
@@ -194,8 +218,6 @@ def test_bad_batches():
     ]:
         with pytest.raises(MobileLLMError, match=message):
             executor.forward_batch(sequences, caches)
-    with pytest.raises(ValueError, match="caches must differ"):
-        executor.forward_batch([[1], [2]], caches[:1] * 2)
     assert [cache.length for cache in caches] == [0, 0]
 
 
@@ -464,5 +486,13 @@ def test_isa_from_the_environment(monkeypatch):
         make_executor(tiny_config())
 
 
-def test_threads_default_to_the_processors_of_this_process():
-    assert make_executor(tiny_config()).threads == available_cpus() >= 1
+@pytest.mark.parametrize(
+    ("limit", "affinity", "threads"),
+    [("max 100000", 3, 3), ("200000 100000", 3, 2), ("50000 100000", 3, 1), ("", 1, 1)],
+)
+def test_threads_default_to_what_this_process_may_use(monkeypatch, limit, affinity, threads):
+    """The affinity, and the container's share of time."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(affinity)), raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda self: limit)
+    assert available_cpus() == threads
+    assert make_executor(tiny_config()).threads == threads

@@ -279,3 +279,12 @@ def test_many_at_once(checkpoint, cache):
     assert codes == [0] * 4
     (path,) = cache.iterdir()
     assert open_image(path).name == "model"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mlf")
+    (tmp_path / "folder.mlf").mkdir()
+    for name in ("pipe.mlf", "folder.mlf", "nothing.mlf"):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            open_image(tmp_path / name)

@@ -258,6 +258,14 @@ def test_nothing_is_touched_beyond_the_arrays(isa):
         )
 
 
+def test_sums_that_would_not_fit_are_refused():
+    weight = quant.PackedWeight("int8", 1, 132_128, np.zeros(64 + 16 * 132_128, np.uint8))
+    x, out = np.zeros((1, 132_128), np.float32), np.zeros((1, 1), np.float32)
+    with pytest.raises(ValueError, match="at most 132104 columns for int8 activations"):
+        _C.linear(x, weight.as_tuple(), out, "int8")
+    _C.linear(x, weight.as_tuple(), out, "int8_g32")
+
+
 def test_bad_arguments_are_refused():
     weight = quant.pack(matrix(4, 8, 0))
     x, out = matrix(2, 8, 0), matrix(2, 4, 0)

@@ -14,10 +14,9 @@ inline void for_each_whole_block(int64_t n, Body body, int64_t first = 0) {
 }
 
 // Fetch what lies here in the page wanted next, which is elsewhere than where hardware prefetchers
-// look. Into the second-level cache: two pages do not fit the first. No distance names the line at
-// hand.
+// look. Into the second-level cache: two pages do not fit the first.
 inline void prefetch_next(const void* at, const PageView& page) {
-  __builtin_prefetch(static_cast<const uint8_t*>(at) + page.ahead, 0, 2);
+  if (page.ahead) __builtin_prefetch(static_cast<const uint8_t*>(at) + page.ahead, 0, 2);
 }
 
 // --- float pages: fp32 and fp16 ----------------------------------------------------------------
@@ -25,9 +24,9 @@ inline void prefetch_next(const void* at, const PageView& page) {
 inline VecF load_kv(const float* p) { return load(p); }
 inline VecF load_kv(const uint16_t* p) { return load_half(p); }
 inline void store_kv(float* p, VecF v) { store(p, v); }
-// Clamped: an infinity would reach even the tokens that do not attend to it, as 0 * infinity.
+// Clamped, but for NaN: min() and max() return their second argument if either is NaN.
 inline void store_kv(uint16_t* p, VecF v) {
-  store_half(p, min(max(v, splat(-65504.0f)), splat(65504.0f)));
+  store_half(p, min(splat(65504.0f), max(splat(-65504.0f), v)));
 }
 
 template <class T>
@@ -46,14 +45,17 @@ struct FloatPage {
   }
   T* values() const { return reinterpret_cast<T*>(page.values()); }
 
+  // What is not finite becomes a key of NaN and a value of 0: scores are masked for each query,
+  // while values of tokens that a query does not see are multiplied by 0.
   void put(const float* key, const float* value, int slot) const {
     T* key_out = keys() + (slot / 16 * page.head_dim) * 16 + slot % 16;
     T* value_out = values() + slot * page.padded_dim();
+    const bool finite = max_abs(key, page.head_dim) + max_abs(value, page.head_dim) < INFINITY;
     for_each_vec(page.head_dim, [&](int64_t i, int n) {
       T narrow[16];
-      store_kv(narrow, load_upto(key + i, n));
+      store_kv(narrow, finite ? load_upto(key + i, n) : splat(NAN));
       for (int j = 0; j < n; ++j) key_out[(i + j) * 16] = narrow[j];
-      store_kv(value_out + i, load_upto(value + i, n));  // padded with zeros
+      store_kv(value_out + i, finite ? load_upto(value + i, n) : splat(0.0f));  // padded with zeros
     });
   }
 

@@ -15,8 +15,7 @@ inline TileSet tile_set(const Tiles& tiles, int64_t first, int64_t stride, bool 
   TileSet set{first, stride, {}};
   for (int t = 0; t < T; ++t) {
     const bool wanted = (first + t * stride) % tiles.stride == tiles.phase;
-    if (fetch)
-      set.ahead[t] = wanted && tiles.ahead ? tiles.ahead : T < kMaxStreams ? kFetchBytes : 0;
+    if (fetch) set.ahead[t] = wanted && tiles.ahead ? tiles.ahead : T < 4 ? kFetchBytes : 0;
   }
   return set;
 }

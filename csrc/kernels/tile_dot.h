@@ -6,8 +6,8 @@
 constexpr int kMaxStreams = kDotRows < 4 ? kDotRows : 4;
 
 // Reads a tile from front to end, a cache line at a time. Besides, each step may fetch the line
-// `ahead` bytes away, which a later layer wants, into the second-level cache; 0 names the line at
-// hand.
+// `ahead` bytes away into the second-level cache: a later layer's weights, or the next page of
+// these; 0 for none.
 struct TileReader {
   const uint8_t* line;
   int64_t ahead;
@@ -229,7 +229,7 @@ inline void tile_dot_groups(TileReader* tiles, const Activations& x, const WideG
 }
 
 // With one scale per token: the sum over all inputs is an exact integer. It fits int32 up to
-// 2^31 / 127^2 = 133000 inputs.
+// 2^31 / (128 * 127) = 132104 inputs.
 template <int M, int T>
 inline void tile_dot_w8a8(TileReader* tiles, const Activations& x, VecF* y) {
   const int64_t groups = x.groups();
