@@ -67,7 +67,7 @@ enum class ActivationKind : int32_t { floating, int8, int8_g32 };
 constexpr int32_t kMaxCode = 127;  // codes are symmetric: -127..127
 // A group is wide if the squares of its codes sum up to at most this: in a normal group of 32 it is
 // five times as much. Between 1/10 and 1/6 of all groups of SmolLM2-135M.
-constexpr int32_t kWideEnergy = 3 * kMaxCode * kMaxCode / 2;
+constexpr int32_t kWideEnergy = 7 * kMaxCode * kMaxCode / 4;
 constexpr float kLowSteps = 2 * kMaxCode;  // value = scale * (code + low code / kLowSteps)
 
 // Inputs of a linear layer, one row per token: floats for float weights, integer codes otherwise.

@@ -182,7 +182,7 @@ def round_activations(x: Tensor, activation: str) -> Tensor:
     """Return x (..., n) float32 as its codes see it: (..., n) float64.
 
     "int8" takes one scale per row, "int8_g32" one per group of 32. There, if the squares of all
-    codes sum up to no more than 1.5 times the largest one, what the codes leave is rounded to
+    codes sum up to no more than 1.75 times the largest one, what the codes leave is rounded to
     another 8 bits: the largest input has left too little of the first 8 to the others.
     """
     if activation == "int8":
@@ -191,7 +191,7 @@ def round_activations(x: Tensor, activation: str) -> Tensor:
     cols = x.shape[-1]
     groups = F.pad(x, (0, -cols % GROUP)).unflatten(-1, (-1, GROUP))
     codes, scales = round_rows(groups)
-    wide = codes.square().sum(-1, keepdim=True) <= 3 * 127**2 // 2
+    wide = codes.square().sum(-1, keepdim=True) <= 7 * 127**2 // 4
     rest = groups * _inverse_scale(groups.abs().amax(-1)).unsqueeze(-1) - codes
     low = torch.where(wide, torch.round(rest * 254), 0)
     scales, low_scales = scales.unsqueeze(-1), (scales * torch.tensor(1 / 254)).unsqueeze(-1)

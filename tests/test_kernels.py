@@ -38,7 +38,7 @@ def low_codes(x, codes):
     largest = np.abs(x).max(axis=1, keepdims=True)
     inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
     rest = x * inverse - codes.astype(np.float32)
-    wide = (codes**2).sum(axis=1, keepdims=True) <= 3 * 127**2 // 2
+    wide = (codes**2).sum(axis=1, keepdims=True) <= 7 * 127**2 // 4
     return np.where(wide, np.rint(rest * np.float32(254)), 0).astype(np.int64)
 
 

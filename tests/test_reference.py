@@ -121,7 +121,7 @@ def test_linear_multiplies_what_it_says(kind, activation):
             codes = (part.double() / step).round()
             if activation == "int8_g32":  # wide groups
                 low = ((part.double() / step - codes) * 254).round() / 254
-                wide = codes.square().sum(-1, keepdim=True) <= 1.5 * 127**2
+                wide = codes.square().sum(-1, keepdim=True) <= 1.75 * 127**2
                 codes = torch.where(wide, codes + low, codes)
             rounded[:, at : at + part.shape[1]] = codes * step
     want = rounded.numpy() @ weight.astype(np.float64).T
