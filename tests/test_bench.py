@@ -15,7 +15,6 @@ from helpers import random_ids, random_weights, tiny_config, transformers_logits
 from mobilellm_fast import _C
 from mobilellm_fast.config import MobileLLMConfig
 from mobilellm_fast.engine import Engine
-from mobilellm_fast.errors import MobileLLMError
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 if not BENCH.is_dir():
@@ -150,15 +149,6 @@ def test_engines_of_random_weights_run(format, tmp_path):
     for work in (model_works.decode(engine, 4, 2), model_works.prefill(engine, 4)):
         assert work.run() > 0
     assert engines.shape("125M-unshared").num_hidden_layers == 60
-
-
-def test_a_batch_that_the_engine_cannot_do_is_skipped_with_a_reason():
-    class NoBatches:
-        def generate(self, prompts, **options):
-            raise MobileLLMError("prompt must be flat")
-
-    with pytest.raises(pytest.skip.Exception, match="does not exist yet .prompt must be flat"):
-        model_works.generate_batch(NoBatches(), [[1], [2]], 1)
 
 
 def test_transformers_shares_layers_with_a_cache():

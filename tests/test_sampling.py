@@ -255,13 +255,14 @@ def test_numpy_numbers_are_numbers():
 
 
 @pytest.mark.parametrize(
-    ("logits", "largest"),
-    [(np.zeros(10), 100.0), (np.full(6400, np.nan), 0.0), (np.array([1.0, np.inf]), 1.0)],
+    ("logits", "largest", "top_k", "min_p"),
+    [
+        (np.zeros(10), 100.0, 0, 0.5),  # not the largest: no token would be left
+        (np.full(6400, np.nan), 0.0, 0, 0.5),
+        (np.full(6400, np.nan), 0.0, 5, 0.0),
+        (np.array([1.0, np.inf]), 1.0, 1, 0.0),
+    ],
 )
-@pytest.mark.parametrize("filters", [(0, 1.0, 0.5), (5, 1.0, 0.0)], ids=["min_p", "top_k"])
-def test_wrong_arguments_of_the_kernel_are_errors(logits, largest, filters):
-    top_k, top_p, min_p = filters
-    if top_k and np.isfinite(logits).all():
-        pytest.skip("top_k does not look at the largest")
+def test_wrong_arguments_of_the_kernel_are_errors(logits, largest, top_k, min_p):
     with pytest.raises(ValueError, match="draw: logits must be finite|max must be the largest"):
-        _C.draw(logits.astype(np.float32), largest, 1.0, top_k, top_p, min_p, 0.3)
+        _C.draw(logits.astype(np.float32), largest, 1.0, top_k, 1.0, min_p, 0.3)
