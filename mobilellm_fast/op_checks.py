@@ -1,0 +1,118 @@
+"""What the ops demand of their arguments: functions named and called as the ops."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from . import quant
+from .errors import MobileLLMError
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32)
+
+
+def _expect_shape(stem: str, name: str, tensor: Tensor, shape: Iterable[int | str]) -> None:
+    """Compare with a shape in which a name stands for any size and "..." for any leading axes."""
+    shape = tuple(shape)
+    got = tuple(tensor.shape)
+    if shape[0] == "...":
+        fits = len(got) >= len(shape) - 1
+        tail, want = (got[len(got) - len(shape) + 1 :], shape[1:]) if fits else ((), ())
+    else:
+        fits, tail, want = len(got) == len(shape), got, shape
+    fits = fits and all(isinstance(w, str) or w == g for w, g in zip(want, tail, strict=True))
+    if not fits:
+        wanted = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
+        raise MobileLLMError(f"[{stem}] {name} must have shape ({wanted}), got {got}")
+
+
+def _expect_dtype(stem: str, dtypes: tuple[torch.dtype, ...], **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in dtypes:
+            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            got = str(tensor.dtype).removeprefix("torch.")
+            raise MobileLLMError(f"[{stem}] {name} must be {wanted}, got {got}")
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> None:
+    _expect_dtype("rms_norm", FLOATS, x=x, weight=weight)
+    _expect_shape("rms_norm", "x", x, ("...", "n"))
+    _expect_shape("rms_norm", "weight", weight, x.shape[-1:])
+    if not 0 <= eps < math.inf:
+        raise MobileLLMError(f"[rms_norm] eps must be finite and at least 0, got {eps}")
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    _expect_dtype("rope", FLOATS, x=x, cos=cos, sin=sin)
+    _expect_shape("rope", "x", x, ("batch", "seq", "heads", "head_dim"))
+    batch, seq, _, head_dim = x.shape
+    if head_dim % 2:
+        raise MobileLLMError(f"[rope] x must have an even head_dim, got {head_dim}")
+    lead = (batch, seq) if cos.ndim == 3 else (seq,)
+    _expect_shape("rope", "cos", cos, (*lead, head_dim // 2))
+    _expect_shape("rope", "sin", sin, tuple(cos.shape))
+
+
+def gqa_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> None:
+    stem = "gqa_attention"
+    _expect_dtype(stem, FLOATS, q=q, k=k, v=v)
+    _expect_shape(stem, "q", q, ("batch", "seq", "heads", "head_dim"))
+    batch, seq, heads, head_dim = q.shape
+    _expect_shape(stem, "k", k, (batch, "kv_seq", "kv_heads", head_dim))
+    _expect_shape(stem, "v", v, tuple(k.shape))
+    kv_seq, kv_heads = k.shape[1:3]
+    if kv_seq < seq:
+        raise MobileLLMError(f"[{stem}] k must hold at least the {seq} tokens of q, got {kv_seq}")
+    if kv_heads == 0 or heads % kv_heads:
+        raise MobileLLMError(f"[{stem}] k must have a divisor of {heads} heads, got {kv_heads}")
+
+
+def swiglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> None:
+    _expect_dtype("swiglu", FLOATS, x=x, gate_weight=gate_weight, up_weight=up_weight)
+    _expect_shape("swiglu", "x", x, ("...", "n"))
+    _expect_shape("swiglu", "gate_weight", gate_weight, ("m", x.shape[-1]))
+    _expect_shape("swiglu", "up_weight", up_weight, tuple(gate_weight.shape))
+
+
+def quantize_per_token(x: Tensor) -> None:
+    _expect_dtype("quantize_per_token", (torch.float32,), x=x)
+    _expect_shape("quantize_per_token", "x", x, ("...", "n"))
+    if x.shape[-1] == 0:
+        raise MobileLLMError("[quantize_per_token] x must have rows of at least 1, got 0")
+
+
+def linear(
+    x: Tensor, packed: Tensor, kind: str, rows: int, cols: int, activation: str = "float"
+) -> None:
+    _expect_dtype("linear", FLOATS, x=x)
+    _expect_shape("linear", "x", x, ("...", cols))
+    _check_packed("linear", packed, kind, rows, cols)
+    if activation not in ("float", "int8", "int8_g32"):
+        raise MobileLLMError(
+            f"[linear] activation must be 'float', 'int8' or 'int8_g32', got {activation!r}"
+        )
+
+
+def embed(ids: Tensor, packed: Tensor, kind: str, rows: int, cols: int) -> None:
+    _expect_dtype("embed", INTEGERS, ids=ids)
+    _check_packed("embed", packed, kind, rows, cols)
+
+
+def dequantize(packed: Tensor, kind: str, rows: int, cols: int) -> None:
+    _check_packed("dequantize", packed, kind, rows, cols)
+
+
+def _check_packed(stem: str, packed: Tensor, kind: str, rows: int, cols: int) -> None:
+    if kind in quant.QUANTIZED_KINDS:
+        tiles = -(-rows // quant.TILE_ROWS)
+        shape, dtypes = (tiles * quant.tile_nbytes(kind, cols),), (torch.uint8,)
+    elif kind in ("fp32", "bf16"):
+        shape = (rows, cols)
+        dtypes = (torch.float32,) if kind == "fp32" else (torch.uint16, torch.int16)
+    else:
+        kinds = ("fp32", "bf16", *quant.QUANTIZED_KINDS)
+        raise MobileLLMError(f"[{stem}] kind must be one of {kinds}, got {kind!r}")
+    _expect_dtype(stem, dtypes, packed=packed)
+    _expect_shape(stem, "packed", packed, shape)
