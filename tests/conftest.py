@@ -5,8 +5,10 @@ from pathlib import Path
 
 import package_under_test
 import pytest
+from interpreted import interpret_kernels
 
 package_under_test.prefer_installed()
+interpret_kernels()
 
 
 @pytest.fixture(scope="session", autouse=True)

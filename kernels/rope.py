@@ -1,0 +1,71 @@
+"""Rotary position embedding, and its derivative: the rotation by the opposite angle."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pair (x[i], x[i + head_dim / 2]) of every head by its position's angle.
+
+    Args:
+        x: (batch, seq, heads, head_dim) float32, bfloat16 or float16, contiguous.
+        cos, sin: (seq, head_dim / 2) or (batch, seq, head_dim / 2), contiguous, of one dtype.
+
+    Returns:
+        (batch, seq, heads, head_dim), dtype of `x`.
+    """
+    return _launch(x, cos, sin, False)
+
+
+def rope_backward(grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Differentiate `rope`: the gradient of its result -> that of `x`."""
+    return _launch(grad, cos, sin, True)
+
+
+def _launch(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    out = torch.empty_like(x)
+    batch, seq, heads, head_dim = x.shape
+    if x.numel():
+        half = triton.next_power_of_2(head_dim // 2)
+        rows = triton.next_power_of_2(heads)
+        positions = seq if cos.ndim == 2 else batch * seq
+        _rope[(batch * seq,)](
+            *(x, cos, sin, out, heads, head_dim // 2, positions),
+            HEADS=rows,
+            HALF=half,
+            BACK=back,
+            num_warps=min(max(rows * half // 256, 1), 8),
+        )
+    return out
+
+
+@triton.jit
+def _rope(
+    x,
+    cos,
+    sin,
+    out,
+    heads,
+    half,
+    positions,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BACK: tl.constexpr,
+):
+    token = tl.program_id(0)
+    inner = tl.arange(0, HALF)
+    head = tl.arange(0, HEADS)
+    angle = (token % positions).to(tl.int64) * half + inner
+    cosine = tl.load(cos + angle, mask=inner < half, other=0).to(tl.float32)[None, :]
+    sine = tl.load(sin + angle, mask=inner < half, other=0).to(tl.float32)[None, :]
+    if BACK:
+        sine = -sine
+    place = (token.to(tl.int64) * heads + head)[:, None] * (2 * half) + inner[None, :]
+    mask = (head < heads)[:, None] & (inner < half)[None, :]
+    first = tl.load(x + place, mask=mask, other=0).to(tl.float32)
+    second = tl.load(x + place + half, mask=mask, other=0).to(tl.float32)
+    dtype = out.dtype.element_ty
+    tl.store(out + place, (first * cosine - second * sine).to(dtype), mask=mask)
+    tl.store(out + place + half, (second * cosine + first * sine).to(dtype), mask=mask)
