@@ -11,6 +11,14 @@ package_under_test.prefer_installed()
 interpret_kernels()
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all-builds",
+        action="store_true",
+        help="compile every build of the Triton kernels, not only the quick ones",
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def elsewhere(tmp_path_factory):
     """Run in another directory, since `python -c` looks for packages in the working directory."""

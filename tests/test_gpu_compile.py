@@ -1,0 +1,61 @@
+"""What compilers make of the Triton kernels, for GPUs that need not be here.
+
+Every test run compiles the few quick builds; `pytest tests/test_gpu_compile.py --all-builds` all.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from compile_ahead import ARCHES, Code, all_builds
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+HARNESS = Path(__file__).with_name("compile_ahead.py")
+CASES = [(build, arch) for build in all_builds() for arch in build.arches]
+
+
+@pytest.fixture(scope="module")
+def compiled(request):
+    """The code of each build that is asked for, by arch and name; one process per arch."""
+    known: dict[str, dict[str, Code]] = {}
+
+    def code(build, arch):
+        if arch not in known:
+            environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+            quick = [] if request.config.getoption("--all-builds") else ["--quick"]
+            done = subprocess.run(
+                [sys.executable, str(HARNESS), arch, *quick],
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stderr[-4000:]
+            codes = (Code(**json.loads(line)) for line in done.stdout.splitlines())
+            known[arch] = {code.name: code for code in codes}
+        return known[arch][build.name]
+
+    return code
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("build", "arch"), CASES, ids=[f"{b.name}-{a}" for b, a in CASES])
+def test_build(build, arch, compiled, request):
+    if not (build.quick or request.config.getoption("--all-builds")):
+        pytest.skip("--all-builds compiles it")
+    code = compiled(build, arch)
+    assert code.spilled == 0
+    if ARCHES[arch][0] == "cuda":
+        assert code.registers <= build.registers
+    for instruction in build.needs.get(arch, ()):
+        assert code.count(instruction), f"{instruction} is not in {sorted(code.instructions)}"
+
+
+def test_names_are_unique():
+    names = [build.name for build in all_builds()]
+    assert len(names) == len(set(names))
