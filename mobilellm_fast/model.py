@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import ops, packed, quant
 from .config import MobileLLMConfig, expected_shapes
 from .errors import MobileLLMError
+from .loss import next_token_loss
 from .quant import PackedWeight
 from .rope import cos_sin
 
@@ -56,21 +57,30 @@ class MobileLLM(nn.Module):
         if not self.model.norm.weight.is_meta:  # there is nothing to draw, and torch takes a second
             self.reset_parameters()
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Return the logits of the token after each position.
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the logits of the token after each position, or how well they predict labels.
 
         Args:
             input_ids: (batch, seq) int64 or int32 in [0, vocab_size).
+            labels: None, or (batch, seq) integers, mostly `input_ids` themselves: position t
+                predicts `labels[:, t + 1]`; -100 does not count.
 
         Returns:
-            (batch, seq, vocab_size), dtype of the parameters (float32 for quantized ones).
+            (batch, seq, vocab_size), dtype of the parameters (float32 for quantized ones); with
+            labels the mean cross entropy in nats, a scalar, for which the logits never exist at
+            once, see `mobilellm_fast.loss`.
 
         Raises:
             MobileLLMError: wrong shape or dtype, an id out of range, or a sequence that is empty
                 or longer than `config.context_length`.
         """
         self._check(input_ids)
-        return self.head(self.model(input_ids))
+        hidden = self.model(input_ids)
+        if labels is None:
+            return self.head(hidden)
+        layer = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        head = layer.weight if isinstance(layer.weight, Tensor) else self.head
+        return next_token_loss(hidden, head, labels)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Map hidden states (..., hidden_size) to logits (..., vocab_size)."""

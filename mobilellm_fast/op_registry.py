@@ -31,6 +31,7 @@ def register(
     fake: Callable | None = None,
     fake_saved: Callable | None = None,
     differentiable: Callable | None = None,
+    once_differentiable: Callable | None = None,
 ) -> Callable:
     """Make a reference function an op.
 
@@ -50,6 +51,8 @@ def register(
         fake_saved: computes the shapes of what `cuda_saving` saves, as a tuple.
         differentiable: what to differentiate instead of the reference, where rounding hides the
             gradient. Backward recomputes it.
+        once_differentiable: a faster function with the same gradient, for where no gradients of
+            gradients are wanted.
     """
     name = f"mobilellm_fast::{reference.__name__}"
     fake = fake or functools.partial(_run_contiguous, reference)
@@ -79,7 +82,7 @@ def register(
         op.register_kernel(GPU)(run_cuda)
     op.register_fake(fake)
 
-    derivative = _Derivative(differentiable or reference, takes)
+    derivative = _Derivative(differentiable or reference, once_differentiable, takes)
     if cuda_backward is not None:
         derivative.add_kernel(f"{name}_backward", cuda_backward, cuda_saving is not None)
     saving = None
@@ -106,11 +109,12 @@ class _Derivative:
 
     Args:
         function: the function of torch.
+        once: a faster one for first derivatives, or None.
         takes: whether the kernels take a call's arguments.
     """
 
-    def __init__(self, function: Callable, takes: Callable) -> None:
-        self.function, self.takes = function, takes
+    def __init__(self, function: Callable, once: Callable | None, takes: Callable) -> None:
+        self.function, self.once, self.takes = function, once or function, takes
         self.kernel, self.gradients, self.wants_saved = None, 0, False
 
     def add_kernel(self, name: str, kernel: Callable, wants_saved: bool) -> None:
@@ -161,7 +165,7 @@ class _Derivative:
         with torch.enable_grad():
             for i in wanted:
                 args[i] = args[i].view_as(args[i])  # distinct, even if one tensor came twice
-            out = self.function(*args)
+            out = (self.function if create_graph else self.once)(*args)
             inputs = [args[i] for i in wanted]
             return torch.autograd.grad(out, inputs, grads, create_graph=create_graph)
 

@@ -6,6 +6,7 @@ One call of `register` per op joins the reference with its checks (`op_checks`) 
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from . import op_checks, op_cpu, op_cuda, reference
 from .op_checks import FLOATS, INTEGERS
@@ -16,6 +17,19 @@ __all__ = ["FLOATS", "INTEGERS"]
 
 def _table_dtype(kind: str) -> torch.dtype:
     return torch.bfloat16 if kind == "bf16" else torch.float32
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """`reference.gqa_attention` without its matrix of scores."""
+    seq, kv_seq = q.shape[1], k.shape[1]
+    mask = None
+    if seq != kv_seq:  # torch aligns its causal mask with the first key, not with the last
+        mask = torch.ones(seq, kv_seq, dtype=torch.bool, device=q.device).tril(kv_seq - seq)
+    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        *heads_first, mask, is_causal=mask is None, scale=scale, enable_gqa=True
+    )
+    return out.transpose(1, 2)
 
 
 rms_norm = register(reference.rms_norm, check=op_checks.rms_norm, cpu=op_cpu.rms_norm)
@@ -29,6 +43,7 @@ gqa_attention = register(
     cuda_backward=op_cuda.gqa_attention_backward,
     cuda_takes=op_cuda.takes_one_dtype,
     fake_saved=op_cuda.gqa_attention_saved,
+    once_differentiable=_fused_attention,
 )
 swiglu = register(reference.swiglu, check=op_checks.swiglu, cpu=op_cpu.swiglu)
 quantize_per_token = register(
