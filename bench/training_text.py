@@ -21,9 +21,13 @@ CHARACTERS, STRINGS = 9, 16  # R's type codes, see "Serialization Formats" in R 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("out", type=Path, help="the text file to write")
-    parser.add_argument("--deb", type=Path, help=f"{PACKAGE}_*.deb, else `apt-get download` gets it")
+    parser.add_argument(
+        "--deb", type=Path, help=f"{PACKAGE}_*.deb, else `apt-get download` gets it"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         deb = args.deb.resolve() if args.deb else download(Path(folder))
@@ -68,7 +72,9 @@ def paragraphs(lines: list[str]) -> str:
     blocks = re.split(r"\n\s*\n", "\n".join(lines))
     joined = (" ".join(block.split()) for block in blocks)
     # the texts mark emphasis with underscores, and some have their quotes doubled by backticks
-    return "\n".join(block.replace("_", "").replace("``", '"').replace("''", '"') for block in joined if block)
+    return "\n".join(
+        block.replace("_", "").replace("``", '"').replace("''", '"') for block in joined if block
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,12 @@ class State:
 
 
 def save(
-    path: Path, model: MobileLLM, optimizer: torch.optim.Optimizer, recipe: Recipe, state: State, corpus: str
+    path: Path,
+    model: MobileLLM,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    state: State,
+    corpus: str,
 ) -> None:
     """Write a checkpoint in place of the one before, which stays until the new one is complete.
 
@@ -99,4 +104,3 @@ def _same(path: Path, what: str, stored: dict, wanted: dict) -> None:
                 f"{path}: is of another {what}: {name} is {stored.get(name)!r} there, "
                 f"{wanted.get(name)!r} here"
             )
-

@@ -107,7 +107,9 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         for name, value in (("loss", loss.item()), ("norm of the gradients", norm.item())):
             if not math.isfinite(value):
-                raise MobileLLMError(f"[train] the {name} is {value} at step {step}{self._advice()}")
+                raise MobileLLMError(
+                    f"[train] the {name} is {value} at step {step}{self._advice()}"
+                )
         self.optimizer.step()
         return loss.item()
 
