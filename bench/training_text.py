@@ -70,11 +70,9 @@ def string_vectors(data: bytes) -> Iterator[list[str]]:
 def paragraphs(lines: list[str]) -> str:
     """Join the lines of print; a blank line ends a paragraph."""
     blocks = re.split(r"\n\s*\n", "\n".join(lines))
-    joined = (" ".join(block.split()) for block in blocks)
+    text = "\n".join(" ".join(block.split()) for block in blocks if block.strip())
     # the texts mark emphasis with underscores, and some have their quotes doubled by backticks
-    return "\n".join(
-        block.replace("_", "").replace("``", '"').replace("''", '"') for block in joined if block
-    )
+    return text.replace("_", "").replace("``", '"').replace("''", '"')
 
 
 if __name__ == "__main__":
