@@ -122,9 +122,7 @@ def report(out: Path) -> None:
         last.setdefault(result["variant"], {})[result["seed"]] = result["validations"][steps]
     parameters = {result["variant"]: result["parameters"] for result in results}
     base = last[next(iter(VARIANTS))]
-    print(
-        "| variant | weights | validation loss, mean | seeds, lowest to highest | against the first |"
-    )
+    print("| variant | weights | validation loss | lowest to highest seed | against the first |")
     print("|---|---|---|---|---|")
     for name in VARIANTS:
         if name not in last:
