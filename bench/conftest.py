@@ -1,6 +1,8 @@
 """pytest's part of the benchmarks: options, progress, and what a saved run says of its machine."""
 
+import os
 import sys
+import tempfile
 from pathlib import Path
 from time import perf_counter
 
@@ -12,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
 AT_START = pytest.StashKey()  # facts and limits of the machine
+GPU_SECONDS = 120  # until a GPU's benchmark is stopped; includes waiting for compilers
+GPU = pytest.StashKey()  # the session of the GPU's benchmarks
 
 
 def pytest_addoption(parser):
@@ -24,12 +28,41 @@ def pytest_addoption(parser):
     )
     group.addoption("--peers-root", type=Path, help="where bench/peers.py installed its peers")
     group.addoption("--model", help="model of the benchmarks of a real one (default: SmolLM2-135M)")
+    group.addoption("--dry", action="store_true", help="GPU benchmarks: tiny models on the CPU")
+    group.addoption("--ungated", action="store_true", help="GPU: also time what a gate found wrong")
+    group.addoption("--missing", action="store_true", help="GPU: skip what the results have")
+    group.addoption("--gpu-results", type=Path, help="folder of the GPU's results (bench/results)")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:  # the slowest take minutes: exports, compilers, a cold peer
         if item.path.name.startswith("bench_"):
-            item.add_marker(pytest.mark.timeout(1500))
+            seconds = GPU_SECONDS if _of_gpu(item) and not config.getoption("dry") else 1500
+            # by a thread: a kernel that hangs cannot be interrupted, so the process ends
+            method = "thread" if seconds == GPU_SECONDS else "signal"
+            item.add_marker(pytest.mark.timeout(seconds, method=method))
+    of_gpu = [item for item in items if _of_gpu(item)]
+    if of_gpu and "gpu" not in config.getoption("markexpr"):
+        items[:] = [item for item in items if not _of_gpu(item)]
+        config.hook.pytest_deselected(items=of_gpu)
+    elif of_gpu and (reason := _no_gpu(config)):
+        for item in of_gpu:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _of_gpu(item) -> bool:
+    return item.path.name.startswith("bench_gpu")
+
+
+def _no_gpu(config) -> str | None:
+    """Say why the GPU's benchmarks cannot run; None if they can."""
+    if config.getoption("dry"):
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no CUDA device; --dry runs tiny models on the CPU"
+    return None
 
 
 def pytest_collection_finish(session):
@@ -37,7 +70,8 @@ def pytest_collection_finish(session):
     if benchmarks and not session.config.getoption("collectonly"):
         import machine
 
-        session.config.stash[AT_START] = machine.facts(), machine.limits()
+        of_cpu = not all(_of_gpu(item) for item in benchmarks)
+        session.config.stash[AT_START] = machine.facts(), machine.limits() if of_cpu else {}
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +97,42 @@ def say(pytestconfig):
     return tell
 
 
+@pytest.fixture(scope="session")
+def session(request, pytestconfig):
+    """What the GPU's benchmarks share; starts the processes that compile for the chosen ones."""
+    import gpu_session
+
+    dry, folder = pytestconfig.getoption("dry"), pytestconfig.getoption("gpu_results")
+    if folder is None:
+        folder = Path(tempfile.mkdtemp()) if dry else Path(__file__).resolve().parent / "results"
+    capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+    progress = pytestconfig.pluginmanager.getplugin("bench-progress")
+
+    def say(text: str) -> None:
+        with capture.global_and_fixture_disabled():
+            progress.detail(text)
+
+    options = (pytestconfig.getoption(name) for name in ("ungated", "missing"))
+    made = pytestconfig.stash[GPU] = gpu_session.Session(folder, dry, *options, say)
+    cases = [item.callspec.params["case"] for item in request.session.items if _of_gpu(item)]
+    made.start_all(cases)
+    yield made
+    made.close()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if (gpu := config.stash.get(GPU, None)) is not None:
+        import gpu_results
+
+        terminalreporter.section("goals of the GPU")
+        for line in gpu_results.table(gpu.results.data):
+            terminalreporter.write_line(line)
+        terminalreporter.write_line(f"{gpu.results.about['device']}: {gpu.results.path}")
+
+
 def pytest_configure(config):
+    if config.getoption("dry"):
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
     config.pluginmanager.register(Progress(), "bench-progress")
 
 
@@ -74,7 +143,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     start = config.stash.get(AT_START, None) or (machine.facts(), machine.limits())
     machine_info["bench"] = start[0] | {
         "limits": start[1],  # of 1 and of all threads, before the first benchmark
-        "limits_end": None if config.getoption("smoke") else machine.limits(),
+        "limits_end": machine.limits() if start[1] and not config.getoption("smoke") else None,
         "rounds": config.getoption("rounds"),
         "smoke": config.getoption("smoke"),
     }

@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, on a machine that has one and no network, from the root of the tree:
+#
+#   python bench/gpu_pack.py      where there is a network: fills .gpu/, which is copied along
+#   bench/gpu_device.sh OUT       there: builds, tests, measures; logs and results go to OUT
+#
+# Each part has a limit in seconds, 0 leaves it out; what a part did not reach is in its log.
+#   BUILD_SECONDS=120  TESTS_SECONDS=120  BENCH_SECONDS=240  SANITIZE_SECONDS=0
+# TESTS_ARGS, BENCH_ARGS and SANITIZE_ARGS go to pytest (BENCH_ARGS="-k 125M-128 --ungated").
+# DRY=1 runs the benchmark on tiny models, to try this script out without a GPU.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+out=${1:?usage: bench/gpu_device.sh OUT}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+python=${PYTHON:-python3}
+site=$(mktemp -d)
+export PYTHONPATH=$site PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+PATH=$("$python" -c 'import os, sys; print(os.path.dirname(sys.executable))'):$PATH
+[ -f .gpu/commit ] && MLF_COMMIT=$(cat .gpu/commit) && export MLF_COMMIT
+limited() { timeout --signal=INT --kill-after=10 "$@"; }
+say() { printf '\n== %ds: %s\n' "$SECONDS" "$*" | tee -a "$out/summary.txt"; }
+
+say "$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>&1 | head -1)"
+for wheel in .gpu/wheels/*.whl; do
+  [ -f "$wheel" ] && "$python" -m zipfile -e "$wheel" "$site"
+done
+cp -r mobilellm_fast "$site/"
+rm -f "$site"/mobilellm_fast/_C*.so
+cp -r kernels "$site/mobilellm_fast/"
+
+# Inductor keeps what it compiled: the peers, which take a minute, are then ready sooner.
+warm=()
+if [ "${BENCH_SECONDS:-240}" != 0 ] && [[ ${BENCH_ARGS:-} != *-k* ]]; then
+  for peer in hf-compile gpt-fast torchao-int8; do
+    "$python" bench/gpu_worker.py "$peer" 125M 128 ${DRY:+--dry} </dev/null >"$site/$peer.log" 2>&1 &
+    warm+=($!)
+  done
+fi
+
+say "build"
+build() {
+  cmake -S . -B "$site/build" -GNinja -DMLF_ONLY_ISAS="${ISAS:-scalar}" \
+    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$site/mobilellm_fast" -DPython_EXECUTABLE="$(command -v "$python")" \
+    -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" && cmake --build "$site/build" --parallel
+}
+export -f build
+export site python
+limited "${BUILD_SECONDS:-120}" bash -c build >"$out/build.log" 2>&1 || { tail -20 "$out/build.log"; }
+say "built: $("$python" -c 'import mobilellm_fast._C as c; print(c.__file__, c.supported_isas())' 2>&1 | tail -1)"
+
+if [ "${TESTS_SECONDS:-120}" != 0 ]; then
+  say "tests"
+  limited "${TESTS_SECONDS:-120}" "$python" -m pytest tests -m gpu -n 8 --durations=10 ${TESTS_ARGS:-} \
+    >"$out/tests.log" 2>&1
+  say "tests ended with status $?: $(tail -1 "$out/tests.log")"
+  grep -E '^(FAILED|ERROR)' "$out/tests.log" | cut -c1-200 | head -40
+fi
+
+if [ "${SANITIZE_SECONDS:-0}" != 0 ]; then
+  say "compute-sanitizer"
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited "$SANITIZE_SECONDS" compute-sanitizer --error-exitcode 9 \
+    "$python" -m pytest tests -m gpu -p no:xdist ${SANITIZE_ARGS:--k persistent} >"$out/sanitizer.log" 2>&1
+  say "compute-sanitizer ended with status $?: $(tail -1 "$out/sanitizer.log")"
+fi
+
+if [ "${BENCH_SECONDS:-240}" != 0 ]; then
+  end=$((SECONDS + ${BENCH_SECONDS:-240}))
+  for pid in "${warm[@]}"; do [ $SECONDS -lt $((end - 150)) ] && wait "$pid"; done
+  for pid in "${warm[@]}"; do kill "$pid" 2>/dev/null; done
+  again=()
+  for try in 1 2 3; do # a kernel that hangs or faults takes its process with it, not the rest
+    left=$((end - SECONDS))
+    [ $left -lt 20 ] && break
+    say "benchmark, try $try, $left s"
+    limited $left "$python" -m pytest bench/bench_gpu.py --benchmark-only -m gpu -p no:xdist \
+      --gpu-results "$out" ${DRY:+--dry} "${again[@]}" ${BENCH_ARGS:-} >>"$out/bench.log" 2>&1
+    status=$?
+    say "benchmark ended with status $status"
+    sed -n '/goals of the GPU/,/^$/p' "$out/bench.log" | tail -25
+    grep -q "did not end\|the GPU was lost" "$out"/*-20*.json 2>/dev/null || break
+    again=(--missing)
+  done
+fi
+rm -rf "$site"
+say "done"
