@@ -1,0 +1,287 @@
+"""Attention of one new token per sequence over its KV cache: split-KV, in one launch.
+
+A sequence's keys are cut into spans, each program attends one span for the query heads of one
+key/value head (packed into the rows of a tile, so keys and values are read once), and the program
+that finishes last merges the spans, in order. How a sequence is cut depends on its length alone, so
+its result is the same bits in every run and in every batch.
+
+Lengths are read on the device and the grid covers the cache's capacity, so a captured CUDA graph
+serves every step. Reference: Dao et al., https://crfm.stanford.edu/2023/10/12/flashdecoding.html
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+GRAPH_COUNTERS = 1 << 16  # counters that are set aside for captured graphs at once
+
+
+class Cut(NamedTuple):
+    """How the kernel cuts its work.
+
+    Args:
+        keys: of a tile.
+        splits: spans of a sequence, at most; of at least one tile each. A power of 2.
+        warps: of a program.
+        stages: tiles in flight.
+    """
+
+    keys: int
+    splits: int
+    warps: int
+    stages: int
+
+
+# 128 keys and values of 64 are 32 KB, about what one SM reads in the time that a launch takes.
+CUT = Cut(128, 32, 4, 2)
+
+
+@triton.jit
+def _merge_spans(
+    acc, peak, total, out, splits, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEADS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Merge what the programs of one group left: acc, peak and total of each span and head.
+
+    Args:
+        acc: (splits, GROUP, COLUMNS), sums of the values times 2^(score - peak).
+        peak, total: (splits, GROUP), largest score and sum of 2^(score - peak).
+        out: pointers (HEADS, COLUMNS), HEADS the power of 2 that holds GROUP.
+    """
+    STEP: tl.constexpr = min(SPLITS, 16)  # spans at a time: they fit into registers
+    heads = tl.arange(0, HEADS)
+    columns = tl.arange(0, COLUMNS)
+    in_group = (heads < GROUP)[None, :]
+    spans = tl.arange(0, SPLITS)[:, None]
+    # .cg: written by other programs, so not to be found in this SM's cache
+    peaks = tl.load(
+        peak + spans * GROUP + heads[None, :], in_group & (spans < splits), float("-inf"),
+        cache_modifier=".cg",
+    )  # fmt: skip
+    totals = tl.load(
+        total + spans * GROUP + heads[None, :], in_group & (spans < splits), 0.0,
+        cache_modifier=".cg",
+    )  # fmt: skip
+    highest = tl.where(heads < GROUP, tl.max(peaks, 0), 0.0)
+    whole = tl.sum(totals * tl.exp2(peaks - highest[None, :]), 0)
+    merged = tl.zeros((HEADS, COLUMNS), tl.float32)
+    for first in range(0, splits, STEP):
+        step = first + tl.arange(0, STEP)[:, None]
+        rows = step * GROUP + heads[None, :]
+        exists = in_group & (step < splits)
+        step_peaks = tl.load(peak + rows, exists, float("-inf"), cache_modifier=".cg")
+        sums = tl.load(
+            acc + rows[:, :, None] * COLUMNS + columns[None, None, :], exists[:, :, None], 0.0,
+            cache_modifier=".cg",
+        )  # fmt: skip
+        merged += tl.sum(sums * tl.exp2(step_peaks - highest[None, :])[:, :, None], 0)
+    mask = (heads < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
+    tl.store(out, (merged / whole[:, None]).to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def _cut(length, KEYS: tl.constexpr, SPLITS: tl.constexpr):
+    """Return the keys of a span, a multiple of KEYS, and the number of spans, at least 1."""
+    span = tl.maximum(tl.cdiv(length, KEYS * SPLITS), 1) * KEYS
+    return span, tl.maximum(tl.cdiv(length, span), 1)
+
+
+@triton.jit(do_not_specialize=["capacity", "kv_heads"])
+def _decode(
+    q, k, v, lengths, out, acc_spans, peak_spans, total_spans, counters, qk_scale, q_stride_batch,
+    q_stride_head, k_stride_batch, k_stride_head, k_stride_seq, v_stride_batch, v_stride_head,
+    v_stride_seq, out_stride_batch, out_stride_head, capacity, kv_heads, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
+    KEYS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, MERGE: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0)  # of sequence and key/value head
+    split = tl.program_id(1)
+    batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+    length = tl.minimum(tl.load(lengths + batch), capacity)
+    span, splits = _cut(length, KEYS, SPLITS)
+    if split >= splits:
+        return
+
+    rows = tl.arange(0, ROWS)  # query heads of the group, as many as a matrix product takes
+    columns = tl.arange(0, COLUMNS)
+    keys = tl.arange(0, KEYS)
+    mask = (rows < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
+    q += batch * q_stride_batch + kv_head * GROUP * q_stride_head
+    q_tile = tl.load(q + rows[:, None] * q_stride_head + columns[None, :], mask, 0.0)
+    k += batch * k_stride_batch + kv_head * k_stride_head
+    v += batch * v_stride_batch + kv_head * v_stride_head
+    k_offsets = keys[:, None] * k_stride_seq + columns[None, :]
+    v_offsets = keys[:, None] * v_stride_seq + columns[None, :]
+
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    stop = tl.minimum((split + 1) * span, length)
+    for first in tl.range(split * span, stop, KEYS, num_stages=STAGES):
+        # what lies beyond the length may be anything: it is not read
+        exists = first + keys < stop
+        at = tl.cast(first, tl.int64)
+        read = exists[:, None] & (columns < HEAD_DIM)[None, :]
+        k_tile = tl.load(k + at * k_stride_seq + k_offsets, read, 0.0)
+        v_tile = tl.load(v + at * v_stride_seq + v_offsets, read, 0.0)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")  # (rows, keys)
+        scores = tl.where(exists[None, :], scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * qk_scale)
+        weights = tl.exp2(scores * qk_scale - new_peak[:, None])
+        shrink = tl.exp2(peak - new_peak)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
+        peak = new_peak
+
+    out += batch * out_stride_batch + kv_head * GROUP * out_stride_head
+    if splits == 1:
+        result = tl.where(total[:, None] == 0, 0.0, acc / total[:, None])  # 0: of no keys
+        pointers = out + rows[:, None] * out_stride_head + columns[None, :]
+        tl.store(pointers, result.to(out.dtype.element_ty), mask)
+        return
+    first_row = pair.to(tl.int64) * SPLITS * GROUP
+    acc_spans += first_row * COLUMNS
+    peak_spans += first_row
+    total_spans += first_row
+    at = split * GROUP + rows
+    pointers = acc_spans + at[:, None] * COLUMNS + columns[None, :]
+    tl.store(pointers, acc, (rows < GROUP)[:, None])
+    tl.store(peak_spans + at, peak, rows < GROUP)
+    tl.store(total_spans + at, total, rows < GROUP)
+    if MERGE:
+        tl.debug_barrier()  # all threads have stored before one of them releases
+        arrived = tl.atomic_add(counters + pair, 1, sem="acq_rel", scope="gpu")
+        if arrived == splits - 1:
+            tl.store(counters + pair, 0)  # for the next launch
+            heads = tl.arange(0, HEADS)
+            out_pointers = out + heads[:, None] * out_stride_head + columns[None, :]
+            _merge_spans(
+                acc_spans, peak_spans, total_spans, out_pointers, splits, GROUP, HEAD_DIM, HEADS,
+                COLUMNS, SPLITS,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["capacity", "kv_heads"])
+def _merge(
+    lengths, out, acc_spans, peak_spans, total_spans, out_stride_batch, out_stride_head, capacity,
+    kv_heads, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Merge spans in a launch of their own."""
+    pair = tl.program_id(0)
+    batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+    length = tl.minimum(tl.load(lengths + batch), capacity)
+    _, splits = _cut(length, KEYS, SPLITS)
+    if splits == 1:  # written
+        return
+    first_row = pair.to(tl.int64) * SPLITS * GROUP
+    out += batch * out_stride_batch + kv_head * GROUP * out_stride_head
+    pointers = out + tl.arange(0, HEADS)[:, None] * out_stride_head + tl.arange(0, COLUMNS)[None, :]
+    _merge_spans(
+        acc_spans + first_row * COLUMNS, peak_spans + first_row, total_spans + first_row, pointers,
+        splits, GROUP, HEAD_DIM, HEADS, COLUMNS, SPLITS,
+    )  # fmt: skip
+
+
+def gqa_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    scale: float,
+    out: Tensor | None = None,
+    cut: Cut = CUT,
+    merge_last: bool | None = None,
+) -> Tensor:
+    """Attend with one query per sequence and head to the first `lengths` tokens of a KV cache.
+
+    Args:
+        q: (batch, heads, head_dim) float16, bfloat16 or float32, on a GPU.
+        k_cache, v_cache: (batch, kv_heads, capacity, head_dim) of the same dtype, any strides.
+        lengths: (batch,) int32 on the same device, tokens of each sequence; those beyond capacity
+            count as capacity. A sequence of no tokens gives zeros.
+        scale: factor of the scores.
+        out: (batch, heads, head_dim), written; None makes one.
+        cut: how to cut the work.
+        merge_last: whether the last program of a group merges its spans, or a second launch does.
+            None means the former on NVIDIA. AMD's barrier within a program does not order the
+            stores of all of its waves before the release of one.
+
+    Returns:
+        out.
+
+    Numerics: products and sums in float32; softmax's weights are rounded to the dtype of `v_cache`.
+        Nothing beyond a sequence's length is read.
+    """
+    if scale < 0:  # the largest product must be the largest score
+        q, scale = -q, -scale
+    q, k_cache, v_cache = (_unit_columns(t) for t in (q, k_cache, v_cache))
+    batch, heads, head_dim = q.shape
+    kv_heads, capacity = k_cache.shape[1:3]
+    if out is None:
+        out = torch.empty((batch, heads, head_dim), dtype=q.dtype, device=q.device)
+    if not out.numel():
+        return out
+    if merge_last is None:
+        merge_last = torch.version.hip is None
+    group, pairs = heads // kv_heads, batch * kv_heads
+    columns = max(16, triton.next_power_of_2(head_dim))  # 16: the least that a tensor core takes
+    grid_splits = max(1, min(cut.splits, triton.cdiv(capacity, cut.keys)))
+    rows = pairs * cut.splits * group
+    spans = torch.empty(rows * (columns + 2), dtype=torch.float32, device=q.device)
+    acc, peak, total = spans.split([rows * columns, rows, rows])
+    sizes = dict(
+        GROUP=group, HEAD_DIM=head_dim, COLUMNS=columns, HEADS=triton.next_power_of_2(group),
+        KEYS=cut.keys, SPLITS=cut.splits,
+    )  # fmt: skip
+    counters = _counters(q.device, pairs) if merge_last else lengths  # not used then
+    _decode[(pairs, grid_splits)](
+        q, k_cache, v_cache, lengths, out, acc, peak, total, counters, scale * LOG2_E,
+        *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], *out.stride()[:2], capacity,
+        kv_heads, **sizes, ROWS=max(16, sizes["HEADS"]), STAGES=cut.stages, MERGE=merge_last,
+        num_warps=cut.warps,
+    )  # fmt: skip
+    if not merge_last and grid_splits > 1:
+        _merge[(pairs,)](
+            lengths, out, acc, peak, total, *out.stride()[:2], capacity, kv_heads, **sizes
+        )
+    return out
+
+
+def _unit_columns(x: Tensor) -> Tensor:
+    """Return x with head_dim in one piece, and its rows at distances that fit into 32 bits."""
+    return x if x.stride(-1) == 1 and 0 <= x.stride(-2) < 2**23 else x.contiguous()
+
+
+_eager_counters: dict[tuple[torch.device, int], Tensor] = {}
+_graph_counters: dict[torch.device, list[Tensor]] = {}
+
+
+def _counters(device: torch.device, count: int) -> Tensor:
+    """Return zeros that no other launch uses at the same time; each launch leaves zeros.
+
+    Launches on one stream take turns. Graphs may be replayed on any stream, so each launch that is
+    captured gets counters of its own, which are never given back.
+    """
+    if device.type != "cuda":
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    chunks = _graph_counters.setdefault(device, [])
+    if torch.cuda.is_current_stream_capturing():
+        if not chunks or len(chunks[-1]) < count:
+            return torch.zeros(count, dtype=torch.int32, device=device)  # a node of the graph
+        given, rest = chunks[-1].split([count, len(chunks[-1]) - count])
+        chunks[-1] = given
+        chunks.append(rest)
+        return given
+    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _eager_counters or len(_eager_counters[key]) < count:
+        _eager_counters[key] = torch.zeros(max(count, 512), dtype=torch.int32, device=device)
+    if not chunks or len(chunks[-1]) < count:
+        chunks.append(torch.zeros(GRAPH_COUNTERS, dtype=torch.int32, device=device))
+        torch.cuda.synchronize(device)  # a graph does not wait for this stream
+    return _eager_counters[key]
