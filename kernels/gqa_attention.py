@@ -43,6 +43,28 @@ class Tile(NamedTuple):
     descriptors: bool = False
 
 
+# For heads of up to 64, and of up to 128: the largest that no compiler spills, in 100 KB of shared
+# memory. Tests hold them to it.
+TILES = {
+    "cuda": {
+        "forward": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+        "backward_queries": (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
+        "backward_keys": (Tile(64, 128, 8, 2), Tile(64, 64, 8, 1)),
+    },
+    "hip": {  # 64 KB of shared memory
+        "forward": (Tile(128, 64, 4, 2), Tile(64, 64, 4, 2)),
+        "backward_queries": (Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
+        "backward_keys": (Tile(32, 64, 4, 1), Tile(16, 64, 4, 1)),
+    },
+}
+# For float32, which has no tensor cores, and for larger heads.
+SMALL_TILES = {
+    "forward": Tile(32, 32, 4, 1),
+    "backward_queries": Tile(32, 32, 4, 1),
+    "backward_keys": Tile(16, 32, 4, 1),
+}
+
+
 # --- device functions --------------------------------------------------------------------------
 
 
@@ -56,7 +78,7 @@ def _rows_at(base, stride_seq, stride_head, rows, columns, GROUP: tl.constexpr):
 @triton.jit
 def _load(pointers, exists, columns, HEAD_DIM: tl.constexpr):
     """Load a tile (rows, columns); zeros in rows that do not exist and beyond the head."""
-    if HEAD_DIM < columns.shape[0]:
+    if columns.shape[0] > HEAD_DIM:
         return tl.load(pointers, exists[:, None] & (columns < HEAD_DIM)[None, :], 0.0)
     else:
         return tl.load(pointers, exists[:, None], 0.0)
@@ -165,7 +187,7 @@ def _delta(
     grad_stride_seq, grad_stride_head, seq, heads, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """delta (batch, heads, seq): sum of out * grad over each row, the softmax's part of backward."""
+    """Write delta (batch, heads, seq): the sum of out * grad over each row."""
     head = tl.program_id(0)
     batch, within = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -301,25 +323,18 @@ def _backward_keys(
 # --- launchers ---------------------------------------------------------------------------------
 
 
-def forward_tile(head_dim: int, dtype: torch.dtype) -> Tile:
-    """Return the tile of the forward kernel."""
-    if dtype == torch.float32:  # no tensor cores
-        return Tile(32, 32, 4, 2)
-    return Tile(128, 64, 4, 3) if head_dim <= 64 else Tile(128, 64, 8, 3)
+def tile_of(kernel: str, head_dim: int, dtype: torch.dtype, backend: str | None = None) -> Tile:
+    """Return the tile of a kernel.
 
-
-def queries_tile(head_dim: int, dtype: torch.dtype) -> Tile:
-    """Return the tile of the gradient of queries."""
-    if dtype == torch.float32:
-        return Tile(32, 32, 4, 1)
-    return Tile(128, 64, 8, 2)
-
-
-def keys_tile(head_dim: int, dtype: torch.dtype) -> Tile:
-    """Return the tile of the gradients of keys and values."""
-    if dtype == torch.float32:
-        return Tile(32, 32, 4, 1)
-    return Tile(64, 128, 8, 2) if head_dim <= 64 else Tile(64, 64, 8, 2)
+    Args:
+        kernel: "forward", "backward_queries" or "backward_keys".
+        head_dim, dtype: of the tensors.
+        backend: "cuda" or "hip"; None means that of this torch.
+    """
+    if dtype == torch.float32 or head_dim > 128:
+        return SMALL_TILES[kernel]
+    backend = backend or ("cuda" if torch.version.hip is None else "hip")
+    return TILES[backend][kernel][head_dim > 64]
 
 
 def forward(
@@ -331,7 +346,7 @@ def forward(
         q: (batch, seq, heads, head_dim) float16, bfloat16 or float32, on a GPU.
         k, v: (batch, kv_seq, kv_heads, head_dim) of the same dtype, kv_seq >= seq.
         scale: factor of the scores.
-        tile: how to cut the work; None means `forward_tile`.
+        tile: how to cut the work; None means `tile_of`.
 
     Returns:
         out: (batch, seq, heads, head_dim), dtype of `q`.
@@ -339,15 +354,15 @@ def forward(
 
     Numerics: products and sums in float32; softmax's weights are rounded to the dtype of `v`.
     """
-    if scale < 0:  # the largest product must be the largest score
-        q, scale = -q, -scale
+    if scale <= 0:  # the largest product must be the largest score
+        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
     q, k, v = _rows(q), _rows(k), _rows(v)
     batch, seq, heads, head_dim = q.shape
     kv_seq, kv_heads = k.shape[1:3]
     out = torch.empty((batch, seq, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, seq), dtype=torch.float32, device=q.device)
     if out.numel():
-        tile = tile or forward_tile(head_dim, q.dtype)
+        tile = tile or tile_of("forward", head_dim, q.dtype)
         group = heads // kv_heads
         grid = (batch * kv_heads * triton.cdiv(seq * group, tile.rows),)
         descriptors = tile.descriptors and _describable(k) and _describable(v)
@@ -376,7 +391,7 @@ def backward(
         grad: (batch, seq, heads, head_dim), dtype of `q`: the gradient of `out`.
         q, k, v, scale: as for `forward`.
         out, lse: what `forward` returned.
-        tiles: how to cut the work; None means (`queries_tile`, `keys_tile`).
+        tiles: how to cut the work; for queries and for keys; None means `tile_of`.
     """
     grad, q, k, v, out = (_rows(t) for t in (grad, q, k, v, out))
     batch, seq, heads, head_dim = q.shape
@@ -391,7 +406,9 @@ def backward(
         out, grad, delta, *out.stride()[:3], *grad.stride()[:3], seq, heads, HEAD_DIM=head_dim,
         COLUMNS=_columns(head_dim), ROWS=64,
     )  # fmt: skip
-    tile, k_tile = tiles or (queries_tile(head_dim, q.dtype), keys_tile(head_dim, q.dtype))
+    tile, k_tile = tiles or (
+        tile_of(kernel, head_dim, q.dtype) for kernel in ("backward_queries", "backward_keys")
+    )
     strides = tuple(s for t in (q, k, v, grad) for s in t.stride()[:3])
     sizes = (seq, kv_seq, kv_heads, batch * kv_heads, _chunk(k))
     _backward_queries[(batch * kv_heads * triton.cdiv(seq * group, tile.rows),)](

@@ -36,8 +36,7 @@ class Cut(NamedTuple):
     stages: int
 
 
-# 128 keys and values of 64 are 32 KB, about what one SM reads in the time that a launch takes.
-CUT = Cut(128, 32, 4, 2)
+TILE_BYTES = 16 << 10  # of keys, and of values: what an SM reads in less time than a launch takes
 
 
 @triton.jit
@@ -80,6 +79,7 @@ def _merge_spans(
         )  # fmt: skip
         merged += tl.sum(sums * tl.exp2(step_peaks - highest[None, :])[:, :, None], 0)
     mask = (heads < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
+    whole = tl.where(heads < GROUP, whole, 1.0)
     tl.store(out, (merged / whole[:, None]).to(out.dtype.element_ty), mask)
 
 
@@ -140,7 +140,7 @@ def _decode(
 
     out += batch * out_stride_batch + kv_head * GROUP * out_stride_head
     if splits == 1:
-        result = tl.where(total[:, None] == 0, 0.0, acc / total[:, None])  # 0: of no keys
+        result = acc / tl.where(total == 0, 1.0, total)[:, None]  # no keys: zeros
         pointers = out + rows[:, None] * out_stride_head + columns[None, :]
         tl.store(pointers, result.to(out.dtype.element_ty), mask)
         return
@@ -188,14 +188,20 @@ def _merge(
     )  # fmt: skip
 
 
+def cut_of(head_dim: int, dtype: torch.dtype) -> Cut:
+    """Return the kernel's cut."""
+    keys = TILE_BYTES // (_columns(head_dim) * dtype.itemsize)
+    return Cut(max(16, min(keys, 128)), 32, 4, 2)
+
+
 def gqa_decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     lengths: Tensor,
-    scale: float,
+    scale: float | None = None,
     out: Tensor | None = None,
-    cut: Cut = CUT,
+    cut: Cut | None = None,
     merge_last: bool | None = None,
 ) -> Tensor:
     """Attend with one query per sequence and head to the first `lengths` tokens of a KV cache.
@@ -205,9 +211,9 @@ def gqa_decode(
         k_cache, v_cache: (batch, kv_heads, capacity, head_dim) of the same dtype, any strides.
         lengths: (batch,) int32 on the same device, tokens of each sequence; those beyond capacity
             count as capacity. A sequence of no tokens gives zeros.
-        scale: factor of the scores.
+        scale: factor of the scores; None means `head_dim ** -0.5`.
         out: (batch, heads, head_dim), written; None makes one.
-        cut: how to cut the work.
+        cut: how to cut the work; None means `cut_of`.
         merge_last: whether the last program of a group merges its spans, or a second launch does.
             None means the former on NVIDIA. AMD's barrier within a program does not order the
             stores of all of its waves before the release of one.
@@ -218,8 +224,9 @@ def gqa_decode(
     Numerics: products and sums in float32; softmax's weights are rounded to the dtype of `v_cache`.
         Nothing beyond a sequence's length is read.
     """
-    if scale < 0:  # the largest product must be the largest score
-        q, scale = -q, -scale
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale <= 0:  # the largest product must be the largest score
+        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
     q, k_cache, v_cache = (_unit_columns(t) for t in (q, k_cache, v_cache))
     batch, heads, head_dim = q.shape
     kv_heads, capacity = k_cache.shape[1:3]
@@ -230,15 +237,12 @@ def gqa_decode(
     if merge_last is None:
         merge_last = torch.version.hip is None
     group, pairs = heads // kv_heads, batch * kv_heads
-    columns = max(16, triton.next_power_of_2(head_dim))  # 16: the least that a tensor core takes
+    columns, cut = _columns(head_dim), cut or cut_of(head_dim, q.dtype)
     grid_splits = max(1, min(cut.splits, triton.cdiv(capacity, cut.keys)))
     rows = pairs * cut.splits * group
     spans = torch.empty(rows * (columns + 2), dtype=torch.float32, device=q.device)
     acc, peak, total = spans.split([rows * columns, rows, rows])
-    sizes = dict(
-        GROUP=group, HEAD_DIM=head_dim, COLUMNS=columns, HEADS=triton.next_power_of_2(group),
-        KEYS=cut.keys, SPLITS=cut.splits,
-    )  # fmt: skip
+    sizes = _constants(head_dim, group, cut)
     counters = _counters(q.device, pairs) if merge_last else lengths  # not used then
     _decode[(pairs, grid_splits)](
         q, k_cache, v_cache, lengths, out, acc, peak, total, counters, scale * LOG2_E,
@@ -251,6 +255,21 @@ def gqa_decode(
             lengths, out, acc, peak, total, *out.stride()[:2], capacity, kv_heads, **sizes
         )
     return out
+
+
+def _constants(head_dim: int, group: int, cut: Cut) -> dict[str, int]:
+    return dict(
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        HEADS=triton.next_power_of_2(group),
+        COLUMNS=_columns(head_dim),
+        KEYS=cut.keys,
+        SPLITS=cut.splits,
+    )
+
+
+def _columns(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))  # 16: the least that a tensor core takes
 
 
 def _unit_columns(x: Tensor) -> Tensor:

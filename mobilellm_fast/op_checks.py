@@ -69,6 +69,27 @@ def gqa_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -
         raise MobileLLMError(f"[{stem}] k must have a divisor of {heads} heads, got {kv_heads}")
 
 
+def gqa_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float | None = None
+) -> None:
+    stem = "gqa_decode"
+    _expect_dtype(stem, FLOATS, q=q)
+    _expect_dtype(stem, (q.dtype,), k_cache=k_cache, v_cache=v_cache)
+    _expect_dtype(stem, (torch.int32,), lengths=lengths)
+    _expect_shape(stem, "q", q, ("batch", "heads", "head_dim"))
+    batch, heads, head_dim = q.shape
+    _expect_shape(stem, "k_cache", k_cache, (batch, "kv_heads", "capacity", head_dim))
+    _expect_shape(stem, "v_cache", v_cache, tuple(k_cache.shape))
+    _expect_shape(stem, "lengths", lengths, (batch,))
+    kv_heads, capacity = k_cache.shape[1:3]
+    if kv_heads == 0 or heads % kv_heads:
+        raise MobileLLMError(
+            f"[{stem}] k_cache must have a divisor of {heads} heads, got {kv_heads}"
+        )
+    if capacity == 0:
+        raise MobileLLMError(f"[{stem}] k_cache must have a capacity of at least 1, got 0")
+
+
 def swiglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> None:
     _expect_dtype("swiglu", FLOATS, x=x, gate_weight=gate_weight, up_weight=up_weight)
     _expect_shape("swiglu", "x", x, ("...", "n"))

@@ -53,3 +53,11 @@ def gqa_attention_backward(
     from .kernels.gqa_attention import backward
 
     return backward(grad, q, k, v, out, lse, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def gqa_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float | None = None
+) -> Tensor:
+    from .kernels.gqa_decode import gqa_decode as decode
+
+    return decode(q, k_cache, v_cache, lengths, scale)

@@ -45,6 +45,12 @@ gqa_attention = register(
     fake_saved=op_cuda.gqa_attention_saved,
     once_differentiable=_fused_attention,
 )
+gqa_decode = register(
+    reference.gqa_decode,
+    check=op_checks.gqa_decode,
+    cuda=op_cuda.gqa_decode,
+    cuda_takes=op_cuda.takes_one_dtype,
+)
 swiglu = register(reference.swiglu, check=op_checks.swiglu, cpu=op_cpu.swiglu)
 quantize_per_token = register(
     reference.quantize_per_token, check=op_checks.quantize_per_token, cpu=op_cpu.quantize_per_token

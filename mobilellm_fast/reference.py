@@ -79,6 +79,39 @@ def gqa_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -
     return out.reshape(q.shape).to(q.dtype)
 
 
+def gqa_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float | None = None
+) -> Tensor:
+    """Attend with one new token per sequence to its KV cache: `softmax(q k^T scale) v`.
+
+    Args:
+        q: (batch, heads, head_dim) float.
+        k_cache, v_cache: (batch, kv_heads, capacity, head_dim) float, dtype of `q`.
+        lengths: (batch,) int32, tokens of each sequence; those beyond capacity count as capacity.
+            What the cache holds behind them does not matter. No tokens give zeros.
+        scale: factor of the scores; None means `head_dim ** -0.5`.
+
+    Returns:
+        (batch, heads, head_dim), dtype of `q`.
+
+    Reference: Ainslie et al., https://arxiv.org/abs/2305.13245
+    """
+    batch, heads, head_dim = q.shape
+    kv_heads, capacity = k_cache.shape[1:3]
+    visible = torch.arange(capacity, device=q.device) < lengths[:, None]  # (batch, capacity)
+    k, v = (
+        _wide(t).masked_fill(~visible[:, None, :, None], 0.0)  # 0 * NaN is not 0
+        for t in (k_cache, v_cache)
+    )
+    grouped = _wide(q).reshape(batch, kv_heads, heads // kv_heads, head_dim)
+    scores = torch.einsum("bkgd,bktd->bkgt", grouped, k)
+    scores = scores * (head_dim**-0.5 if scale is None else scale)
+    empty = (lengths <= 0)[:, None]
+    weights = scores.masked_fill(~(visible | empty)[:, None, None], float("-inf")).softmax(-1)
+    out = torch.einsum("bkgt,bktd->bkgd", weights, v)
+    return out.reshape(q.shape).to(q.dtype)
+
+
 def swiglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
     """Gate one projection with another: `silu(x gate^T) * (x up^T)`, `silu(t) = t / (1 + e^-t)`.
 

@@ -1,0 +1,374 @@
+"""The attention kernels for GPUs: on one, if there is one, else interpreted on the CPU."""
+
+import importlib.util
+
+import attention_bounds as bounds
+import pytest
+import torch
+from interpreted import DEVICE, HAS_GPU
+from torch.library import opcheck
+
+from mobilellm_fast import ops, reference
+from mobilellm_fast.errors import MobileLLMError
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+    ),
+]
+only_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+
+# bfloat16 is not interpreted; float32 sums are checked to their last bits
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if HAS_GPU else [])]
+NAMES = ("seq", "kv_seq", "heads", "kv_heads", "head_dim")
+CASES = [
+    (1, 1, 3, 1, 64),
+    (9, 9, 6, 2, 64),
+    (7, 20, 3, 1, 6),
+    (33, 33, 5, 1, 80),
+    (65, 65, 2, 2, 34),
+    (40, 100, 6, 2, 64),
+    (2, 64, 5, 1, 128),
+]
+LONG_CASES = [  # (whole tiles, and one more), for a GPU
+    (128, 128, 9, 3, 64),
+    (129, 300, 15, 5, 64),
+    (384, 384, 20, 5, 64),
+    (500, 1000, 25, 5, 64),
+    (513, 513, 8, 2, 128),
+    (200, 333, 6, 6, 96),
+]
+EACH_CASE = pytest.mark.parametrize(NAMES, CASES + (LONG_CASES if HAS_GPU else []))
+EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def inputs(seq, kv_seq, heads, kv_heads, head_dim, dtype, batch=2, seed=0):
+    """Return q, k, v and a gradient of the result."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((seq, heads), (kv_seq, kv_heads), (kv_seq, kv_heads), (seq, heads))
+    made = (torch.randn(batch, *shape, head_dim, generator=generator) for shape in shapes)
+    return tuple(t.to(dtype).to(DEVICE) for t in made)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Fill what kernels are to write with NaN, so that what they leave is seen."""
+    empty = torch.empty
+
+    def poison(*args, **kwargs):
+        made = empty(*args, **kwargs)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    from mobilellm_fast.kernels import gqa_attention, gqa_decode
+
+    for module in (gqa_attention, gqa_decode):
+        monkeypatch.setattr(module.torch, "empty", poison)
+
+
+def tiles(dtype):
+    """Tiles to try: small ones, so that a short sequence has several, and those of a GPU."""
+    from mobilellm_fast.kernels.gqa_attention import Tile, tile_of
+
+    if HAS_GPU:
+        return [tile_of("forward", 64, dtype), Tile(64, 128, 4, 2), Tile(128, 64, 8, 3, True)]
+    return [Tile(32, 16, 4, 2, descriptors=dtype == torch.float16)]
+
+
+@EACH_DTYPE
+@EACH_CASE
+def test_forward(seq, kv_seq, heads, kv_heads, head_dim, dtype):
+    from mobilellm_fast.kernels.gqa_attention import forward
+
+    q, k, v, _ = inputs(seq, kv_seq, heads, kv_heads, head_dim, dtype)
+    scale = head_dim**-0.5
+    want = bounds.forward(q, k, v, scale)
+    for tile in [None] if dtype == torch.float32 and HAS_GPU else tiles(dtype):
+        want.check("out", forward(q, k, v, scale, tile)[0])
+
+
+@EACH_DTYPE
+@EACH_CASE
+def test_backward(seq, kv_seq, heads, kv_heads, head_dim, dtype):
+    from mobilellm_fast.kernels.gqa_attention import Tile, backward, forward
+
+    q, k, v, grad = inputs(seq, kv_seq, heads, kv_heads, head_dim, dtype)
+    scale = head_dim**-0.5
+    small = None if HAS_GPU else (Tile(32, 32, 4, 1), Tile(16, 32, 4, 1))
+    out, lse = forward(q, k, v, scale)
+    want = bounds.backward(grad, q, k, v, out, scale)
+    found = backward(grad, q, k, v, out, lse, scale, small)
+    for name, expected, got in zip(("dq", "dk", "dv"), want, found, strict=True):
+        expected.check(name, got)
+    if HAS_GPU:
+        again = backward(grad, q, k, v, *forward(q, k, v, scale), scale)
+        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_log_sum_exp():
+    from mobilellm_fast.kernels.gqa_attention import forward
+
+    q, k, v, _ = inputs(5, 12, 6, 2, 64, torch.float32)
+    _, lse = forward(q, k, v, 0.3)
+    scores = torch.einsum("bshd,bthd->bhst", q, k.repeat_interleave(3, 2)).double() * 0.3
+    visible = torch.ones(5, 12, dtype=torch.bool, device=DEVICE).tril(7)
+    want = scores.masked_fill(~visible, float("-inf")).logsumexp(-1)
+    torch.testing.assert_close(lse.double(), want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [-0.2, 0.0, 3.0])
+def test_scales(scale):
+    from mobilellm_fast.kernels.gqa_attention import backward, forward
+
+    q, k, v, grad = inputs(9, 21, 4, 2, 16, torch.float32, batch=1)
+    out, lse = forward(q, k, v, scale)
+    bounds.forward(q, k, v, scale).check("out", out)
+    leaves = [t.double().requires_grad_() for t in (q, k, v)]
+    want = torch.autograd.grad(reference.gqa_attention(*leaves, scale), leaves, grad.double())
+    for got, expected in zip(backward(grad, q, k, v, out, lse, scale), want, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_strides_do_not_matter(descriptors):
+    from mobilellm_fast.kernels.gqa_attention import Tile, backward, forward
+
+    tile = Tile(16, 16, 4, 1, descriptors)
+    args = inputs(9, 21, 4, 2, 16, torch.float16)
+    strided = [
+        args[0].transpose(1, 2).contiguous().transpose(1, 2),
+        torch.cat([args[1], args[1]], -1)[..., 16:],
+        args[2].repeat_interleave(2, -1)[..., ::2],
+        args[3][:, :, :1].expand_as(args[3]),
+    ]
+    whole = [t.contiguous() for t in strided]
+    results = []
+    for q, k, v, grad in (strided, whole):
+        out, lse = forward(q, k, v, 0.25, tile)
+        results.append((out, *backward(grad, q, k, v, out, lse, 0.25)))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_no_tokens():
+    from mobilellm_fast.kernels.gqa_attention import backward, forward
+
+    q, k, v, grad = inputs(0, 4, 4, 2, 16, torch.float32)
+    out, lse = forward(q, k, v, 0.25)
+    assert out.shape == q.shape and lse.shape == (2, 4, 0)
+    dq, dk, dv = backward(grad, q, k, v, out, lse, 0.25)
+    assert dq.shape == q.shape and not dk.any() and not dv.any()
+
+
+def test_what_is_not_a_number_stays_in_its_sequence_and_in_its_future():
+    from mobilellm_fast.kernels.gqa_attention import forward
+
+    q, k, v, _ = inputs(20, 20, 3, 1, 16, torch.float32)
+    clean, _ = forward(q, k, v, 0.25)
+    k[0, 15] = float("nan")
+    out, _ = forward(q, k, v, 0.25)
+    assert torch.equal(out[1], clean[1]) and torch.equal(out[0, :15], clean[0, :15])
+    assert out[0, 15:].isnan().all()
+
+
+@only_gpu
+@pytest.mark.parametrize("kv_seq", [2048, 8192])
+def test_long_sequences(kv_seq):
+    from mobilellm_fast.kernels.gqa_attention import forward
+
+    q, k, v, _ = inputs(kv_seq, kv_seq, 9, 3, 64, torch.bfloat16, batch=1)
+    out, _ = forward(q, k, v, 0.125)
+    # the last rows see everything; their references are small
+    for start in (0, kv_seq // 2 - 20, kv_seq - 20):
+        stop = start + 20
+        want = bounds.forward(q[:, start:stop], k[:, :stop], v[:, :stop], 0.125)
+        want.check(f"rows from {start}", out[:, start:stop])
+    assert torch.equal(out, forward(q, k, v, 0.125)[0])
+
+
+@only_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_as_accurate_as_torch(dtype):
+    """Errors of the result and of the gradients beside those of torch's fused kernel."""
+    args = inputs(700, 700, 15, 5, 64, dtype)
+    *leaves, grad = args
+    wide = [t.double().requires_grad_() for t in leaves]
+    exact = reference.gqa_attention(*wide)
+    exact = [exact, *torch.autograd.grad(exact, wide, grad.double())]
+
+    def errors(attend):
+        inner = [t.clone().requires_grad_() for t in leaves]
+        out = attend(*inner)
+        found = [out, *torch.autograd.grad(out, inner, grad)]
+        return [
+            ((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)
+        ]
+
+    ours, torchs = errors(ops.gqa_attention), errors(ops._fused_attention)
+    print(f"\n{dtype}: relative errors of out, dq, dk, dv: {ours}, of torch's {torchs}")
+    for mine, its in zip(ours, torchs, strict=True):
+        assert mine <= 1.05 * its
+
+
+@only_gpu
+def test_training_runs_the_kernels():
+    q, k, v, grad = inputs(100, 100, 9, 3, 64, torch.bfloat16)
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    out = ops.gqa_attention(q, k, v)
+    assert "saving" in out.grad_fn.name()
+    found = torch.autograd.grad(out, leaves, grad)
+    want = bounds.backward(grad, *(t.detach() for t in (q, k, v, out)), 0.125)
+    for name, expected, got in zip(("dq", "dk", "dv"), want, found, strict=True):
+        expected.check(name, got)
+
+
+# --- decode ------------------------------------------------------------------------------------
+
+DECODE_NAMES = ("heads", "kv_heads", "head_dim", "capacity", "lengths")
+DECODE_CASES = [
+    (9, 3, 64, 70, (70, 1, 65)),
+    (5, 5, 64, 40, (0, 33)),
+    (25, 5, 64, 200, (129,)),
+    (20, 5, 80, 17, (17, 16)),
+    (4, 1, 6, 33, (99, 32)),  # beyond the capacity
+    (17, 1, 128, 20, (19,)),
+]
+LONG_DECODE_CASES = [
+    (9, 3, 64, 4096, (4096, 1000, 128, 129)),
+    (15, 5, 64, 8192, (8192, 4097)),
+    (20, 5, 64, 2048, tuple(range(7, 2048, 32))),
+    (25, 5, 64, 1024, (1024,)),
+    (32, 8, 128, 3000, (2999, 3000)),
+]
+EACH_DECODE_CASE = pytest.mark.parametrize(
+    DECODE_NAMES, DECODE_CASES + (LONG_DECODE_CASES if HAS_GPU else [])
+)
+
+
+def decode_inputs(heads, kv_heads, head_dim, capacity, lengths, dtype, seed=0):
+    """Return q, k_cache, v_cache and lengths; the caches hold NaN behind the lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = len(lengths)
+    q = torch.randn(batch, heads, head_dim, generator=generator).to(dtype)
+    shape = (batch, kv_heads, capacity, head_dim)
+    caches = [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+    for cache in caches:
+        for i, length in enumerate(lengths):
+            cache[i, :, length:] = float("nan")
+    lengths = torch.tensor(lengths, dtype=torch.int32)
+    return tuple(t.to(DEVICE) for t in (q, *caches, lengths))
+
+
+def cuts(head_dim, dtype):
+    """Cuts to try: of a GPU, and one with several tiles per span."""
+    from mobilellm_fast.kernels.gqa_decode import Cut, cut_of
+
+    several = Cut(16, 4, 4, 2)
+    return [cut_of(head_dim, dtype), several] if HAS_GPU or dtype == torch.float32 else [several]
+
+
+@EACH_DTYPE
+@EACH_DECODE_CASE
+def test_decode(heads, kv_heads, head_dim, capacity, lengths, dtype):
+    from mobilellm_fast.kernels.gqa_decode import gqa_decode
+
+    args = decode_inputs(heads, kv_heads, head_dim, capacity, lengths, dtype)
+    q, k, v, _ = args
+    scale = head_dim**-0.5
+    wants = [
+        bounds.decode(q[i : i + 1], k[i : i + 1], v[i : i + 1], min(length, capacity), scale)
+        for i, length in enumerate(lengths)
+    ]
+    for cut in cuts(head_dim, dtype):
+        results = []
+        for merge_last in (True, False):
+            out = torch.full_like(q, float("nan"))
+            assert gqa_decode(*args, scale, out=out, cut=cut, merge_last=merge_last) is out
+            results.append(out)
+            for i, want in enumerate(wants):
+                want.check(f"sequence {i}", out[i : i + 1])
+        assert torch.equal(*results), "who merges changed the result"
+
+
+def test_a_sequence_is_decoded_alike_in_every_batch_and_cache():
+    from mobilellm_fast.kernels.gqa_decode import gqa_decode
+
+    q, k, v, lengths = decode_inputs(6, 2, 64, 300, (300, 17, 130), torch.float16)
+    together = gqa_decode(q, k, v, lengths)
+    for i, length in enumerate(lengths.tolist()):
+        one = slice(i, i + 1)
+        alone = gqa_decode(
+            q[one], k[one, :, :length], v[one, :, :length].contiguous(), lengths[one]
+        )
+        assert torch.equal(alone, together[one])
+
+
+def test_decode_strides_do_not_matter():
+    from mobilellm_fast.kernels.gqa_decode import gqa_decode
+
+    q, k, v, lengths = decode_inputs(6, 2, 16, 40, (40, 9), torch.float32)
+    strided = [
+        torch.cat([q, q], -1)[..., 16:],
+        k.transpose(1, 2).contiguous().transpose(1, 2),
+        v.repeat_interleave(2, -1)[..., ::2],
+    ]
+    out = torch.empty(2, 12, 16, device=DEVICE)[:, ::2]
+    gqa_decode(*strided, lengths, out=out)
+    assert torch.equal(out, gqa_decode(q, k, v, lengths))
+
+
+@only_gpu
+def test_a_captured_decode_serves_every_length():
+    from mobilellm_fast.kernels.gqa_decode import gqa_decode
+
+    args = decode_inputs(15, 5, 64, 2048, (2048, 2048), torch.bfloat16)
+    q, k, v, lengths = args
+    gqa_decode(*args)
+    graphs, outs = [torch.cuda.CUDAGraph() for _ in range(2)], []
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            outs.append(gqa_decode(*args))
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for length in (1, 127, 128, 129, 1000, 2048, 3, 0):
+        lengths.fill_(length)
+        want = gqa_decode(*args)
+        torch.cuda.synchronize()
+        for _ in range(20):  # at the same time, with counters of their own
+            for graph, stream in zip(graphs, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    graph.replay()
+        torch.cuda.synchronize()
+        for out in outs:
+            assert torch.equal(out, want)
+        for i in range(2):
+            exact = bounds.decode(q[i : i + 1], k[i : i + 1], v[i : i + 1], length, 0.125)
+            exact.check(f"length {length}", want[i : i + 1])
+
+
+def test_op_decodes():
+    args = decode_inputs(6, 2, 16, 40, (40, 9, 0, 50), torch.float32)
+    out = ops.gqa_decode(*args)
+    for i, length in enumerate((40, 9, 0, 40)):
+        q, k, v = (t[i : i + 1] for t in args[:3])
+        bounds.decode(q, k, v, length, 0.25).check(f"sequence {i}", out[i : i + 1])
+    opcheck(torch.ops.mobilellm_fast.gqa_decode.default, args)
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        (0, lambda t: t[0], "q must have shape (batch, heads, head_dim), got (6, 16)"),
+        (1, lambda t: t[:, :, :, :8], "k_cache must have shape (2, kv_heads, capacity, 16)"),
+        (1, lambda t: t.double(), "k_cache must be float32, got float64"),
+        (2, lambda t: t[:, :, :9], "v_cache must have shape (2, 2, 40, 16), got (2, 2, 9, 16)"),
+        (3, lambda t: t.long(), "lengths must be int32, got int64"),
+        (3, lambda t: t[:1], "lengths must have shape (2,), got (1,)"),
+        (0, lambda t: t[:, :5], "k_cache must have a divisor of 5 heads, got 2"),
+    ],
+)
+def test_op_names_what_is_wrong(place, change, message):
+    args = list(decode_inputs(6, 2, 16, 40, (40, 9), torch.float32))
+    args[place] = change(args[place])
+    with pytest.raises(MobileLLMError) as error:
+        ops.gqa_decode(*args)
+    assert str(error.value).startswith(f"[gqa_decode] {message}")
