@@ -34,6 +34,7 @@ struct Executor::Scratch {
   std::vector<int32_t> query_offsets;
   std::vector<int> visible;              // tokens of a page that each query sees
   std::vector<float> state, page_state;  // AttentionState of those queries
+  IdleFetch idle;                        // of what this thread reads next
 
   Queries prepared() {
     return {queries.data(), query_codes.data(), query_scales.data(), query_offsets.data()};
@@ -56,11 +57,27 @@ Plan plan_of(const Model& model, int64_t cache_nbytes, bool fetch_ahead) {
   return make_plan(model.schedule, block_nbytes, model.head.nbytes(), cache_nbytes, fetches);
 }
 
+// Queries, keys and values as one matrix where they lie one behind the other, as in one buffer they
+// do: threads then read longer streams.
+Model with_joined_qkv(Model model) {
+  for (BlockWeights& block : model.blocks) {
+    Weight *q = &block.q, *k = &block.k, *v = &block.v;
+    const auto follows = [q](const Weight* next, const Weight* before) {
+      return next->kind == q->kind && before->rows % kTileRows == 0 &&
+             next->data == before->data + before->nbytes();
+    };
+    if (!follows(k, q) || !follows(v, k)) continue;
+    q->rows += k->rows + v->rows;
+    k->rows = v->rows = 0;
+  }
+  return model;
+}
+
 }  // namespace
 
 Executor::Executor(Model model, int threads, const KernelTable& kernels, int64_t cache_nbytes,
                    bool fetch_ahead)
-    : model_(std::move(model)),
+    : model_(with_joined_qkv(std::move(model))),
       kernels_(kernels),
       plan_(plan_of(model_, cache_nbytes, fetch_ahead)),
       pool_(threads),
@@ -116,42 +133,66 @@ Executor::Part Executor::part_of(int thread, const Chunk& chunk) const {
   return {thread, own, single ? all : own, all, thread, threads, single, false};
 }
 
+// Wait for other threads, and fetch meanwhile what is read next.
+void Executor::wait(int thread) {
+  IdleFetch& idle = scratch_[thread].idle;
+  pool_.barrier([&idle] { return idle.step(); });
+}
+
 // Wait for the rows or tiles of other threads, where they are needed.
 void Executor::sync(const Part& part) {
-  if (!part.by_rows) pool_.barrier();
+  if (!part.by_rows) wait(part.thread);
+}
+
+// Have waits from here on fetch the thread's share of some matrices, which are read next.
+void Executor::expect(const Part& part, std::initializer_list<const Weight*> matrices, int unit) {
+  IdleFetch& idle = scratch_[part.thread].idle;
+  idle.clear();
+  if (part.by_rows || model_.activation == ActivationKind::floating) return;
+  for (const Weight* matrix : matrices) {
+    const Share mine = part.of(ceil_div(matrix->tiles(), unit));
+    idle.add(*matrix, mine.begin * unit, std::min(mine.end * unit, matrix->tiles()), unit);
+  }
 }
 
 // The whole model, as one thread sees it. A barrier follows wherever the next stage reads what
 // other threads have written: around attention always, elsewhere where threads split the weights.
 void Executor::run_chunk(int thread, const Chunk& chunk) {
   const int64_t hidden = model_.hidden;
+  const int positions = static_cast<int>(model_.schedule.size());
   const Part part = part_of(thread, chunk);
   embed(part, chunk);
+  expect(part, {&model_.blocks[model_.schedule[0]].q});
   sync(part);
 
-  for (int position = 0; position < static_cast<int>(model_.schedule.size()); ++position) {
+  for (int position = 0; position < positions; ++position) {
     const BlockWeights& block = model_.blocks[model_.schedule[position]];
 
     const Activations attention_in = prepare(part, hidden_.data(), block.attention_norm, hidden);
     project_qkv(part, attention_in, position);
+    expect(part, {&block.o});
     sync(part);
     store_rotated(part, chunk, position);
-    if (part.by_rows || chunk.has_runs) pool_.barrier();
+    if (part.by_rows || chunk.has_runs) wait(thread);
     attend(thread, chunk, position);
-    pool_.barrier();
+    wait(thread);
     const Activations attention_out = prepare(part, merge(part, chunk), nullptr, q_size());
     project(part, attention_out, position, &BlockWeights::o);
+    expect(part, {&block.gate, &block.up}, kTilesPerGroup);
     sync(part);
 
     const Activations ffn_in = prepare(part, hidden_.data(), block.ffn_norm, hidden);
     Activations ffn_out = ffn_.view(model_.activation, model_.intermediate, part.rows.begin);
     kernels_.swiglu(ffn_in, block.gate, block.up, ffn_out, part.count(),
                     tiles(part, position, &BlockWeights::gate, kTilesPerGroup));
+    expect(part, {&block.down});
     sync(part);
 
     if (model_.activation == ActivationKind::int8)  // one scale for what all threads wrote
       ffn_out = prepare(part, ffn_.values(), nullptr, model_.intermediate);
     project(part, ffn_out, position, &BlockWeights::down);
+    const bool last = position + 1 == positions;
+    expect(part, {last ? &model_.head : &model_.blocks[model_.schedule[position + 1]].q});
     sync(part);
   }
   if (chunk.logit_rows.empty()) return;

@@ -3,11 +3,13 @@
 
 #include <atomic>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <vector>
 
 #include "activation_buffer.h"
 #include "chunk.h"
+#include "idle_fetch.h"
 #include "kernels.h"
 #include "kv_cache.h"
 #include "plan.h"
@@ -76,7 +78,9 @@ class Executor {
 
   void run_chunk(int thread, const Chunk& chunk);
   Part part_of(int thread, const Chunk& chunk) const;
+  void wait(int thread);
   void sync(const Part& part);
+  void expect(const Part& part, std::initializer_list<const Weight*> matrices, int unit = 1);
   void embed(const Part& part, const Chunk& chunk);
   Activations prepare(const Part& part, const float* x, const float* norm, int64_t cols);
   void prepare_row(int thread, const float* x, const float* norm, const Activations& out);

@@ -114,15 +114,11 @@ void ThreadPool::run(const std::function<void(int)>& task) {
   barrier();
 }
 
-void ThreadPool::barrier() {
-  if (size_ == 1) return;
-  const uint32_t seen = passed_.get();
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    passed_.increment();
-  } else {
-    passed_.wait_while(seen);
-  }
+bool ThreadPool::arrive() {
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) < size_ - 1) return false;
+  arrived_.store(0, std::memory_order_relaxed);
+  passed_.increment();
+  return true;
 }
 
 }  // namespace mlf

@@ -56,14 +56,27 @@ class ThreadPool {
   int size() const { return size_; }
   // Call task(thread) on threads 0..size-1 and return when all are done. `task` must not throw.
   void run(const std::function<void(int)>& task);
-  // Inside run(): wait until every thread has come here.
-  void barrier();
+  // Inside run(): wait until every thread has come here. Meanwhile, call `idle` as long as it returns
+  // true.
+  template <class Idle>
+  void barrier(Idle idle) {
+    if (size_ == 1) return;
+    const uint32_t seen = passed_.get();
+    if (arrive()) return;
+    while (passed_.get() == seen && idle()) {
+    }
+    passed_.wait_while(seen);
+  }
+  void barrier() {
+    barrier([] { return false; });
+  }
 
  private:
   void start();
   void forget_workers();
   void stop_workers();
   void work(int thread, uint32_t seen);
+  bool arrive();  // the last of all threads lets the others go, and returns true
 
   const int size_;
   std::vector<std::thread> workers_;
