@@ -145,13 +145,16 @@ void Executor::sync(const Part& part) {
 }
 
 // Have waits from here on fetch the thread's share of some matrices, which are read next.
+// Decode reads four streams.
 void Executor::expect(const Part& part, std::initializer_list<const Weight*> matrices, int unit) {
   IdleFetch& idle = scratch_[part.thread].idle;
+  constexpr int64_t kStreams = 4;
   idle.clear();
   if (part.by_rows || model_.activation == ActivationKind::floating) return;
   for (const Weight* matrix : matrices) {
     const Share mine = part.of(ceil_div(matrix->tiles(), unit));
-    idle.add(*matrix, mine.begin * unit, std::min(mine.end * unit, matrix->tiles()), unit);
+    idle.add(*matrix, mine.begin * unit, std::min(mine.end * unit, matrix->tiles()), unit,
+             kStreams / matrices.size());
   }
 }
 

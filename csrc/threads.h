@@ -56,8 +56,8 @@ class ThreadPool {
   int size() const { return size_; }
   // Call task(thread) on threads 0..size-1 and return when all are done. `task` must not throw.
   void run(const std::function<void(int)>& task);
-  // Inside run(): wait until every thread has come here. Meanwhile, call `idle` as long as it returns
-  // true.
+  // Inside run(): wait until every thread has come here. Meanwhile, call `idle` as long as it
+  // returns true.
   template <class Idle>
   void barrier(Idle idle) {
     if (size_ == 1) return;

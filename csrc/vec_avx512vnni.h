@@ -69,6 +69,11 @@ inline VecF exp2_int(VecI n) {
 constexpr int kDotRows = 8;  // 8 integer and 8 float sums; weights and inputs in other registers
 constexpr int32_t kInt8Offset = 128;
 
+// 12 integer and 12 float sums. One tile alone would need as many loads of inputs as there are
+// products, and loads of 64 bytes are as rare as those.
+#define MLF_BLOCK
+constexpr int kBlockRows = 6, kBlockTiles = 2;
+
 struct DotWeights {
   __m512i rows;
 };

@@ -9,15 +9,24 @@ inline int tile_width(const Weight& weight, int64_t tile) {
 // one page ahead by software. Four streams are faster without.
 constexpr int64_t kFetchBytes = 4096;
 
-// The tiles first, first + stride, ...; what they fetch ahead is fetched by the first rows alone.
+// What the reader of a tile, one of T streams, fetches: weights wanted later, or its own next ones.
 template <int T>
-inline TileSet tile_set(const Tiles& tiles, int64_t first, int64_t stride, bool fetch) {
-  TileSet set{first, stride, {}};
-  for (int t = 0; t < T; ++t) {
-    const bool wanted = (first + t * stride) % tiles.stride == tiles.phase;
-    if (fetch) set.ahead[t] = wanted && tiles.ahead ? tiles.ahead : T < 4 ? kFetchBytes : 0;
-  }
-  return set;
+inline int64_t ahead_of(const Tiles& tiles, int64_t tile) {
+  const bool wanted = tiles.ahead && tile % tiles.stride == tiles.phase;
+  return wanted ? tiles.ahead : T < 4 ? kFetchBytes : 0;
+}
+
+// Call use(Constant<M>(), first row) for blocks of M rows: as many as fit the registers beside T
+// tiles, and powers of two for the rest.
+template <int T, class Use>
+inline void for_each_row_block(int64_t rows, Use use) {
+  constexpr int kMost = T == kBlockTiles ? kBlockRows : kDotRows / T;
+  constexpr int kPower = kMost >= 8 ? 8 : kMost >= 4 ? 4 : kMost >= 2 ? 2 : 1;
+  int64_t row = 0;
+  if constexpr (kMost > kPower)  // two equal blocks are better than a large and a small one
+    for (; rows - row >= kMost && rows - row != 2 * kPower; row += kMost)
+      use(Constant<kMost>(), row);
+  for_each_block<kPower>(rows, use, row);
 }
 
 // Rows that are multiplied together, and their wide groups in one list.
@@ -27,29 +36,39 @@ struct Panel {
   Activations x;
   int64_t rows;
   WideGroup wide[kMaxWide];
-  int32_t starts[kMaxRows + 1] = {};  // of each row in the list
+  int64_t wide_count = 0;
 
   Panel(const Activations& all, int64_t first_row, int64_t left) : x(all.from_row(first_row)) {
     const int64_t groups = x.groups();
     rows = left < kMaxRows ? left : kMaxRows;
-    if (x.kind != ActivationKind::int8_g32 || rows <= kRowsWithLowCodes) return;
+    if (!has_low_sums()) return;
     while (rows > 1 && rows * groups > kMaxWide) rows /= 2;
-    int32_t count = 0;
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t group = 0; group < groups; ++group) {
-        wide[count] = {static_cast<uint16_t>(row), static_cast<uint16_t>(group)};
-        count += x.wide[row * groups + group];
+    for (int64_t group = 0; group < groups; ++group) {
+      for (int64_t row = 0; row < rows; ++row) {
+        wide[wide_count] = {static_cast<uint16_t>(row), static_cast<uint16_t>(group)};
+        wide_count += x.wide[row * groups + group];
       }
-      starts[row + 1] = count;
     }
   }
-  WideGroups wide_groups(int64_t row, int64_t count) const {
-    return {wide + starts[row], wide + starts[row + count]};
+  bool has_low_sums() const {
+    return x.kind != ActivationKind::floating && rows > kRowsWithLowCodes;
   }
 
-  template <int M, int T>
-  void dot(int64_t first_row, const Weight& weight, const TileSet& set, VecF* y) const {
-    tile_dot<M, T>(x.from_row(first_row), wide_groups(first_row, M), first_row, weight, set, y);
+  WideGroups wide_groups() const { return {wide, wide + wide_count}; }
+
+  // use(y, first row, Constant<M>()) for blocks of M rows: y[m * T + t] = row m of them . tiles[t].
+  template <int T, class Use>
+  void dot(const TileRef (&tiles)[T], Use use) const {
+    VecF low[kMaxRows * kBlockTiles];
+    if (has_low_sums()) wide_dot<T>(x, wide_groups(), rows, tiles, low);
+    TileRef again[T];  // what the first rows have fetched is there
+    for (int t = 0; t < T; ++t) again[t] = {tiles[t].weight, tiles[t].tile, 0};
+    for_each_row_block<T>(rows, [&](auto count, int64_t row) {
+      constexpr int M = decltype(count)::value;
+      VecF y[M * T];
+      tile_dot<M, T>(x.from_row(row), low + row * T, row ? again : tiles, y);
+      use(y, row, count);
+    });
   }
 };
 
@@ -69,15 +88,16 @@ inline void linear_streams(const Panel& x, const Weight& weight, float* out, int
                            Tiles tiles, bool accumulate) {
   const int64_t length = (tiles.end - tiles.begin) / T;
   for (int64_t first = tiles.begin; first < tiles.begin + length; ++first) {
-    for_each_block<kDotRows / T>(x.rows, [&](auto m_count, int64_t first_row) {
-      constexpr int M = decltype(m_count)::value;
-      VecF y[M * T];
-      x.dot<M, T>(first_row, weight, tile_set<T>(tiles, first, length, first_row == 0), y);
+    TileRef refs[T];
+    for (int t = 0; t < T; ++t) {
+      const int64_t tile = first + t * length;
+      refs[t] = {&weight, tile, ahead_of<T>(tiles, tile)};
+    }
+    x.dot<T>(refs, [&](const VecF* y, int64_t first_row, auto count) {
       for (int t = 0; t < T; ++t) {
-        const int64_t tile = first + t * length;
-        const int width = tile_width(weight, tile);
-        for (int m = 0; m < M; ++m) {
-          float* p = out + (first_row + m) * out_stride + tile * kTileRows;
+        const int width = tile_width(weight, refs[t].tile);
+        for (int m = 0; m < decltype(count)::value; ++m) {
+          float* p = out + (first_row + m) * out_stride + refs[t].tile * kTileRows;
           const VecF v = y[m * T + t];
           store_upto(p, accumulate ? add(load_upto(p, width), v) : v, width);
         }
@@ -91,10 +111,11 @@ inline void linear_streams(const Panel& x, const Weight& weight, float* out, int
   }
 }
 
-// Call body(Constant<T>()) with the number of tiles that fit the registers beside so many rows.
+// Call body(Constant<T>()) with the number of tiles for so many rows: few rows take as many as fit
+// the registers beside them, to read many streams; many rows take those of a block.
 template <int T, class Body>
 inline void with_streams(int64_t rows, Body body) {
-  if constexpr (T > 1) {
+  if constexpr (T > kBlockTiles) {
     if (T * rows > kDotRows) return with_streams<T / 2>(rows, body);
   }
   body(Constant<T>());
@@ -110,17 +131,6 @@ void linear(const Activations& x, const Weight& weight, float* out, int64_t rows
   });
 }
 
-// silu(gate) * up for M rows and T tiles: into row m, column t * kGroup of `out`.
-template <int M, int T>
-inline void swiglu_tiles(const Panel& x, int64_t first_row, const Weight& gate, const Weight& up,
-                         const TileSet& set, float (*out)[T * kGroup]) {
-  VecF g[M * T], u[M * T];
-  x.dot<M, T>(first_row, gate, set, g);
-  x.dot<M, T>(first_row, up, set, u);
-  for (int m = 0; m < M; ++m)
-    for (int t = 0; t < T; ++t) store(out[m] + t * kGroup, mul(silu(g[m * T + t]), u[m * T + t]));
-}
-
 // Two tiles make a group of the next layer's inputs, which is rounded while it is at hand.
 inline void store_group(const float* values, const Activations& out, int64_t row, int64_t group) {
   const int64_t left = out.cols - group * kGroup, count = left < kGroup ? left : kGroup;
@@ -129,29 +139,46 @@ inline void store_group(const float* values, const Activations& out, int64_t row
   else memcpy(out.values + row * out.cols + group * kGroup, values, sizeof(float) * count);
 }
 
-// T streams of equally many groups, and what is left in fewer.
+// T streams of equally many groups, and what is left in fewer. Gate and up are read side by side.
 template <int T>
 inline void swiglu_streams(const Panel& x, const Weight& gate, const Weight& up,
                            const Activations& out, Tiles tiles) {
-  const int64_t groups = T == 1 ? ceil_div(tiles.end - tiles.begin, kTilesPerGroup)
+  constexpr int S = T == 1 ? 1 : T / 2;  // groups at once
+  const int64_t groups = S == 1 ? ceil_div(tiles.end - tiles.begin, kTilesPerGroup)
                                 : (tiles.end - tiles.begin) / kTilesPerGroup;
-  const int64_t length = groups / T, stride = length * kTilesPerGroup;
+  const int64_t length = groups / S, stride = length * kTilesPerGroup;
+  float values[S][Panel::kMaxRows][kGroup];
   for (int64_t first = tiles.begin; first < tiles.begin + stride; first += kTilesPerGroup) {
-    for_each_block<kDotRows / T>(x.rows, [&](auto m_count, int64_t first_row) {
-      constexpr int M = decltype(m_count)::value;
-      float group[M][T * kGroup];
-      for (int64_t i = 0; i < kTilesPerGroup && first + i < tiles.end; ++i)
-        swiglu_tiles<M, T>(x, first_row, gate, up,
-                           tile_set<T>(tiles, first + i, stride, first_row == 0),
-                           reinterpret_cast<float (*)[T * kGroup]>(&group[0][i * kTileRows]));
-      for (int m = 0; m < M; ++m)
-        for (int t = 0; t < T; ++t)
-          store_group(group[m] + t * kGroup, out, first_row + m,
-                      (first + t * stride) / kTilesPerGroup);
-    });
+    for (int64_t i = 0; i < kTilesPerGroup && first + i < tiles.end; ++i) {
+      TileRef refs[2 * S];
+      for (int s = 0; s < S; ++s) {
+        const int64_t tile = first + i + s * stride;
+        refs[2 * s] = {&gate, tile, ahead_of<T>(tiles, tile)};
+        refs[2 * s + 1] = {&up, tile, ahead_of<T>(tiles, tile)};
+      }
+      if constexpr (T == 1) {
+        VecF gates[Panel::kMaxRows];
+        x.dot<1>({refs[0]}, [&](const VecF* y, int64_t row, auto count) {
+          for (int m = 0; m < decltype(count)::value; ++m) gates[row + m] = silu(y[m]);
+        });
+        x.dot<1>({refs[1]}, [&](const VecF* y, int64_t row, auto count) {
+          for (int m = 0; m < decltype(count)::value; ++m)
+            store(values[0][row + m] + i * kTileRows, mul(gates[row + m], y[m]));
+        });
+      } else {
+        x.dot<T>(refs, [&](const VecF* y, int64_t row, auto count) {
+          for (int m = 0; m < decltype(count)::value; ++m)
+            for (int s = 0; s < S; ++s, y += 2)
+              store(values[s][row + m] + i * kTileRows, mul(silu(y[0]), y[1]));
+        });
+      }
+    }
+    for (int64_t row = 0; row < x.rows; ++row)
+      for (int s = 0; s < S; ++s)
+        store_group(values[s][row], out, row, (first + s * stride) / kTilesPerGroup);
   }
-  tiles.begin += T * stride;
-  if constexpr (T > 1) {
+  tiles.begin += S * stride;
+  if constexpr (S > 1) {
     if (tiles.begin < tiles.end) swiglu_streams<T / 2>(x, gate, up, out, tiles);
   }
 }

@@ -5,6 +5,11 @@
 // Tiles that are read side by side when few activation rows leave registers for them.
 constexpr int kMaxStreams = kDotRows < 4 ? kDotRows : 4;
 
+// With many rows, blocks of kBlockRows rows and kBlockTiles tiles fill the registers.
+#if !defined(MLF_BLOCK)
+constexpr int kBlockRows = kDotRows, kBlockTiles = 1;
+#endif
+
 // Reads a tile from front to end, a cache line at a time. Besides, each step may fetch the line
 // `ahead` bytes away into the second-level cache: a later layer's weights, or the next page of
 // these; 0 for none.
@@ -20,7 +25,7 @@ struct TileReader {
   }
 };
 
-// The wide groups of some rows, row by row: a row, or tile after tile, looks only at its own.
+// The wide groups of some rows, group by group: the rows that are wide in one share its weights.
 struct WideGroup {
   uint16_t row, group;
 };
@@ -97,11 +102,41 @@ inline void group_dot_int4(TileReader* tiles, const CodeRows<R>& rows, NibbleSum
   }
 }
 
+// Codes of one group of a tile, kept for many rows of inputs.
+struct Int8Codes {
+  DotWeights steps[kStepsPerGroup];
+  void read(TileReader& tile) {
+    MLF_UNROLL for (DotWeights& step : steps) step = load_step_int8(tile.next());
+  }
+  VecI dot_row(const int8_t* codes, int32_t offset) const {
+    DotSum acc = dot_begin(offset);
+    MLF_UNROLL for (int i = 0; i < kStepsPerGroup; ++i)
+        dot(acc, steps[i], load_inputs(codes + i * kStep));
+    return dot_result(acc);
+  }
+};
+
+struct Int4Codes {
+  NibbleWeights steps[kStepsPerGroup];
+  void read(TileReader& tile) {
+    constexpr int kLines = kStepsPerGroup / 2;
+    MLF_UNROLL for (int i = 0; i < kLines; ++i)
+        load_steps_int4(tile.next(), steps[i], steps[i + kLines]);
+  }
+  VecI dot_row(const int8_t* codes, int32_t) const {
+    NibbleSum acc = nibble_begin();
+    MLF_UNROLL for (int i = 0; i < kStepsPerGroup; ++i)
+        dot(acc, steps[i], load_nibble_inputs(codes + i * kStep));
+    return dot_result(acc);
+  }
+};
+
 // The formats of weights, as the loop below sees them: `Header` is what precedes the codes of a
 // group in the stream, `dot` gives sums of products as floats, and `add` adds them to a total.
 
 struct Int8Tile {  // one scale per row, applied at the end
   static constexpr WeightKind kKind = WeightKind::int8;
+  using Codes = Int8Codes;
   template <int T>
   struct Header {
     void read(TileReader*, int64_t) {}
@@ -118,9 +153,10 @@ struct Int8Tile {  // one scale per row, applied at the end
 
 struct Int8GroupTile {  // one scale per row and group, two groups to a header
   static constexpr WeightKind kKind = WeightKind::int8_g32;
+  using Codes = Int8Codes;
   template <int T>
   struct Header {
-    const uint16_t* scales[T];
+    const uint16_t* scales[T] = {};
     void read(TileReader* tiles, int64_t group) {
       MLF_UNROLL for (int t = 0; t < T; ++t) scales[t] =
           group % 2 ? scales[t] + kTileRows : reinterpret_cast<const uint16_t*>(tiles[t].next());
@@ -139,6 +175,7 @@ struct Int8GroupTile {  // one scale per row and group, two groups to a header
 // Scale and min: the sum of (scale * code + min) * x = scale * dot + min * sum(x).
 struct Int4Tile {
   static constexpr WeightKind kKind = WeightKind::int4_g32;
+  using Codes = Int4Codes;
   template <int T>
   struct Header {
     const uint16_t* halves[T];
@@ -161,44 +198,43 @@ struct Int4Tile {
   }
 };
 
-// The low codes of wide groups, after the rest: for many rows, of which few are wide in one group.
-template <class Format, int T>
-inline void add_wide_groups(const TileReader* starts, const Activations& x, const WideGroups& wide,
-                            int64_t first_row, VecF* low) {
-  for (const WideGroup* at = wide.begin; at < wide.end; ++at) {
-    const int64_t row = at->row - first_row, group = at->group, i = row * x.groups() + group;
-    const CodeRows<1> codes{{x.low_codes + row * x.padded_cols() + group * kGroup},
-                            {x.offsets + 2 * i + 1}};
-    TileReader tiles[T];
-    typename Format::template Header<T> header;
+// low[row * stride] (16 outputs) = low codes of the wide groups of many rows . tile: group by
+// group, so that a group's weights are loaded once, for a row in nine or so.
+template <class Format>
+inline void wide_dot_tile(const uint8_t* tile, const Activations& x, const WideGroups& wide,
+                          int64_t stride, VecF* low) {
+  for (const WideGroup* at = wide.begin; at < wide.end;) {
+    const int64_t group = at->group;
     // from the header that the group shares, where it has one
     const int64_t first = group / kGroupsPerHeader * kGroupsPerHeader;
-    MLF_UNROLL for (int t = 0; t < T; ++t)
-        tiles[t] = {starts[t].line + header_line(Format::kKind, first) * kStepBytes, 0};
-    header.read(tiles, first);
+    TileReader reader{tile + header_line(Format::kKind, first) * kStepBytes, 0};
+    typename Format::template Header<1> header;
+    header.read(&reader, first);
     if (group != first) {
-      MLF_UNROLL for (int t = 0; t < T; ++t) tiles[t].line =
-          starts[t].line + header_line(Format::kKind, group) * kStepBytes;
-      header.read(tiles, group);
+      reader.line = tile + header_line(Format::kKind, group) * kStepBytes;
+      header.read(&reader, group);
     }
-    VecF dots[T];
-    Format::template dot<1, T>(tiles, codes, dots);
-    const VecF scale = splat(low_scale(x.scales[i]));
-    MLF_UNROLL for (int t = 0; t < T; ++t) low[row * T + t] =
-        header.add(dots[t], scale, t, low[row * T + t]);
+    typename Format::Codes codes;
+    codes.read(reader);
+    for (; at < wide.end && at->group == group; ++at) {
+      const int64_t i = at->row * x.groups() + group;
+      const VecI sum = codes.dot_row(x.low_codes + at->row * x.padded_cols() + group * kGroup,
+                                     x.offsets[2 * i + 1]);
+      VecF& total = low[at->row * stride];
+      total = header.add(to_float(sum), splat(low_scale(x.scales[i])), 0, total);
+    }
   }
 }
 
 // total[m * T + t] (16 outputs) = x[m] . tile[t]: an exact integer per group, then a fused
 // multiply-add with its scales. Low codes have totals of their own, added at the end. Few rows take
-// them along, because a stream that is read twice is slow; many leave them for later.
+// them along, because a stream that is read twice is slow; for many they are there already, in
+// `low`.
 template <class Format, int M, int T>
-inline void tile_dot_groups(TileReader* tiles, const Activations& x, const WideGroups& wide,
-                            int64_t first_row, VecF* total) {
+inline void tile_dot_groups(TileReader* tiles, const Activations& x, const VecF* low_done,
+                            VecF* total) {
   constexpr bool kAlong = M <= kRowsWithLowCodes;
   const int64_t groups = x.groups();
-  TileReader starts[T];
-  MLF_UNROLL for (int t = 0; t < T; ++t) starts[t] = tiles[t];
   typename Format::template Header<T> header;
   VecF sums[M * T], low[M * T];
   MLF_UNROLL for (int i = 0; i < M * T; ++i) sums[i] = low[i] = splat(0.0f);
@@ -224,8 +260,7 @@ inline void tile_dot_groups(TileReader* tiles, const Activations& x, const WideG
       sums[i] = header.add_min(x.group_sums[at], i % T, sums[i]);
     }
   }
-  if constexpr (!kAlong) add_wide_groups<Format, T>(starts, x, wide, first_row, low);
-  MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = add(sums[i], low[i]);
+  MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = add(sums[i], kAlong ? low[i] : low_done[i]);
 }
 
 // With one scale per token: the sum over all inputs is an exact integer. It fits int32 up to
@@ -282,26 +317,47 @@ inline void tile_dot_float(const T* weight, int64_t rows, const Activations& x, 
   for (int m = 0; m < M; ++m) y[m] = load(out[m]);
 }
 
-// Which tiles are multiplied together: first, first + stride, ... Tiles far from each other are
-// separate streams for the hardware prefetcher, which one stream alone leaves half idle.
-struct TileSet {
-  int64_t first, stride;
-  int64_t ahead[kMaxStreams];  // see TileReader, for each tile
+// A tile to be multiplied, together with others of the same kind and width. Those far from each
+// other are separate streams for the hardware prefetcher, which one stream alone leaves half idle.
+struct TileRef {
+  const Weight* weight;
+  int64_t tile;
+  int64_t ahead;  // see TileReader
+
+  const uint8_t* data() const {
+    return weight->data + tile * tile_nbytes(weight->kind, weight->cols);
+  }
 };
 
-// y[m * T + t] (16 outputs) = x[m] . tile[t], for m < M and t < T; `wide` are the wide groups of
-// these rows, which count from `first_row` there.
+// low[row * T + t] (16 outputs) = low codes of the wide groups of `rows` rows . tiles[t], for more
+// rows than take them along.
+template <int T>
+__attribute__((noinline)) void wide_dot(const Activations& x, const WideGroups& wide, int64_t rows,
+                                        const TileRef* tiles, VecF* low) {
+  for (int64_t i = 0; i < rows * T; ++i) low[i] = splat(0.0f);
+  if (wide.begin == wide.end) return;
+  for (int t = 0; t < T; ++t) {
+    const uint8_t* tile = tiles[t].data();
+    const WeightKind kind = tiles[t].weight->kind;
+    if (kind == WeightKind::int4_g32) wide_dot_tile<Int4Tile>(tile, x, wide, T, low + t);
+    else if (kind == WeightKind::int8_g32) wide_dot_tile<Int8GroupTile>(tile, x, wide, T, low + t);
+    else wide_dot_tile<Int8Tile>(tile + kHeaderBytes, x, wide, T, low + t);
+  }
+}
+
+// y[m * T + t] (16 outputs) = x[m] . tiles[t], for m < M and t < T; `low` see wide_dot.
 // Not inlined: its callers share one copy of these loops, and a call is small beside a tile.
 template <int M, int T>
-__attribute__((noinline)) void tile_dot(const Activations& x, const WideGroups& wide,
-                                        int64_t first_row, const Weight& weight, const TileSet& set,
+__attribute__((noinline)) void tile_dot(const Activations& x, const VecF* low, const TileRef* refs,
                                         VecF* y) {
-  if (!is_quantized(weight.kind)) {
+  const WeightKind kind = refs[0].weight->kind;
+  if (!is_quantized(kind)) {
     for (int t = 0; t < T; ++t) {
-      const int64_t row = (set.first + t * set.stride) * kTileRows;
+      const Weight& weight = *refs[t].weight;
+      const int64_t row = refs[t].tile * kTileRows;
       const int64_t rows = weight.rows - row < kTileRows ? weight.rows - row : kTileRows;
       VecF column[M];
-      if (weight.kind == WeightKind::fp32)
+      if (kind == WeightKind::fp32)
         tile_dot_float<M>(reinterpret_cast<const float*>(weight.data) + row * weight.cols, rows, x,
                           column);
       else
@@ -312,16 +368,12 @@ __attribute__((noinline)) void tile_dot(const Activations& x, const WideGroups& 
     return;
   }
   TileReader tiles[T];
-  const int64_t nbytes = tile_nbytes(weight.kind, weight.cols);
-  for (int t = 0; t < T; ++t)
-    tiles[t] = {weight.data + (set.first + t * set.stride) * nbytes, set.ahead[t]};
-  if (weight.kind == WeightKind::int4_g32)
-    return tile_dot_groups<Int4Tile, M, T>(tiles, x, wide, first_row, y);
-  if (weight.kind == WeightKind::int8_g32)
-    return tile_dot_groups<Int8GroupTile, M, T>(tiles, x, wide, first_row, y);
+  for (int t = 0; t < T; ++t) tiles[t] = {refs[t].data(), refs[t].ahead};
+  if (kind == WeightKind::int4_g32) return tile_dot_groups<Int4Tile, M, T>(tiles, x, low, y);
+  if (kind == WeightKind::int8_g32) return tile_dot_groups<Int8GroupTile, M, T>(tiles, x, low, y);
   VecF scales[T];
   for (int t = 0; t < T; ++t) scales[t] = load(reinterpret_cast<const float*>(tiles[t].next()));
   if (x.kind == ActivationKind::int8) tile_dot_w8a8<M, T>(tiles, x, y);
-  else tile_dot_groups<Int8Tile, M, T>(tiles, x, wide, first_row, y);
+  else tile_dot_groups<Int8Tile, M, T>(tiles, x, low, y);
   for (int i = 0; i < M * T; ++i) y[i] = mul(y[i], scales[i % T]);
 }
