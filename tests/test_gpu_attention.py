@@ -1,6 +1,8 @@
 """The attention kernels for GPUs: on one, if there is one, else interpreted on the CPU."""
 
+import functools
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 
 import attention_bounds as bounds
 import pytest
@@ -19,19 +21,18 @@ pytestmark = [
 ]
 only_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 
-# bfloat16 is not interpreted; float32 sums are checked to their last bits
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if HAS_GPU else [])]
-NAMES = ("seq", "kv_seq", "heads", "kv_heads", "head_dim")
-CASES = [
-    (1, 1, 3, 1, 64),
+HALF = torch.bfloat16 if HAS_GPU else torch.float16  # bfloat16 is not interpreted
+ALL = (torch.float32, torch.float16, torch.bfloat16) if HAS_GPU else (torch.float32, torch.float16)
+CASES = [  # seq, kv_seq, heads, kv_heads, head_dim
     (9, 9, 6, 2, 64),
+    (40, 100, 6, 2, 64),
+    (1, 1, 3, 1, 64),
     (7, 20, 3, 1, 6),
     (33, 33, 5, 1, 80),
     (65, 65, 2, 2, 34),
-    (40, 100, 6, 2, 64),
     (2, 64, 5, 1, 128),
 ]
-LONG_CASES = [  # (whole tiles, and one more), for a GPU
+LONG_CASES = [  # whole tiles, and one more; for a GPU
     (128, 128, 9, 3, 64),
     (129, 300, 15, 5, 64),
     (384, 384, 20, 5, 64),
@@ -39,70 +40,119 @@ LONG_CASES = [  # (whole tiles, and one more), for a GPU
     (513, 513, 8, 2, 128),
     (200, 333, 6, 6, 96),
 ]
-EACH_CASE = pytest.mark.parametrize(NAMES, CASES + (LONG_CASES if HAS_GPU else []))
-EACH_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+DECODE_CASES = [  # heads, kv_heads, head_dim, capacity, lengths
+    (9, 3, 64, 70, (70, 1, 17)),
+    (5, 5, 64, 40, (0, 33)),
+    (25, 5, 64, 150, (129,)),
+    (20, 5, 80, 17, (17, 16)),
+    (4, 1, 6, 33, (99, 32)),  # beyond the capacity
+    (17, 1, 128, 20, (19,)),
+]
+LONG_DECODE_CASES = [
+    (9, 3, 64, 4096, (4096, 1000, 128, 129)),
+    (15, 5, 64, 8192, (8192, 4097)),
+    (20, 5, 64, 2048, tuple(range(7, 2048, 32))),
+    (25, 5, 64, 1024, (1024,)),
+    (32, 8, 128, 3000, (2999, 3000)),
+]
 
 
-def inputs(seq, kv_seq, heads, kv_heads, head_dim, dtype, batch=2, seed=0):
-    """Return q, k, v and a gradient of the result."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((seq, heads), (kv_seq, kv_heads), (kv_seq, kv_heads), (seq, heads))
-    made = (torch.randn(batch, *shape, head_dim, generator=generator) for shape in shapes)
-    return tuple(t.to(dtype).to(DEVICE) for t in made)
+def each(cases, long_cases):
+    """List (case, dtype): all dtypes where kernels are the same, else those that matter most."""
+    cases = cases + long_cases if HAS_GPU else cases
+    few = [(case, dtype) for case in cases[:2] for dtype in ALL]
+    rest = [(case, HALF) for case in cases[2:]]
+    rest += [] if HAS_GPU else [(case, torch.float32) for case in cases[2:]]
+    return few + rest
+
+
+ATTENTION, DECODE = each(CASES, LONG_CASES), each(DECODE_CASES, LONG_DECODE_CASES)
+EACH_ATTENTION = pytest.mark.parametrize(("case", "dtype"), ATTENTION, ids=str)
+EACH_DECODE = pytest.mark.parametrize(("case", "dtype"), DECODE, ids=str)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """On a GPU, compile what the tests launch, many kernels at a time."""
+    if not HAS_GPU:
+        return
+    calls = [functools.partial(attend, *run, tile) for run in ATTENTION for tile in tiles(*run)]
+    calls += [functools.partial(differentiate, *run) for run in ATTENTION]
+    calls += [functools.partial(decode, *run, *way) for run in DECODE for way in ways(*run)]
+    with ThreadPoolExecutor(16) as pool:
+        for done in [pool.submit(call) for call in calls]:
+            done.result()
+    torch.cuda.synchronize()
 
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     """Fill what kernels are to write with NaN, so that what they leave is seen."""
-    empty = torch.empty
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
 
-    def poison(*args, **kwargs):
-        made = empty(*args, **kwargs)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
+        def poison(*args, make=make, **kwargs):
+            made = make(*args, **kwargs)
+            return made.fill_(float("nan")) if made.is_floating_point() else made
 
-    from mobilellm_fast.kernels import gqa_attention, gqa_decode
-
-    for module in (gqa_attention, gqa_decode):
-        monkeypatch.setattr(module.torch, "empty", poison)
+        monkeypatch.setattr(torch, name, poison)
 
 
-def tiles(dtype):
+def inputs(seq, kv_seq, heads, kv_heads, head_dim, dtype, batch=None, seed=0):
+    """Return q, k, v and a gradient of the result."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = batch or (2 if HAS_GPU or seq < 20 else 1)  # interpreting takes its time
+    shapes = ((seq, heads), (kv_seq, kv_heads), (kv_seq, kv_heads), (seq, heads))
+    made = (torch.randn(batch, *shape, head_dim, generator=generator) for shape in shapes)
+    return tuple(t.to(dtype).to(DEVICE) for t in made)
+
+
+def tiles(case, dtype):
     """Tiles to try: small ones, so that a short sequence has several, and those of a GPU."""
     from mobilellm_fast.kernels.gqa_attention import Tile, tile_of
 
-    if HAS_GPU:
-        return [tile_of("forward", 64, dtype), Tile(64, 128, 4, 2), Tile(128, 64, 8, 3, True)]
-    return [Tile(32, 16, 4, 2, descriptors=dtype == torch.float16)]
+    if not HAS_GPU:
+        return [Tile(32, 16, 4, 2, descriptors=dtype == torch.float16)]
+    several = [Tile(64, 128, 4, 2), Tile(128, 64, 8, 3, True)]
+    wanted = case in CASES[:2] and dtype != torch.float32
+    return [tile_of("forward", case[-1], dtype), *(several if wanted else [])]
 
 
-@EACH_DTYPE
-@EACH_CASE
-def test_forward(seq, kv_seq, heads, kv_heads, head_dim, dtype):
+def attend(case, dtype, tile):
     from mobilellm_fast.kernels.gqa_attention import forward
 
-    q, k, v, _ = inputs(seq, kv_seq, heads, kv_heads, head_dim, dtype)
-    scale = head_dim**-0.5
-    want = bounds.forward(q, k, v, scale)
-    for tile in [None] if dtype == torch.float32 and HAS_GPU else tiles(dtype):
-        want.check("out", forward(q, k, v, scale, tile)[0])
+    q, k, v, _ = inputs(*case, dtype)
+    return forward(q, k, v, case[-1] ** -0.5, tile)[0]
 
 
-@EACH_DTYPE
-@EACH_CASE
-def test_backward(seq, kv_seq, heads, kv_heads, head_dim, dtype):
+def differentiate(case, dtype):
     from mobilellm_fast.kernels.gqa_attention import Tile, backward, forward
 
-    q, k, v, grad = inputs(seq, kv_seq, heads, kv_heads, head_dim, dtype)
-    scale = head_dim**-0.5
+    q, k, v, grad = inputs(*case, dtype)
+    scale = case[-1] ** -0.5
     small = None if HAS_GPU else (Tile(32, 32, 4, 1), Tile(16, 32, 4, 1))
     out, lse = forward(q, k, v, scale)
-    want = bounds.backward(grad, q, k, v, out, scale)
-    found = backward(grad, q, k, v, out, lse, scale, small)
+    return out, *backward(grad, q, k, v, out, lse, scale, small)
+
+
+@EACH_ATTENTION
+def test_forward(case, dtype):
+    q, k, v, _ = inputs(*case, dtype)
+    want = bounds.forward(q, k, v, case[-1] ** -0.5)
+    for tile in tiles(case, dtype):
+        want.check("out", attend(case, dtype, tile))
+
+
+@EACH_ATTENTION
+def test_backward(case, dtype):
+    out, *found = differentiate(case, dtype)
+    q, k, v, grad = inputs(*case, dtype)
+    want = bounds.backward(grad, q, k, v, out, case[-1] ** -0.5)
     for name, expected, got in zip(("dq", "dk", "dv"), want, found, strict=True):
         expected.check(name, got)
     if HAS_GPU:
-        again = backward(grad, q, k, v, *forward(q, k, v, scale), scale)
-        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+        again = differentiate(case, dtype)
+        assert all(torch.equal(a, b) for a, b in zip((out, *found), again, strict=True))
 
 
 def test_log_sum_exp():
@@ -163,7 +213,7 @@ def test_no_tokens():
 def test_what_is_not_a_number_stays_in_its_sequence_and_in_its_future():
     from mobilellm_fast.kernels.gqa_attention import forward
 
-    q, k, v, _ = inputs(20, 20, 3, 1, 16, torch.float32)
+    q, k, v, _ = inputs(20, 20, 3, 1, 16, torch.float32, batch=2)
     clean, _ = forward(q, k, v, 0.25)
     k[0, 15] = float("nan")
     out, _ = forward(q, k, v, 0.25)
@@ -224,26 +274,6 @@ def test_training_runs_the_kernels():
 
 # --- decode ------------------------------------------------------------------------------------
 
-DECODE_NAMES = ("heads", "kv_heads", "head_dim", "capacity", "lengths")
-DECODE_CASES = [
-    (9, 3, 64, 70, (70, 1, 65)),
-    (5, 5, 64, 40, (0, 33)),
-    (25, 5, 64, 200, (129,)),
-    (20, 5, 80, 17, (17, 16)),
-    (4, 1, 6, 33, (99, 32)),  # beyond the capacity
-    (17, 1, 128, 20, (19,)),
-]
-LONG_DECODE_CASES = [
-    (9, 3, 64, 4096, (4096, 1000, 128, 129)),
-    (15, 5, 64, 8192, (8192, 4097)),
-    (20, 5, 64, 2048, tuple(range(7, 2048, 32))),
-    (25, 5, 64, 1024, (1024,)),
-    (32, 8, 128, 3000, (2999, 3000)),
-]
-EACH_DECODE_CASE = pytest.mark.parametrize(
-    DECODE_NAMES, DECODE_CASES + (LONG_DECODE_CASES if HAS_GPU else [])
-)
-
 
 def decode_inputs(heads, kv_heads, head_dim, capacity, lengths, dtype, seed=0):
     """Return q, k_cache, v_cache and lengths; the caches hold NaN behind the lengths."""
@@ -259,35 +289,39 @@ def decode_inputs(heads, kv_heads, head_dim, capacity, lengths, dtype, seed=0):
     return tuple(t.to(DEVICE) for t in (q, *caches, lengths))
 
 
-def cuts(head_dim, dtype):
-    """Cuts to try: of a GPU, and one with several tiles per span."""
+def ways(case, dtype):
+    """(cut, who merges) to try; one cut has several tiles per span."""
     from mobilellm_fast.kernels.gqa_decode import Cut, cut_of
 
-    several = Cut(16, 4, 4, 2)
-    return [cut_of(head_dim, dtype), several] if HAS_GPU or dtype == torch.float32 else [several]
+    several, usual = Cut(16, 4, 4, 2), cut_of(case[2], dtype)
+    if case not in DECODE_CASES[:2]:
+        return [(usual, True)] if HAS_GPU else [(usual, True), (several, False)]
+    return [(usual, True), (several, True), (several, False)]
 
 
-@EACH_DTYPE
-@EACH_DECODE_CASE
-def test_decode(heads, kv_heads, head_dim, capacity, lengths, dtype):
+def decode(case, dtype, cut, merge_last):
     from mobilellm_fast.kernels.gqa_decode import gqa_decode
 
-    args = decode_inputs(heads, kv_heads, head_dim, capacity, lengths, dtype)
-    q, k, v, _ = args
-    scale = head_dim**-0.5
-    wants = [
-        bounds.decode(q[i : i + 1], k[i : i + 1], v[i : i + 1], min(length, capacity), scale)
-        for i, length in enumerate(lengths)
-    ]
-    for cut in cuts(head_dim, dtype):
-        results = []
-        for merge_last in (True, False):
-            out = torch.full_like(q, float("nan"))
-            assert gqa_decode(*args, scale, out=out, cut=cut, merge_last=merge_last) is out
-            results.append(out)
-            for i, want in enumerate(wants):
-                want.check(f"sequence {i}", out[i : i + 1])
-        assert torch.equal(*results), "who merges changed the result"
+    args = decode_inputs(*case, dtype)
+    out = torch.full_like(args[0], float("nan"))
+    assert gqa_decode(*args, out=out, cut=cut, merge_last=merge_last) is out
+    return out
+
+
+@EACH_DECODE
+def test_decode(case, dtype):
+    _, _, head_dim, capacity, lengths = case
+    q, k, v, _ = decode_inputs(*case, dtype)
+    results = {}
+    for cut, merge_last in ways(case, dtype):
+        out = decode(case, dtype, cut, merge_last)
+        for i, length in enumerate(lengths):
+            one = slice(i, i + 1)
+            want = bounds.decode(q[one], k[one], v[one], min(length, capacity), head_dim**-0.5)
+            want.check(f"sequence {i}", out[one])
+        if HAS_GPU:
+            assert torch.equal(out, decode(case, dtype, cut, merge_last)), "not the same twice"
+        assert torch.equal(out, results.setdefault(cut, out)), "who merges changed the result"
 
 
 def test_a_sequence_is_decoded_alike_in_every_batch_and_cache():
