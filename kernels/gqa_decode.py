@@ -40,6 +40,16 @@ TILE_BYTES = 16 << 10  # of keys, and of values: what an SM reads in less time t
 
 
 @triton.jit
+def _load_spans(acc, peak, rows, in_group, limit, COLUMNS: tl.constexpr):
+    """Load sums (spans, heads, COLUMNS) and peaks (spans, heads) of some of the first rows."""
+    exists = in_group & (rows < limit)
+    pointers = acc + rows[:, :, None] * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
+    # .cg: written by other programs, so not to be found in this SM's cache
+    sums = tl.load(pointers, exists[:, :, None], 0.0, cache_modifier=".cg")
+    return sums, tl.load(peak + rows, exists, float("-inf"), cache_modifier=".cg")
+
+
+@triton.jit
 def _merge_spans(
     acc, peak, total, out, splits, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEADS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
@@ -51,33 +61,26 @@ def _merge_spans(
         peak, total: (splits, GROUP), largest score and sum of 2^(score - peak).
         out: pointers (HEADS, COLUMNS), HEADS the power of 2 that holds GROUP.
     """
-    STEP: tl.constexpr = min(SPLITS, 16)  # spans at a time: they fit into registers
+    STEP: tl.constexpr = max(1, min(SPLITS, 64 // HEADS))  # spans that fit into registers
     heads = tl.arange(0, HEADS)
-    columns = tl.arange(0, COLUMNS)
+    all_rows = tl.arange(0, SPLITS)[:, None] * GROUP + heads[None, :]
     in_group = (heads < GROUP)[None, :]
-    spans = tl.arange(0, SPLITS)[:, None]
-    # .cg: written by other programs, so not to be found in this SM's cache
-    peaks = tl.load(
-        peak + spans * GROUP + heads[None, :], in_group & (spans < splits), float("-inf"),
-        cache_modifier=".cg",
-    )  # fmt: skip
-    totals = tl.load(
-        total + spans * GROUP + heads[None, :], in_group & (spans < splits), 0.0,
-        cache_modifier=".cg",
-    )  # fmt: skip
+    exists = in_group & (all_rows < splits * GROUP)
+    # Everything that is needed first is asked for before anything is waited for.
+    rows = tl.arange(0, STEP)[:, None] * GROUP + heads[None, :]
+    sums, step_peaks = _load_spans(acc, peak, rows, in_group, splits * GROUP, COLUMNS)
+    peaks = tl.load(peak + all_rows, exists, float("-inf"), cache_modifier=".cg")
+    totals = tl.load(total + all_rows, exists, 0.0, cache_modifier=".cg")
     highest = tl.where(heads < GROUP, tl.max(peaks, 0), 0.0)
     whole = tl.sum(totals * tl.exp2(peaks - highest[None, :]), 0)
     merged = tl.zeros((HEADS, COLUMNS), tl.float32)
-    for first in range(0, splits, STEP):
-        step = first + tl.arange(0, STEP)[:, None]
-        rows = step * GROUP + heads[None, :]
-        exists = in_group & (step < splits)
-        step_peaks = tl.load(peak + rows, exists, float("-inf"), cache_modifier=".cg")
-        sums = tl.load(
-            acc + rows[:, :, None] * COLUMNS + columns[None, None, :], exists[:, :, None], 0.0,
-            cache_modifier=".cg",
-        )  # fmt: skip
-        merged += tl.sum(sums * tl.exp2(step_peaks - highest[None, :])[:, :, None], 0)
+    for _ in range(0, splits, STEP):
+        rows += STEP * GROUP
+        shrink = tl.exp2(step_peaks - highest[None, :])
+        shrunk = sums * shrink[:, :, None]
+        sums, step_peaks = _load_spans(acc, peak, rows, in_group, splits * GROUP, COLUMNS)
+        merged += tl.sum(shrunk, 0)
+    columns = tl.arange(0, COLUMNS)
     mask = (heads < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
     whole = tl.where(heads < GROUP, whole, 1.0)
     tl.store(out, (merged / whole[:, None]).to(out.dtype.element_ty), mask)
