@@ -34,6 +34,7 @@ class Build:
         constants: values of `tl.constexpr` parameters, and of those that are 1 or None.
         warps, stages: options of the launch.
         registers: the most that a thread may use on an NVIDIA GPU.
+        shared: the most bytes of shared memory on sm_90.
         needs: per arch, instructions that must appear: "LDG.E.128" also stands for
             "LDG.E.128.CONSTANT".
         arches: that it is compiled for.
@@ -48,6 +49,7 @@ class Build:
     warps: int = 4
     stages: int = 3
     registers: int = 255
+    shared: int = 227 * 1024
     needs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     arches: tuple[str, ...] = tuple(ARCHES)
     quick: bool = False

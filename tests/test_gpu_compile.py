@@ -52,6 +52,11 @@ def test_build(build, arch, compiled, request):
     assert code.spilled == 0
     if ARCHES[arch][0] == "cuda":
         assert code.registers <= build.registers
+    if arch == "sm_90":
+        assert code.shared <= build.shared
+    products = code.count("HGMMA") + code.count("IGMMA")
+    # else the compiler has given up to keep several products in flight
+    assert code.count("WARPGROUP.DEPBAR") <= products / 2
     for instruction in build.needs.get(arch, ()):
         assert code.count(instruction), f"{instruction} is not in {sorted(code.instructions)}"
 

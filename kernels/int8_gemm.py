@@ -1,0 +1,130 @@
+"""W8A8 matrix product: codes times codes in int32, scaled per token and per channel as it leaves.
+
+Integer sums are exact, and the scales are applied as the reference applies them, without fused
+multiply-adds, so the result is the reference's, bit for bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tiles import (
+    BAND,
+    Tiling,
+    choose,
+    described,
+    load_tile,
+    processors,
+    store_tile,
+    tile_of,
+    tile_place,
+)
+
+LARGE = Tiling(128, 256, 128, 8, 3, 1, 1.0)
+MEDIUM = Tiling(128, 128, 128, 8, 4, 1, 0.9)
+SMALL = Tiling(64, 128, 128, 4, 3, 2, 0.85)
+TINY = Tiling(64, 64, 128, 4, 4, 2, 0.6)
+FEW = Tiling(16, 64, 128, 4, 4, 2, 0.3)
+WITH_COPY_ENGINE = (LARGE, MEDIUM, SMALL, TINY, FEW)
+WITHOUT = (SMALL, TINY, FEW)
+
+
+def int8_gemm(
+    x: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    tiling: Tiling | None = None,
+) -> Tensor:
+    """Multiply rounded inputs with rounded weights: `(x weight^T) x_scales weight_scales + bias`.
+
+    Args:
+        x: (..., n) int8, contiguous.
+        x_scales: (...) float32, one per token.
+        weight: (m, n) int8, contiguous.
+        weight_scales: (m,) float32, one per output channel.
+        bias: (m,) float, or None.
+        dtype: of the result: float32, bfloat16 or float16.
+        tiling: how the product is cut; chosen by size if None.
+
+    Returns:
+        (..., m), `dtype`.
+
+    Numerics: exact in int32, which n up to 133,000 cannot overflow; then float32, rounded after
+    each product, after the sum and to `dtype`.
+    """
+    outputs, cols = weight.shape
+    out = x.new_empty(*x.shape[:-1], outputs, dtype=dtype)
+    if out.numel() == 0:
+        return out
+    inputs, result = x.view(-1, cols), out.view(-1, outputs)
+    rows = len(inputs)
+    tma = cols > 0 and described(inputs, weight)
+    store_tma = tma and described(result)
+    count = processors(x.device)
+    t = tiling or choose(WITH_COPY_ENGINE if tma else WITHOUT, rows, outputs, count)
+    _int8_gemm[(min(t.tiles(rows, outputs), count * t.programs),)](
+        tile_of(inputs, t.rows, t.inputs, tma),
+        x_scales,
+        tile_of(weight, t.outputs, t.inputs, tma),
+        weight_scales,
+        weight_scales if bias is None else bias,
+        tile_of(result, t.rows, t.outputs, store_tma),
+        *(rows, outputs, cols),
+        ROWS=t.rows,
+        OUTPUTS=t.outputs,
+        INPUTS=t.inputs,
+        BAND=BAND,
+        BIAS=bias is not None,
+        TMA=tma,
+        STORE_TMA=store_tma,
+        num_warps=t.warps,
+        num_stages=t.stages,
+        enable_fp_fusion=False,
+    )
+    return out
+
+
+@triton.jit
+def _int8_gemm(
+    x,
+    x_scales,
+    weight,
+    weight_scales,
+    bias,
+    out,
+    rows,
+    outputs,
+    cols,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    BAND: tl.constexpr,
+    BIAS: tl.constexpr,
+    TMA: tl.constexpr,
+    STORE_TMA: tl.constexpr,
+):
+    down = tl.cdiv(rows, ROWS)
+    across = tl.cdiv(outputs, OUTPUTS)
+    for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0)):
+        tile_row, tile_col = tile_place(tile, down, across, BAND)
+        row = tile_row * ROWS
+        col = tile_col * OUTPUTS
+        total = tl.zeros((ROWS, OUTPUTS), tl.int32)
+        for step in range(tl.cdiv(cols, INPUTS)):
+            k = step * INPUTS
+            left = load_tile(x, row, k, rows, cols, ROWS, INPUTS, TMA)
+            right = load_tile(weight, col, k, outputs, cols, OUTPUTS, INPUTS, TMA)
+            total = tl.dot(left, right.T, total, out_dtype=tl.int32)
+        r = row + tl.arange(0, ROWS)
+        c = col + tl.arange(0, OUTPUTS)
+        row_scale = tl.load(x_scales + r, mask=r < rows, other=0)
+        col_scale = tl.load(weight_scales + c, mask=c < outputs, other=0)
+        scaled = total.to(tl.float32) * row_scale[:, None] * col_scale[None, :]
+        if BIAS:
+            scaled += tl.load(bias + c, mask=c < outputs, other=0).to(tl.float32)[None, :]
+        dtype: tl.constexpr = out.dtype if STORE_TMA else out.dtype.element_ty
+        store_tile(out, scaled.to(dtype), row, col, rows, outputs, ROWS, OUTPUTS, STORE_TMA)

@@ -1,0 +1,172 @@
+"""SwiGLU: two matrix products with one left factor, silu(gate) * up as they leave the registers.
+
+A program takes tiles of the result in turn. For each it keeps two sums, of the gate and of the up
+projection, so the input is read once for both and neither ever goes to memory, except for training,
+which stores both for the derivative. There, silu and the product are differentiated in one pass;
+the four matrix products that remain are the BLAS library's.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .tiles import (
+    BAND,
+    Tiling,
+    choose,
+    described,
+    load_tile,
+    processors,
+    store_tile,
+    tile_of,
+    tile_place,
+)
+
+ELEMENTS = 1024  # of a program of the derivative
+
+# An output here is two sums, one of each projection, so a tile of 128 x 128 fills the registers.
+LARGE = Tiling(128, 128, 64, 8, 4, 1, 1.0)
+MEDIUM = Tiling(128, 64, 64, 4, 3, 2, 0.85)
+SMALL = Tiling(64, 64, 64, 4, 3, 2, 0.7)
+FEW = Tiling(16, 64, 64, 4, 4, 2, 0.4)
+WITH_COPY_ENGINE = (LARGE, MEDIUM, SMALL, FEW)
+WITHOUT = (MEDIUM, SMALL, FEW)  # addresses need registers, too
+
+
+def swiglu(
+    x: Tensor, gate_weight: Tensor, up_weight: Tensor, tiling: Tiling | None = None
+) -> Tensor:
+    """Gate one projection with another: `silu(x gate^T) * (x up^T)`.
+
+    Args:
+        x: (..., n) bfloat16 or float16, contiguous (float32: slow).
+        gate_weight, up_weight: (m, n), dtype of `x`, contiguous.
+        tiling: how the product is cut; chosen by size if None.
+
+    Returns:
+        (..., m), dtype of `x`.
+
+    Numerics: sums, silu and product in float32, rounded once.
+    """
+    return _launch(x, gate_weight, up_weight, tiling, False)[0]
+
+
+def swiglu_saving(
+    x: Tensor, gate_weight: Tensor, up_weight: Tensor, tiling: Tiling | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the result of `swiglu` and, rounded, the two projections."""
+    return _launch(x, gate_weight, up_weight, tiling, True)
+
+
+def swiglu_backward(
+    grad: Tensor, x: Tensor, gate_weight: Tensor, up_weight: Tensor, gate: Tensor, up: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiate `swiglu`.
+
+    Args:
+        grad: the gradient of its result.
+        x, gate_weight, up_weight: its arguments.
+        gate, up: what `swiglu_saving` returned beside the result.
+
+    Returns:
+        Gradients of `x`, `gate_weight` and `up_weight`.
+    """
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    count = grad.numel()
+    if count:
+        _swiglu_derivative[(triton.cdiv(count, ELEMENTS),)](
+            grad, gate, up, grad_gate, grad_up, count, BLOCK=ELEMENTS
+        )
+    grad_gate, grad_up, inputs = (t.flatten(0, -2) for t in (grad_gate, grad_up, x))
+    grad_x = torch.addmm(grad_gate @ gate_weight, grad_up, up_weight)
+    return grad_x.view_as(x), grad_gate.T @ inputs, grad_up.T @ inputs
+
+
+def _launch(x, gate_weight, up_weight, tiling, save: bool) -> tuple[Tensor, ...]:
+    inner, cols = gate_weight.shape
+    outputs = [x.new_empty(*x.shape[:-1], inner) for _ in range(3 if save else 1)]
+    if outputs[0].numel() == 0 or cols == 0:
+        return tuple(out.zero_() for out in outputs)
+    inputs = x.view(-1, cols)
+    rows = len(inputs)
+    tma = described(inputs, gate_weight, up_weight)
+    store_tma = tma and described(*(out.view(rows, inner) for out in outputs))
+    count = processors(x.device)
+    t = tiling or choose(WITH_COPY_ENGINE if tma else WITHOUT, rows, inner, count)
+    results = [tile_of(out.view(rows, inner), t.rows, t.outputs, store_tma) for out in outputs]
+    _swiglu[(min(t.tiles(rows, inner), count * t.programs),)](
+        tile_of(inputs, t.rows, t.inputs, tma),
+        tile_of(gate_weight, t.outputs, t.inputs, tma),
+        tile_of(up_weight, t.outputs, t.inputs, tma),
+        *(results * 3 if not save else results),
+        *(rows, inner, cols),
+        ROWS=t.rows,
+        INNER=t.outputs,
+        COLS=t.inputs,
+        BAND=BAND,
+        TMA=tma,
+        STORE_TMA=store_tma,
+        SAVE=save,
+        num_warps=t.warps,
+        num_stages=t.stages,
+    )
+    return tuple(outputs)
+
+
+@triton.jit
+def _swiglu(
+    x,
+    gate_weight,
+    up_weight,
+    out,
+    gate_out,
+    up_out,
+    rows,
+    inner,
+    cols,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+    COLS: tl.constexpr,
+    BAND: tl.constexpr,
+    TMA: tl.constexpr,
+    STORE_TMA: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    down = tl.cdiv(rows, ROWS)
+    across = tl.cdiv(inner, INNER)
+    # not flattened with the loop over inputs: ptxas then waits after every matrix instruction
+    for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0)):
+        tile_row, tile_col = tile_place(tile, down, across, BAND)
+        row = tile_row * ROWS
+        col = tile_col * INNER
+        gate = tl.zeros((ROWS, INNER), tl.float32)
+        up = tl.zeros((ROWS, INNER), tl.float32)
+        for step in range(tl.cdiv(cols, COLS)):
+            k = step * COLS
+            left = load_tile(x, row, k, rows, cols, ROWS, COLS, TMA)
+            gate_tile = load_tile(gate_weight, col, k, inner, cols, INNER, COLS, TMA)
+            up_tile = load_tile(up_weight, col, k, inner, cols, INNER, COLS, TMA)
+            gate = tl.dot(left, gate_tile.T, gate, input_precision="ieee")
+            up = tl.dot(left, up_tile.T, up, input_precision="ieee")
+        if SAVE:
+            dtype: tl.constexpr = gate_out.dtype if STORE_TMA else gate_out.dtype.element_ty
+            store_tile(gate_out, gate.to(dtype), row, col, rows, inner, ROWS, INNER, STORE_TMA)
+            store_tile(up_out, up.to(dtype), row, col, rows, inner, ROWS, INNER, STORE_TMA)
+        product = gate * tl.sigmoid(gate) * up
+        out_dtype: tl.constexpr = out.dtype if STORE_TMA else out.dtype.element_ty
+        store_tile(out, product.to(out_dtype), row, col, rows, inner, ROWS, INNER, STORE_TMA)
+
+
+@triton.jit
+def _swiglu_derivative(grad, gate, up, grad_gate, grad_up, count, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = place < count
+    g = tl.load(gate + place, mask=mask, other=0).to(tl.float32)
+    u = tl.load(up + place, mask=mask, other=0).to(tl.float32)
+    d = tl.load(grad + place, mask=mask, other=0).to(tl.float32)
+    sigmoid = tl.sigmoid(g)
+    slope = sigmoid * (1 + g * (1 - sigmoid))
+    dtype = grad_gate.dtype.element_ty
+    tl.store(grad_gate + place, (d * u * slope).to(dtype), mask=mask)
+    tl.store(grad_up + place, (d * g * sigmoid).to(dtype), mask=mask)
