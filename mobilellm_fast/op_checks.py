@@ -17,7 +17,7 @@ def _expect_shape(stem: str, name: str, tensor: Tensor, shape: Iterable[int | st
     """Compare with a shape in which a name stands for any size and "..." for any leading axes."""
     shape = tuple(shape)
     got = tuple(tensor.shape)
-    if shape[0] == "...":
+    if shape[:1] == ("...",):
         fits = len(got) >= len(shape) - 1
         tail, want = (got[len(got) - len(shape) + 1 :], shape[1:]) if fits else ((), ())
     else:
@@ -36,12 +36,25 @@ def _expect_dtype(stem: str, dtypes: tuple[torch.dtype, ...], **tensors: Tensor)
             raise MobileLLMError(f"[{stem}] {name} must be {wanted}, got {got}")
 
 
+def _expect_eps(stem: str, eps: float) -> None:
+    if not 0 <= eps < math.inf:
+        raise MobileLLMError(f"[{stem}] eps must be finite and at least 0, got {eps}")
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> None:
     _expect_dtype("rms_norm", FLOATS, x=x, weight=weight)
     _expect_shape("rms_norm", "x", x, ("...", "n"))
     _expect_shape("rms_norm", "weight", weight, x.shape[-1:])
-    if not 0 <= eps < math.inf:
-        raise MobileLLMError(f"[rms_norm] eps must be finite and at least 0, got {eps}")
+    _expect_eps("rms_norm", eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+    _expect_dtype("add_rms_norm", FLOATS, x=x, weight=weight)
+    _expect_dtype("add_rms_norm", (x.dtype,), residual=residual)
+    _expect_shape("add_rms_norm", "x", x, ("...", "n"))
+    _expect_shape("add_rms_norm", "residual", residual, tuple(x.shape))
+    _expect_shape("add_rms_norm", "weight", weight, x.shape[-1:])
+    _expect_eps("add_rms_norm", eps)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -137,3 +150,68 @@ def _check_packed(stem: str, packed: Tensor, kind: str, rows: int, cols: int) ->
         raise MobileLLMError(f"[{stem}] kind must be one of {kinds}, got {kind!r}")
     _expect_dtype(stem, dtypes, packed=packed)
     _expect_shape(stem, "packed", packed, shape)
+
+
+def int8_gemm(
+    x: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    stem = "int8_gemm"
+    _expect_dtype(stem, (torch.int8,), x=x, weight=weight)
+    _expect_dtype(stem, (torch.float32,), x_scales=x_scales, weight_scales=weight_scales)
+    _expect_shape(stem, "x", x, ("...", "n"))
+    _expect_shape(stem, "x_scales", x_scales, tuple(x.shape[:-1]))
+    _expect_shape(stem, "weight", weight, ("m", x.shape[-1]))
+    _expect_shape(stem, "weight_scales", weight_scales, weight.shape[:1])
+    if bias is not None:
+        _expect_dtype(stem, FLOATS, bias=bias)
+        _expect_shape(stem, "bias", bias, weight.shape[:1])
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise MobileLLMError(f"[{stem}] dtype must be float32, bfloat16 or float16, got {dtype}")
+
+
+def weight_only_linear(x: Tensor, codes: Tensor, scales: Tensor | None = None) -> None:
+    _check_rows("weight_only_linear", x, codes, scales)
+
+
+def head_sample(
+    x: Tensor,
+    codes: Tensor,
+    temperature: float = 0.0,
+    seed: int = 0,
+    scales: Tensor | None = None,
+) -> None:
+    _check_rows("head_sample", x, codes, scales)
+    if not 0 <= temperature < math.inf:
+        raise MobileLLMError(
+            f"[head_sample] temperature must be finite and at least 0, got {temperature}"
+        )
+    if len(codes) == 0:
+        raise MobileLLMError("[head_sample] codes must have at least 1 row, got 0")
+
+
+def _check_rows(stem: str, x: Tensor, codes: Tensor, scales: Tensor | None) -> None:
+    """Check weights that are stored row by row."""
+    _expect_dtype(stem, FLOATS, x=x)
+    _expect_shape(stem, "x", x, ("...", "cols"))
+    cols = x.shape[-1]
+    groups = -(-cols // quant.GROUP)
+    if scales is None:
+        _expect_dtype(stem, (x.dtype,), codes=codes)
+        _expect_shape(stem, "codes", codes, ("rows", cols))
+        return
+    _expect_dtype(stem, (torch.int8, torch.uint8), codes=codes)
+    if codes.dtype == torch.uint8:
+        _expect_shape(stem, "codes", codes, ("rows", groups * quant.GROUP // 2))
+        shape, dtype = (len(codes), groups, 2), torch.float16
+    else:
+        _expect_shape(stem, "codes", codes, ("rows", cols))
+        by_row = scales.ndim == 1
+        shape = (len(codes),) if by_row else (len(codes), groups)
+        dtype = torch.float32 if by_row else torch.float16
+    _expect_dtype(stem, (dtype,), scales=scales)
+    _expect_shape(stem, "scales", scales, shape)

@@ -26,6 +26,7 @@ def register(
     cpu: Callable | None = None,
     cuda: Callable | None = None,
     cuda_backward: Callable | None = None,
+    cuda_gradients: tuple[int, ...] | None = None,
     cuda_saving: Callable | None = None,
     cuda_takes: Callable[[list[Tensor]], bool] = op_cuda.takes_floats,
     fake: Callable | None = None,
@@ -40,10 +41,11 @@ def register(
         check: called with the arguments, raises MobileLLMError for wrong ones.
         cpu: called with contiguous CPU tensors, the floating ones float32.
         cuda: called with contiguous tensors on one GPU, with that the current one.
-        cuda_backward: `(grad, *arguments)`, with `cuda_saving` `(grad, *arguments, *results)`, ->
-            gradients of the first floating tensors among the arguments, as many as its annotation
-            says; called as `cuda` is. Gradients of gradients, and those of further tensors, come
-            from the reference.
+        cuda_backward: `(*grads, *arguments)`, with `cuda_saving` `(grad, *arguments, *results)`,
+            -> gradients of the first floating tensors among the arguments; called as `cuda` is.
+            Gradients of gradients, and those of further tensors, come from the reference.
+        cuda_gradients: for each of those tensors, which of the gradients is its own; None: they
+            come in order.
         cuda_saving: `cuda` for training, where `cuda_backward` wants more than the arguments:
             returns the only result of the op and then what to save beside it.
         cuda_takes: whether the kernels take the floating tensors of a call.
@@ -84,7 +86,13 @@ def register(
 
     derivative = _Derivative(differentiable or reference, once_differentiable, takes)
     if cuda_backward is not None:
-        derivative.add_kernel(f"{name}_backward", cuda_backward, cuda_saving is not None)
+        derivative.add_kernel(
+            f"{name}_backward",
+            cuda_backward,
+            grads=_results_of(schema),
+            order=cuda_gradients,
+            wants_saved=cuda_saving is not None,
+        )
     saving = None
     if cuda_saving is not None:
         saving = _gpu_op(f"{name}_saving", cuda_saving)
@@ -115,18 +123,27 @@ class _Derivative:
 
     def __init__(self, function: Callable, once: Callable | None, takes: Callable) -> None:
         self.function, self.once, self.takes = function, once or function, takes
-        self.kernel, self.gradients, self.wants_saved = None, 0, False
+        self.kernel, self.order, self.wants_saved = None, (), False
 
-    def add_kernel(self, name: str, kernel: Callable, wants_saved: bool) -> None:
-        self.wants_saved = wants_saved
-        schema = torch.library.infer_schema(kernel, mutates_args=())
-        self.gradients = schema.split("->")[1].count("Tensor")
+    def add_kernel(
+        self,
+        name: str,
+        kernel: Callable,
+        grads: int,
+        order: tuple[int, ...] | None,
+        wants_saved: bool,
+    ) -> None:
+        """Use `kernel`, which takes that many gradients; see `register` for the rest."""
+        count = _results_of(torch.library.infer_schema(kernel, mutates_args=()))
+        self.order, self.wants_saved = order or tuple(range(count)), wants_saved
         self.kernel = _gpu_op(name, kernel)
 
         @self.kernel.register_fake
-        def fake(grad: Tensor, *args: Any) -> Any:
-            found = [torch.empty_like(args[i]) for i in self._places(args)]
-            return found[0] if len(found) == 1 else tuple(found)
+        def fake(*args: Any) -> Any:
+            args = args[grads:]
+            like = dict(zip(self.order, self._places(args), strict=True))
+            found = [torch.empty_like(args[like[i]]) for i in range(count)]
+            return found[0] if count == 1 else tuple(found)
 
     def save_arguments(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         self.save_all(ctx, inputs, ())
@@ -144,7 +161,8 @@ class _Derivative:
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
         if self._fits(grads, args, saved, wanted):
             found = self.kernel(*grads, *args, *saved)
-            places, found = self._places(args), [found] if isinstance(found, Tensor) else found
+            found = [found] if isinstance(found, Tensor) else found
+            places, found = self._places(args), [found[i] for i in self.order]
         else:
             places, found = wanted, self._by_torch(grads, args, wanted)
         by_place = dict(zip(places, found, strict=True))
@@ -157,7 +175,7 @@ class _Derivative:
 
     def _places(self, args: Iterable[Any]) -> list[int]:
         floating = (isinstance(a, Tensor) and a.is_floating_point() for a in args)
-        return [i for i, is_floating in enumerate(floating) if is_floating][: self.gradients]
+        return [i for i, is_floating in enumerate(floating) if is_floating][: len(self.order)]
 
     def _by_torch(self, grads: tuple, args: list, wanted: list[int]) -> tuple[Tensor, ...]:
         create_graph = torch.is_grad_enabled()
@@ -186,6 +204,10 @@ def _on_gpu(function: Callable) -> Callable:
             return function(*args)
 
     return run
+
+
+def _results_of(schema: str) -> int:
+    return schema.split("->")[1].count("Tensor")
 
 
 def _tensors(args: Iterable[Any]) -> Iterable[Tensor]:

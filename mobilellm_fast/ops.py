@@ -32,8 +32,27 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
     return out.transpose(1, 2)
 
 
-rms_norm = register(reference.rms_norm, check=op_checks.rms_norm, cpu=op_cpu.rms_norm)
-rope = register(reference.rope, check=op_checks.rope, cpu=op_cpu.rope)
+rms_norm = register(
+    reference.rms_norm,
+    check=op_checks.rms_norm,
+    cpu=op_cpu.rms_norm,
+    cuda=op_cuda.rms_norm,
+    cuda_backward=op_cuda.rms_norm_backward,
+)
+add_rms_norm = register(
+    reference.add_rms_norm,
+    check=op_checks.add_rms_norm,
+    cuda=op_cuda.add_rms_norm,
+    cuda_backward=op_cuda.add_rms_norm_backward,
+    cuda_gradients=(0, 0, 1),
+)
+rope = register(
+    reference.rope,
+    check=op_checks.rope,
+    cpu=op_cpu.rope,
+    cuda=op_cuda.rope,
+    cuda_backward=op_cuda.rope_backward,
+)
 gqa_attention = register(
     reference.gqa_attention,
     check=op_checks.gqa_attention,
@@ -51,10 +70,29 @@ gqa_decode = register(
     cuda=op_cuda.gqa_decode,
     cuda_takes=op_cuda.takes_one_dtype,
 )
-swiglu = register(reference.swiglu, check=op_checks.swiglu, cpu=op_cpu.swiglu)
-quantize_per_token = register(
-    reference.quantize_per_token, check=op_checks.quantize_per_token, cpu=op_cpu.quantize_per_token
+swiglu = register(
+    reference.swiglu,
+    check=op_checks.swiglu,
+    cpu=op_cpu.swiglu,
+    cuda=op_cuda.swiglu,
+    cuda_saving=op_cuda.swiglu_saving,
+    cuda_backward=op_cuda.swiglu_backward,
+    cuda_takes=op_cuda.takes_one_half,
+    fake_saved=op_cuda.swiglu_saved,
 )
+quantize_per_token = register(
+    reference.quantize_per_token,
+    check=op_checks.quantize_per_token,
+    cpu=op_cpu.quantize_per_token,
+    cuda=op_cuda.quantize_per_token,
+)
+int8_gemm = register(reference.int8_gemm, check=op_checks.int8_gemm, cuda=op_cuda.int8_gemm)
+weight_only_linear = register(
+    reference.weight_only_linear,
+    check=op_checks.weight_only_linear,
+    cuda=op_cuda.weight_only_linear,
+)
+head_sample = register(reference.head_sample, check=op_checks.head_sample, cuda=op_cuda.head_sample)
 dequantize = register(
     reference.dequantize,
     check=op_checks.dequantize,

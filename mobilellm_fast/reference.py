@@ -34,6 +34,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (normed * weight).to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Add a residual, then norm the sum: `rms_norm(x + residual, weight, eps)`.
+
+    Args:
+        x, residual: (..., n) float of one dtype.
+        weight: (n,) float.
+        eps: as for `rms_norm`.
+
+    Returns:
+        The norm of the sum, and the sum, which is the next residual: (..., n), dtype of `x`.
+    """
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pair (x[i], x[i + head_dim / 2]) of every head by its position's angle.
 
@@ -143,6 +158,85 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scales
 
 
+def int8_gemm(
+    x: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """Multiply rounded inputs with rounded weights: `(x weight^T) x_scales weight_scales + bias`.
+
+    Args:
+        x: (..., n) int8.
+        x_scales: (...) float32, one per token.
+        weight: (m, n) int8.
+        weight_scales: (m,) float32, one per output channel.
+        bias: (m,) float, or None.
+        dtype: of the result: float32, bfloat16 or float16.
+
+    Returns:
+        (..., m), `dtype`.
+
+    Numerics: sums are exact; every further step is rounded to float32, the last one to `dtype`.
+    """
+    total = F.linear(x.to(torch.float64), weight.to(torch.float64)).to(torch.float32)
+    scaled = total * x_scales.unsqueeze(-1) * weight_scales
+    return (scaled if bias is None else scaled + bias.to(torch.float32)).to(dtype)
+
+
+def weight_only_linear(x: Tensor, codes: Tensor, scales: Tensor | None = None) -> Tensor:
+    """Multiply by weights stored row by row: `x W^T`.
+
+    Args:
+        x: (..., cols) float.
+        codes: float weights of the dtype of `x`, (rows, cols); int8 ones (rows, cols); or pairs of
+            4-bit ones, (rows, groups * 16) uint8, where byte j of group g holds input 32 g + j in
+            its low half and input 32 g + 16 + j in the high one.
+        scales: None for float weights; of int8 ones (rows,) float32, or (rows, groups) float16 for
+            groups of 32 inputs; of 4-bit ones (rows, groups, 2) float16, scale and min.
+
+    Returns:
+        (..., rows), dtype of `x`.
+    """
+    wide = _wide(x)
+    weight = dequantize_rows(codes, scales, x.shape[-1]).to(wide.dtype)
+    return F.linear(wide, weight).to(x.dtype)
+
+
+def head_sample(
+    x: Tensor,
+    codes: Tensor,
+    temperature: float = 0.0,
+    seed: int = 0,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Choose a row of the head for each hidden state, by its logit or at random.
+
+    Args:
+        x: (..., cols) float.
+        codes, scales: the head's weights, as for `weight_only_linear`.
+        temperature: 0 takes the largest logit (of equal ones the first); above, row i of hidden
+            state t is drawn with `softmax(logits / temperature)`: it is the largest of
+            `logits / temperature + gumbel(seed, t * rows + i)`.
+        seed: of the noise, in 64 bits.
+
+    Returns:
+        ids: (...) int64.
+        logprobs: (...) float32, the log-probability of each id at temperature 1.
+    """
+    wide = _wide(x)
+    logits = F.linear(wide, dequantize_rows(codes, scales, x.shape[-1]).to(wide.dtype))
+    scores = logits
+    if temperature > 0:
+        numbers = torch.arange(logits.numel(), device=x.device).view(logits.shape)
+        scores = logits / temperature + gumbel(seed, numbers)
+    ids = scores.argmax(-1)
+    chosen = logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1))
+    return ids, chosen.squeeze(-1).to(torch.float32)
+
+
 def linear(
     x: Tensor, packed: Tensor, kind: str, rows: int, cols: int, activation: str = "float"
 ) -> Tensor:
@@ -209,6 +303,46 @@ def dequantize(packed: Tensor, kind: str, rows: int, cols: int) -> Tensor:
         return packed.view(torch.bfloat16).clone()
     weight = PackedWeight(kind, rows, cols, packed.cpu().numpy())
     return torch.from_numpy(weight.dequantize()).to(packed.device)
+
+
+def dequantize_rows(codes: Tensor, scales: Tensor | None, cols: int) -> Tensor:
+    """Return the values (rows, cols) of weights stored as `weight_only_linear` takes them."""
+    if scales is None:
+        return codes
+    scales = scales.to(torch.float32)
+    if scales.ndim == 1:
+        return codes * scales.unsqueeze(-1)
+    if codes.dtype == torch.uint8:
+        pairs = codes.unflatten(-1, (-1, GROUP // 2))
+        values = torch.cat((pairs & 15, pairs >> 4), -1) * scales[..., :1] + scales[..., 1:]
+    else:
+        groups = F.pad(codes, (0, -cols % GROUP)).unflatten(-1, (-1, GROUP))
+        values = groups * scales.unsqueeze(-1)
+    return values.flatten(-2)[..., :cols]
+
+
+def gumbel(seed: int, numbers: Tensor) -> Tensor:
+    """Return the Gumbel noise of a seed with these numbers (int64), in their shape, float64.
+
+    Numerics: 32 bits of Philox 4x32 with 10 rounds make u; noise is -log(-log(1 - u)).
+
+    Reference: Salmon et al., https://doi.org/10.1145/2063384.2063405
+    """
+    low, high = numbers & 0xFFFFFFFF, numbers >> 32 & 0xFFFFFFFF
+    counter = [low, high, torch.zeros_like(low), torch.zeros_like(low)]
+    key = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
+    for _ in range(10):
+        # products of 32 bits: 64 bits of them are right even where int64 overflows
+        first, second = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+        counter = [
+            second >> 32 & 0xFFFFFFFF ^ counter[1] ^ key[0],
+            second & 0xFFFFFFFF,
+            first >> 32 & 0xFFFFFFFF ^ counter[3] ^ key[1],
+            first & 0xFFFFFFFF,
+        ]
+        key = [key[0] + 0x9E3779B9 & 0xFFFFFFFF, key[1] + 0xBB67AE85 & 0xFFFFFFFF]
+    u = (counter[0].to(torch.float64) + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-u))
 
 
 def round_activations(x: Tensor, activation: str) -> Tensor:

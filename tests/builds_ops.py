@@ -1,9 +1,12 @@
 """Builds of the stand-alone ops' kernels (see `compile_ahead`): what MobileLLM's widths launch."""
 
+import torch
 from compile_ahead import Build
 
-from mobilellm_fast.kernels import int8_gemm, swiglu
+from mobilellm_fast.kernels import head_sample, int8_gemm, swiglu
 from mobilellm_fast.kernels.tiles import BAND
+from mobilellm_fast.kernels.weight_only_linear import choose_shape
+from mobilellm_fast.kernels.weight_rows import vector_shape
 
 WIDE = {"sm_80": ("LDG.E.128", "STG.E.128"), "sm_90": ("LDG.E.128", "STG.E.128")}
 HOPPER = ("UTMALDG", "HGMMA")
@@ -92,6 +95,76 @@ def _int8_gemm(name, tiling, arch, needs, quick=False):
     )
 
 
+CODES = {"float": "*bf16:16", "int8": "*i8:16", "int8_g32": "*i8:16", "int4_g32": "*u8:16"}
+SCALES = {"float": "*bf16:16", "int8": "*fp32:16", "int8_g32": "*fp16:16", "int4_g32": "*fp16:16"}
+
+
+def _weights(kind, out="*bf16:16"):
+    return {"x": "*bf16:16", "codes": CODES[kind], "scales": SCALES[kind], "out": out}
+
+
+def _vector_shape(kind, cols):
+    codes = torch.empty(0, dtype=torch.bfloat16 if kind == "float" else torch.int8)
+    return vector_shape(codes, kind, cols)
+
+
+def _weight_vector(kind, cols, quick=False):
+    rows, groups, warps = _vector_shape(kind, cols)
+    return Build(
+        f"weight_vector-{kind}-{cols}",
+        "weight_only_linear:_weight_vector",
+        _weights(kind) | {"outputs": "i32:16"},
+        {"COLS": cols, "KIND": kind, "ROWS": rows, "GROUPS": groups},
+        warps=warps,
+        registers=168,
+        needs=dict.fromkeys(("sm_80", "sm_90"), ("LDG.E.128",)),
+        quick=quick,
+    )
+
+
+def _weight_tiles(
+    kind, outputs, tokens, needs=("HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS.128"), quick=False
+):
+    shape = choose_shape(outputs, tokens, 576, 132)
+    return Build(
+        f"weight_tiles-{kind}-{outputs}-{tokens}",
+        "weight_only_linear:_weight_tiles",
+        _weights(kind, "*fp32:16" if shape.splits > 1 else "*bf16:16")
+        | {"outputs": "i32:16", "tokens": "i32", "cols": "i32:16"},
+        {"KIND": kind, "ROWS": shape.rows, "TOKENS": shape.tokens, "GROUPS": shape.groups},
+        warps=shape.warps,
+        stages=shape.stages,
+        serial=True,
+        needs={"sm_90": needs},
+        quick=quick,
+    )
+
+
+def _head(kind, sample, tokens, quick=False):
+    types = {"x": "*bf16:16", "codes": CODES[kind], "scales": SCALES[kind], "found": "*fp32:16"}
+    types |= {"best": "*i32:16", "vocab": "i32:16", "inverse": "fp32", "seed": "i32"}
+    constants = {"KIND": kind, "SAMPLE": sample, "GROUPS": 2}
+    if tokens == 1:
+        rows, groups, warps = _vector_shape(kind, 576)
+        constants |= {"COLS": 576, "ROWS": rows, "GROUPS": groups}
+    else:
+        types |= {"tokens": "i32", "cols": "i32:16"}
+        constants |= {"ROWS": head_sample.ROWS, "TOKENS": head_sample.TOKENS}
+        warps = 4
+    return Build(
+        f"head_sample-{kind}-{tokens}{'-sampled' * sample}",
+        f"head_sample:_head_{'vector' if tokens == 1 else 'tiles'}",
+        types,
+        constants,
+        warps=warps,
+        stages=3 if tokens == 1 else 4,
+        registers=168,
+        serial=True,
+        needs={"sm_90": ("LDG.E.128",) if tokens == 1 else ("HGMMA",)},
+        quick=quick,
+    )
+
+
 BUILDS = [
     _norm("rms_norm", False, quick=True),
     _norm("add_rms_norm", True),
@@ -154,5 +227,34 @@ BUILDS = [
         _int8_gemm(name, tiling, arch, needs)
         for arch, needs in (("sm_80", ("IMMA.16832.S8.S8", "LDGSTS.E.BYPASS.128")), ("gfx942", ()))
         for name, tiling in (("small", int8_gemm.SMALL), ("few", int8_gemm.FEW))
+    ),
+    *(_weight_vector(kind, 576, quick=kind == "int4_g32") for kind in CODES),
+    *(_weight_vector(kind, 4352) for kind in CODES),
+    *(
+        _weight_tiles(kind, outputs, 16, (product,), quick=(kind, outputs) == ("int4_g32", 576))
+        for kind in CODES
+        for outputs, product in ((576, "HMMA.16816.F32.BF16"), (49152, "HGMMA"))
+    ),
+    *(_weight_tiles(kind, 1536, 512, ("HGMMA",)) for kind in CODES if kind != "float"),
+    *(
+        _head(kind, sample, tokens, quick=(kind, sample, tokens) == ("float", True, 1))
+        for kind in ("float", "int4_g32")
+        for sample in (False, True)
+        for tokens in (1, 16)
+    ),
+    Build(
+        "head_sample-join",
+        "head_sample:_join_shares",
+        {
+            "found": "*fp32:16",
+            "best": "*i32:16",
+            "ids": "*i64:16",
+            "logprobs": "*fp32:16",
+            "shares": "i32:16",
+            "vocab": "i32:16",
+        },
+        {"BLOCK": head_sample.BLOCK},
+        registers=64,
+        needs={"sm_90": ("LDG.E.128",)},
     ),
 ]

@@ -37,6 +37,7 @@ class Build:
         shared: the most bytes of shared memory on sm_90.
         needs: per arch, instructions that must appear: "LDG.E.128" also stands for
             "LDG.E.128.CONSTANT".
+        serial: its matrix products may wait for each other, since factors come from registers.
         arches: that it is compiled for.
         quick: one of the few that every test run compiles.
         options: further options of the launch.
@@ -51,6 +52,7 @@ class Build:
     registers: int = 255
     shared: int = 227 * 1024
     needs: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    serial: bool = False
     arches: tuple[str, ...] = tuple(ARCHES)
     quick: bool = False
     options: dict[str, object] = field(default_factory=dict)

@@ -56,7 +56,7 @@ def test_build(build, arch, compiled, request):
         assert code.shared <= build.shared
     products = code.count("HGMMA") + code.count("IGMMA")
     # else the compiler has given up to keep several products in flight
-    assert code.count("WARPGROUP.DEPBAR") <= products / 2
+    assert build.serial or code.count("WARPGROUP.DEPBAR") <= products / 2
     for instruction in build.needs.get(arch, ()):
         assert code.count(instruction), f"{instruction} is not in {sorted(code.instructions)}"
 

@@ -1,0 +1,238 @@
+"""The next token from the last hidden state: products with the head's rows, and a choice of one.
+
+Logits never go to memory. Each program keeps, of its share of the vocabulary and per token, the
+best row by logit (or, to sample, by logit / temperature + Gumbel noise, which draws from the
+softmax) and what the softmax's sum needs; a second kernel joins the shares.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .weight_rows import kind_of, times_matrix, times_vector, vector_shape
+
+NOBODY = tl.constexpr(2147483647)  # no row; the smallest row wins a tie
+LOWEST = tl.constexpr(float("-inf"))
+FIELDS = tl.constexpr(4)  # of a share: best score, its logit, largest logit, sum of e^(logit - it)
+ROWS, TOKENS = 64, 16  # of a program with several tokens
+BLOCK = 1024  # shares that are joined at a time
+
+
+def head_sample(
+    x: Tensor,
+    codes: Tensor,
+    temperature: float = 0.0,
+    seed: int = 0,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Choose a row of the head for each hidden state.
+
+    Args:
+        x: (..., cols) bfloat16, float16 or (slow) float32, contiguous.
+        codes, scales: the head's weights, see `weight_rows`; of float ones `codes` has the dtype
+            of `x`.
+        temperature: 0 takes the largest logit (of equal ones the first); above, row i of hidden
+            state t is drawn with `softmax(logits / temperature)`, by the noise of number
+            `t * rows + i` of the seed.
+        seed: of the noise, in 64 bits.
+
+    Returns:
+        ids: (...) int64.
+        logprobs: (...) float32, the log-probability of each id at temperature 1. It is NaN, and the
+            id some id, where logits are NaN.
+
+    Numerics: as `weight_only_linear`, but logits stay float32.
+    """
+    vocab, cols = codes.shape[0], x.shape[-1]
+    kind = kind_of(codes, scales)
+    lead = x.shape[:-1]
+    ids = x.new_empty(lead, dtype=torch.int64)
+    logprobs = x.new_empty(lead, dtype=torch.float32)
+    tokens = ids.numel()
+    if tokens == 0:
+        return ids, logprobs
+    weights = (x, codes, codes if scales is None else scales)
+    inverse = 1 / temperature if temperature > 0 else 0.0
+    if tokens == 1:
+        rows, groups, warps = vector_shape(codes, kind, cols)
+        shares = triton.cdiv(vocab, rows)
+        found, best = _shares(x, shares, tokens)
+        _head_vector[(shares,)](
+            *(*weights, found, best, vocab, inverse, seed),
+            COLS=cols,
+            KIND=kind,
+            ROWS=rows,
+            GROUPS=groups,
+            SAMPLE=temperature > 0,
+            num_warps=warps,
+        )
+    else:
+        shares = triton.cdiv(vocab, ROWS)
+        found, best = _shares(x, shares, tokens)
+        _head_tiles[(shares, triton.cdiv(tokens, TOKENS))](
+            *(*weights, found, best, vocab, tokens, cols, inverse, seed),
+            KIND=kind,
+            ROWS=ROWS,
+            TOKENS=TOKENS,
+            GROUPS=2,
+            SAMPLE=temperature > 0,
+            num_warps=4,
+            num_stages=4,
+        )
+    _join_shares[(tokens,)](found, best, ids, logprobs, shares, vocab, BLOCK=BLOCK)
+    return ids, logprobs
+
+
+def _shares(x: Tensor, shares: int, tokens: int) -> tuple[Tensor, Tensor]:
+    found = x.new_empty(tokens, FIELDS.value, shares, dtype=torch.float32)
+    return found, x.new_empty(tokens, shares, dtype=torch.int32)
+
+
+@triton.jit
+def gumbel(seed, number):
+    """Gumbel noise number `number` of a seed: -log(-log(1 - u)) for u uniform in (0, 1].
+
+    The largest values, which decide, come of the smallest u, of which floats tell the most apart.
+    """
+    bits = tl.randint(seed, number).to(tl.uint32, bitcast=True)
+    u = (bits.to(tl.float32) + 0.5) * (2.0**-32)
+    # -log(1 - u) without the loss of 1 - u where u is small
+    small = u + 0.5 * u * u
+    return -tl.log(tl.where(u < 2.0**-12, small, -tl.log(1 - u)))
+
+
+@triton.jit
+def _score(logit, number, live, inverse, seed, SAMPLE: tl.constexpr):
+    if SAMPLE:
+        return tl.where(live, logit * inverse + gumbel(seed, number), LOWEST)
+    else:
+        return tl.where(live, logit, LOWEST)
+
+
+@triton.jit
+def _best_of(score, logit, row):  # along the first axis -> best score, its row, its logit
+    top = tl.max(score, 0, keep_dims=True)
+    chosen = tl.min(tl.where(score == top, row, NOBODY), 0, keep_dims=True)
+    its_logit = tl.max(tl.where(row == chosen, logit, LOWEST), 0)
+    return tl.max(score, 0), tl.min(chosen, 0), its_logit
+
+
+@triton.jit
+def _store_share(found, best, token, shares, share, mask, score, row, logit, top, weights):
+    place = token.to(tl.int64) * FIELDS * shares + share
+    tl.store(found + place, score, mask=mask)
+    tl.store(found + place + shares, logit, mask=mask)
+    tl.store(found + place + 2 * shares, top, mask=mask)
+    tl.store(found + place + 3 * shares, weights, mask=mask)
+    tl.store(best + token.to(tl.int64) * shares + share, row, mask=mask)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _head_vector(
+    x,
+    codes,
+    scales,
+    found,
+    best,
+    vocab,
+    inverse,
+    seed,
+    COLS: tl.constexpr,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SAMPLE: tl.constexpr,
+):
+    share = tl.program_id(0)
+    row = share * ROWS + tl.arange(0, ROWS)
+    live = row < vocab
+    logit = times_vector(x, codes, scales, row, live, COLS, KIND, ROWS, GROUPS)
+    logit = tl.where(live, logit, LOWEST)
+    score = _score(logit, row, live, inverse, seed, SAMPLE)
+    top_score, chosen, its_logit = _best_of(score, logit, row)
+    top = tl.max(logit, 0)
+    weights = tl.sum(tl.exp(logit - top), 0)
+    _store_share(
+        *(found, best, share * 0, tl.num_programs(0), share, True),
+        *(top_score, chosen, its_logit, top, weights),
+    )
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _head_tiles(
+    x,
+    codes,
+    scales,
+    found,
+    best,
+    vocab,
+    tokens,
+    cols,
+    inverse,
+    seed,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SAMPLE: tl.constexpr,
+):
+    share = tl.program_id(0)
+    row = share * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    live = row < vocab
+    steps = tl.cdiv(cols, GROUPS * 32)
+    logit = times_matrix(
+        *(x, codes, scales, row, live, token, tokens, 0, steps, cols),
+        KIND,
+        ROWS,
+        TOKENS,
+        GROUPS,
+    )
+    known = live[:, None]
+    logit = tl.where(known, logit, LOWEST)
+    number = token.to(tl.int64)[None, :] * vocab + row[:, None]
+    score = _score(logit, number, known, inverse, seed, SAMPLE)
+    rows = row[:, None] + tl.zeros((1, TOKENS), tl.int32)
+    top_score, chosen, its_logit = _best_of(score, logit, rows)
+    top = tl.max(logit, 0)
+    weights = tl.sum(tl.exp(logit - top[None, :]), 0)
+    _store_share(
+        *(found, best, token, tl.num_programs(0), share, token < tokens),
+        *(top_score, chosen, its_logit, top, weights),
+    )
+
+
+@triton.jit
+def _join_shares(found, best, ids, logprobs, shares, vocab, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    fields = found + token * FIELDS * shares
+    best += token * shares
+    lane = tl.arange(0, BLOCK)
+    score = tl.full((BLOCK,), LOWEST, tl.float32)
+    row = tl.full((BLOCK,), NOBODY, tl.int32)
+    logit = tl.full((BLOCK,), LOWEST, tl.float32)
+    top = tl.full((BLOCK,), LOWEST, tl.float32)
+    weights = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, shares, BLOCK):
+        share = start + lane
+        live = share < shares
+        its_score = tl.load(fields + share, mask=live, other=LOWEST)
+        its_row = tl.load(best + share, mask=live, other=NOBODY)
+        # shares come in the order of their rows: a later one wins only if it is better
+        better = (its_score > score) | (row == NOBODY)
+        score = tl.where(better, its_score, score)
+        row = tl.where(better, its_row, row)
+        its_logit = tl.load(fields + shares + share, mask=live, other=LOWEST)
+        logit = tl.where(better, its_logit, logit)
+        its_top = tl.load(fields + 2 * shares + share, mask=live, other=LOWEST)
+        its_weights = tl.load(fields + 3 * shares + share, mask=live, other=0)
+        new_top = tl.maximum(top, its_top, propagate_nan=tl.PropagateNan.ALL)
+        shift = tl.where(new_top == LOWEST, 0.0, new_top)
+        weights = weights * tl.exp(top - shift) + its_weights * tl.exp(its_top - shift)
+        top = new_top
+    _, chosen, its_logit = _best_of(score, logit, row)
+    largest = tl.max(top, 0)
+    total = tl.sum(weights * tl.exp(top - largest), 0)
+    tl.store(ids + token, tl.minimum(chosen, vocab - 1).to(tl.int64))
+    tl.store(logprobs + token, its_logit - largest - tl.log(total))
