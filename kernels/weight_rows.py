@@ -24,6 +24,8 @@ from torch import Tensor
 GROUP = tl.constexpr(32)
 HALF = tl.constexpr(16)  # bytes of a group of 4-bit codes
 
+MANY_ROWS = 16384
+
 
 def kind_of(codes: Tensor, scales: Tensor | None) -> str:
     """Tell how weights are stored from the tensors that hold them."""
@@ -37,14 +39,17 @@ def kind_of(codes: Tensor, scales: Tensor | None) -> str:
 def vector_shape(codes: Tensor, kind: str, cols: int) -> tuple[int, int, int]:
     """Choose rows of a program, groups that it reads at a time, and its warps.
 
-    A thread's load is 16 bytes. Groups divide those of a row, so that no lane idles; a program
-    has about 1024 codes in a step, and with several steps in flight enough of them to hide memory.
+    A thread's load is 16 bytes, and all loads of a row are in flight at once. Groups divide those
+    of a row, so that no lane idles. Few rows take a warp each program, so that all multiprocessors
+    have some; many take 32 rows.
     """
     groups = triton.cdiv(cols, 32)
     step = min(max(groups & -groups, 2), 16)
-    rows = 32 // step
     per_thread = 32 if kind == "int4_g32" else 16 // codes.element_size()
-    return rows, step, max(rows * step * 32 // per_thread // 32, 1)
+    rows = max(per_thread // step, 1)
+    warps = max(step // per_thread, 1)
+    many = 32 // rows if len(codes) >= MANY_ROWS else 1
+    return rows * many, step, min(warps * many, 8)
 
 
 @triton.jit

@@ -103,13 +103,13 @@ def _weights(kind, out="*bf16:16"):
     return {"x": "*bf16:16", "codes": CODES[kind], "scales": SCALES[kind], "out": out}
 
 
-def _vector_shape(kind, cols):
-    codes = torch.empty(0, dtype=torch.bfloat16 if kind == "float" else torch.int8)
+def _vector_shape(kind, outputs, cols):
+    codes = torch.empty(outputs, 0, dtype=torch.bfloat16 if kind == "float" else torch.int8)
     return vector_shape(codes, kind, cols)
 
 
 def _weight_vector(kind, cols, quick=False):
-    rows, groups, warps = _vector_shape(kind, cols)
+    rows, groups, warps = _vector_shape(kind, 576, cols)
     return Build(
         f"weight_vector-{kind}-{cols}",
         "weight_only_linear:_weight_vector",
@@ -145,7 +145,7 @@ def _head(kind, sample, tokens, quick=False):
     types |= {"best": "*i32:16", "vocab": "i32:16", "inverse": "fp32", "seed": "i32"}
     constants = {"KIND": kind, "SAMPLE": sample, "GROUPS": 2}
     if tokens == 1:
-        rows, groups, warps = _vector_shape(kind, 576)
+        rows, groups, warps = _vector_shape(kind, 49152, 576)
         constants |= {"COLS": 576, "ROWS": rows, "GROUPS": groups}
     else:
         types |= {"tokens": "i32", "cols": "i32:16"}
