@@ -184,7 +184,7 @@ def int8_args(make, rows, outputs, cols):
     return make.codes(rows, cols), x_scales, make.codes(outputs, cols), weight_scales
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *(DTYPES if HAS_GPU else [])])
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES[:HAS_GPU]])
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
 @pytest.mark.parametrize("sizes", PRODUCTS, ids=str)
 def test_int8_gemm(sizes, biased, dtype):
@@ -204,10 +204,15 @@ def test_int8_gemm_in_every_tiling(tiling):
     assert torch.equal(got.cpu(), want)
 
 
-@by_dtype
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("sizes", WEIGHTS, ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "dtype"),
+    [
+        *((tokens, sizes, DTYPES[0]) for sizes in WEIGHTS for tokens in TOKENS),
+        *((tokens, WEIGHTS[2], dtype) for dtype in DTYPES[1:] for tokens in TOKENS),
+    ],
+    ids=str,
+)
 def test_weight_only_linear(sizes, tokens, kind, dtype):
     make = Maker(dtype)
     x, (codes, scales) = make.normal(tokens, sizes[1]), make.weights(kind, *sizes)
@@ -229,12 +234,12 @@ def stored_error(kind, tokens, x, weight, dtype):
     return (unit + 3 * gpu_bounds.U) * (x.abs() @ weight.abs().T)
 
 
-@by_dtype
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("kind", ["float", "int4_g32"])
 @pytest.mark.parametrize("sizes", HEADS, ids=str)
-def test_head_sample(sizes, kind, temperature, dtype, monkeypatch):
+def test_head_sample(sizes, kind, temperature, monkeypatch):
     tokens, vocab, cols = sizes
+    dtype = DTYPES[0]
     if vocab < 1000:
         monkeypatch.setattr(head_sample, "BLOCK", 2)  # so that shares are joined in several steps
     make = Maker(dtype)
@@ -255,7 +260,7 @@ def test_head_sample(sizes, kind, temperature, dtype, monkeypatch):
     want = logits.log_softmax(-1).gather(-1, chosen).squeeze(-1)
     far = 2 * bound.amax(-1) + (16 + want.abs()) * gpu_bounds.U + 1e-6 * (vocab > 1000)
     assert ((logprobs.cpu() - want).abs() <= far).all()
-    assert far.max() < 0.1
+    assert far.max() < (0.1 if kind == "float" else 1.0)
 
 
 def test_head_sample_draws_from_the_softmax():
