@@ -32,11 +32,12 @@ from mobilellm_fast.train import (
 
 SEEDS = (0, 1, 2)
 RECIPE = Recipe(
-    steps=400, batch_size=8, seq_len=128, learning_rate=3e-3, warmup_steps=40, final_ratio=0.1
+    steps=400, batch_size=8, seq_len=128, learning_rate=5e-3, warmup_steps=40, final_ratio=0.1
 )
 COMMON = dict(vocab_size=1024, max_position_embeddings=256, bos_token_id=0, eos_token_id=0)
 DEEP = COMMON | dict(
     hidden_size=80,
+    initializer_range=0.48 * 80**-0.5,  # as 0.02 is at the paper's width of 576
     intermediate_size=216,
     num_hidden_layers=8,
     num_attention_heads=5,
@@ -44,6 +45,7 @@ DEEP = COMMON | dict(
 )
 WIDE = COMMON | dict(
     hidden_size=128,
+    initializer_range=0.48 * 128**-0.5,
     intermediate_size=530,
     num_hidden_layers=2,
     num_attention_heads=8,

@@ -214,6 +214,22 @@ class MobileLLM(nn.Module):
         """Measure how likely the model finds a text, see `mobilellm_fast.generate.score`."""
         return self.engine.score(text_or_ids, **options)
 
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a directory that `load` reads back bit for bit, see `interchange`.
+
+        Float weights of a model without layer sharing load into transformers' `LlamaForCausalLM`.
+
+        Raises:
+            CheckpointError: it cannot be written.
+            MobileLLMError: a parameter is not on the CPU, or neither float32 nor bfloat16.
+        """
+        from .interchange import save_pretrained
+
+        options = self._engine_options
+        format = options.get("format", "fp32")
+        tokenizer, template = options.get("tokenizer"), options.get("chat_template")
+        save_pretrained(directory, self.config, self.weights(), format, tokenizer, template)
+
     def _parameters_state(self) -> list[tuple[int, int]]:
         """What changes when a parameter is replaced, moved or written to."""
         return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.parameters()]

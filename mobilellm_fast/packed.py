@@ -26,8 +26,13 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.kind, self.rows, self.cols = weight.kind, weight.rows, weight.cols
         self.activation = activation
-        # Not part of a state_dict: it would only load into the same format and layout.
-        self.register_buffer("packed", torch.from_numpy(weight.data), persistent=False)
+        # Named after its kind: the state_dict of another format has other names, and is refused.
+        self.register_buffer(f"packed_{weight.kind}", torch.from_numpy(weight.data))
+
+    @property
+    def packed(self) -> Tensor:
+        """The packed matrix: flat uint8, laid out as `csrc/quant.h` says."""
+        return self._buffers[f"packed_{self.kind}"]
 
     @property
     def weight(self) -> PackedWeight:

@@ -71,7 +71,7 @@ def pack_checkpoint(path: Path, name: str | None = None, format: str = "auto") -
     check_format(format)
     checkpoint = open_path(path, name)
     if format == "auto":
-        format = "int4" if checkpoint.dtype == "int4" else "int8"
+        format = checkpoint.format or ("int4" if checkpoint.dtype == "int4" else "int8")
     if format in KEPT_FORMATS and checkpoint.tokenizer:
         checkpoint.tokenizer.compile()  # now: what it needs would come on top of the weights
     weights, buffer = read_weights(checkpoint, format)

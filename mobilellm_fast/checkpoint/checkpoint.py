@@ -26,8 +26,9 @@ class StoredTensor:
     Args:
         shape: rows first, as in Hugging Face.
         dtype: what the file holds: "float32" (also any type that is widened to it), "float16",
-            "bfloat16", "int8" (GGUF Q8_0) or "int4" (GGUF Q4_0, Q4_1).
-        read: returns float32 of `shape`, or a `QuantizedTensor` for "int8" and "int4".
+            "bfloat16", "int8_rows" (a scale per row), "int8" (groups of 32, as GGUF Q8_0) or "int4"
+            (groups of 32, as GGUF Q4_0 and Q4_1).
+        read: returns float32 of `shape`, or a `QuantizedTensor` for the integers.
     """
 
     shape: tuple[int, ...]
@@ -46,6 +47,7 @@ class Checkpoint:
         tensors: every tensor of the source, under Hugging Face's Llama names.
         tokenizer: its tokenizer, or None if it brings none.
         chat_template: its Jinja template for chats, or None.
+        format: the one of `quant.FORMATS` that the whole was quantized to, or None.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected or of a wrong shape, or the tokenizer
@@ -58,6 +60,7 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor] = field(repr=False)
     tokenizer: Tokenizer | None = field(default=None, repr=False)
     chat_template: str | None = field(default=None, repr=False)
+    format: str | None = None
 
     def __post_init__(self) -> None:
         self.tensors = {k: t for k, t in self.tensors.items() if not k.endswith(IGNORED_SUFFIX)}

@@ -10,6 +10,7 @@ from ..errors import CheckpointError, MobileLLMError
 from ..files import brief, read_json
 from ..tokenizer import Tokenizer
 from .checkpoint import Checkpoint, StoredTensor
+from .packed_tensors import format_of, named_matrices
 from .safetensors_file import safetensors_tensors
 from .torch_file import torch_tensors
 
@@ -28,30 +29,38 @@ def open_directory(folder: Path, name: str | None = None) -> Checkpoint:
     Raises:
         CheckpointError: a file is missing or damaged, or says something that is not implemented.
     """
-    config = _config(folder)
+    config, format = _config(folder)
+    tensors = _tensors(folder)
     return Checkpoint(
         name=name or folder.resolve().name,
         path=folder,
         config=config,
-        tensors=_tensors(folder),
+        tensors=named_matrices(folder, tensors, config) if format else tensors,
         tokenizer=Tokenizer.from_directory(folder, _as_tuple(config.eos_token_id)),
         chat_template=_chat_template(folder),
+        format=format,
     )
 
 
-def _config(folder: Path) -> MobileLLMConfig:
-    """Read config.json; generation_config.json may name further tokens that end a text."""
+def _config(folder: Path) -> tuple[MobileLLMConfig, str | None]:
+    """Read config.json and the format of its weights.
+
+    generation_config.json may name further tokens that end a text.
+    """
     path = folder / "config.json"
     if not path.is_file():
         hint = next((f"; name the file itself: {f}" for f in sorted(folder.glob("*.gguf"))), "")
         raise CheckpointError(f"{folder}: there is no config.json in this directory{hint}")
     raw = read_json(path)
+    format = format_of(path, raw)
+    if format:
+        del raw["quantization_config"]
     generation = read_json(folder / "generation_config.json")
     try:
         config = MobileLLMConfig.from_hf(raw)
         own = _as_tuple(config.eos_token_id)
         more = [i for i in _as_tuple(generation.get("eos_token_id")) if i not in own]
-        return replace(config, eos_token_id=(*own, *more)) if more else config
+        return replace(config, eos_token_id=(*own, *more)) if more else config, format
     except MobileLLMError as error:
         raise CheckpointError(f"{path}: {error}") from None
 

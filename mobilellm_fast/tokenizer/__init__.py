@@ -6,14 +6,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import MobileLLMError
+from ..errors import CheckpointError, MobileLLMError
 from ..files import brief, read_bytes
-from .backends import BACKENDS, TABLE_MAGIC, Backend, CompiledBackend
+from .backends import BACKENDS, TABLE_MAGIC, Backend, CompiledBackend, HuggingFaceBackend
 from .gguf_vocabulary import backend_from_metadata, end_token_ids
 from .huggingface import backend_from_directory, backend_from_json, backend_from_sentencepiece
 
-__all__ = ["Tokenizer", "end_token_ids"]
+__all__ = ["OWN_FILE", "Tokenizer", "end_token_ids"]
 
+OWN_FILE = "tokenizer.mlf"  # of a tokenizer that is none of the `tokenizers` library
 UNKNOWN = "unknown"  # whether there is a table
 
 
@@ -90,17 +91,42 @@ class Tokenizer:
         """Read the tokenizer of a Hugging Face directory, or return None if it has none.
 
         Args:
-            folder: has `tokenizer.json` or `tokenizer.model`, and maybe `tokenizer_config.json`.
+            folder: has `tokenizer.json` or `tokenizer.model`, and maybe `tokenizer_config.json`; or
+                the file of ours that `save` writes.
             eos_token_ids: further ids that end a text, from the model's configuration.
 
         Raises:
             CheckpointError: a file is damaged or asks for what is not supported.
         """
+        own = Path(folder) / OWN_FILE
+        if own.is_file():
+            try:
+                return cls.deserialize(read_bytes(own))
+            except MobileLLMError as error:
+                raise CheckpointError(f"{own}: {error}") from None
         found = backend_from_directory(Path(folder))
         if found is None:
             return None
         backend, bos, eos = found
         return cls(backend, bos, (*eos, *eos_token_ids))
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer for `from_directory`.
+
+        One of the `tokenizers` library becomes the files of transformers; any other, a file of ours
+        that only `from_directory` reads.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        backend = self._backend
+        if isinstance(backend, HuggingFaceBackend) and not any(backend.options().values()):
+            (folder / "tokenizer.json").write_bytes(backend.vocabulary())
+            settings = backend.settings(self.bos_token_id, self.eos_token_ids)
+            text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+            (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        else:
+            (folder / OWN_FILE).write_bytes(self.serialize())
 
     @classmethod
     def from_tokenizer_json(

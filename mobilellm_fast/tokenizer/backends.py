@@ -67,6 +67,18 @@ class HuggingFaceBackend:
     def options(self) -> dict[str, Any]:
         return {"prefix": self._prefix, "suffix": self._suffix}
 
+    def settings(self, bos_token_id: int | None, eos_token_ids: Iterable[int]) -> dict[str, Any]:
+        """Return the `tokenizer_config.json` of this tokenizer."""
+        settings: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
+        ends = [*eos_token_ids, None]
+        for name, token_id in (("bos_token", bos_token_id), ("eos_token", ends[0])):
+            if token_id is not None:
+                settings[name] = self._tokenizer.id_to_token(token_id)
+        return settings
+
 
 def load_tokenizer_json(data: bytes):
     """Read a `tokenizer.json` into a `tokenizers.Tokenizer`."""
