@@ -6,6 +6,7 @@ Modules and parameters carry Hugging Face's Llama names, so `state_dict`s interc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from . import ops, packed, quant
 from .config import MobileLLMConfig, expected_shapes
 from .errors import MobileLLMError
+from .layers import Embedding, Linear, RMSNorm
 from .loss import next_token_loss
 from .quant import PackedWeight
 from .rope import cos_sin
@@ -214,6 +216,20 @@ class MobileLLM(nn.Module):
         """Measure how likely the model finds a text, see `mobilellm_fast.generate.score`."""
         return self.engine.score(text_or_ids, **options)
 
+    def set_format(self, format: str) -> None:
+        """Say which of `quant.FORMATS` the weights are in now, after they were replaced."""
+        self._engine_options["format"] = format
+
+    def untie(self) -> None:
+        """Give a tied model a head of its own, a copy of its float embedding."""
+        if not self.config.tie_word_embeddings:
+            return
+        config = replace(self.config, tie_word_embeddings=False)
+        table = self.model.embed_tokens.weight.detach()
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
+        self.lm_head.weight = nn.Parameter(table.clone())
+        self.config = self.model.config = config
+
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a directory that `load` reads back bit for bit, see `interchange`.
 
@@ -308,7 +324,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(config.hidden_size, queries, bias=False, **options)
         self.k_proj = Linear(config.hidden_size, keys, bias=False, **options)
         self.v_proj = Linear(config.hidden_size, keys, bias=False, **options)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False, **options)
+        self.o_proj = Linear(queries, config.hidden_size, bias=False, **options)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(batch, seq, hidden_size) -> the same shape; cos and sin are (seq, head_dim / 2)."""
@@ -333,37 +349,3 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, seq, hidden_size) -> the same shape."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Linear(nn.Linear):
-    """A linear layer that leaves it to the model to draw its weights."""
-
-    def reset_parameters(self) -> None:
-        """Do nothing; see `MobileLLM.reset_parameters`."""
-
-
-class Embedding(nn.Embedding):
-    """A token embedding that can serve as the output head too."""
-
-    def reset_parameters(self) -> None:
-        """Do nothing; see `MobileLLM.reset_parameters`."""
-
-    def project(self, hidden: Tensor) -> Tensor:
-        """(..., hidden_size) -> (..., vocab_size)."""
-        return F.linear(hidden, self.weight)
-
-
-class RMSNorm(nn.Module):
-    """Scale each row to unit root mean square, then by a learned weight."""
-
-    def __init__(self, size: int, eps: float, **options: Any) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size, **options))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., size) -> the same shape."""
-        return ops.rms_norm(x, self.weight, self.eps)
-
-    def extra_repr(self) -> str:
-        return f"{len(self.weight)}, eps={self.eps}"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from . import ops, quant
 from .errors import MobileLLMError
+from .layers import Embedding, Linear
 from .quant import PackedWeight
 from .weights import Weights
 
@@ -80,15 +81,25 @@ def install(
             raise MobileLLMError(f"[from_weights] {name} must have shape {shapes[name]}, got {got}")
         path = name.removesuffix(".weight")
         layer = model.get_submodule(path)
+        is_table = isinstance(layer, (nn.Embedding, PackedEmbedding))
         if is_matrix and weight.kind in quant.QUANTIZED_KINDS:
-            kind = PackedEmbedding if isinstance(layer, nn.Embedding) else PackedLinear
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, kind(weight, activation))
+            new = (PackedEmbedding if is_table else PackedLinear)(weight, activation)
         else:
             tensor = torch.from_numpy(weight.data if is_matrix else weight)
             if tensor.dtype == torch.uint16:
                 tensor = tensor.view(torch.bfloat16)
-            layer.weight = nn.Parameter(tensor)
+            new = layer
+            if isinstance(layer, PackedLinear):
+                rows, cols = weight.rows, weight.cols
+                new = (
+                    Embedding(rows, cols, device="meta")
+                    if is_table
+                    else Linear(cols, rows, bias=False, device="meta")
+                )
+            new.weight = nn.Parameter(tensor)
+        if new is not layer:
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, new)
 
 
 def collect(model: nn.Module, names: Iterable[str]) -> Weights:

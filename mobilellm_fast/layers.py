@@ -1,0 +1,45 @@
+"""The layers that hold a model's float parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+
+
+class Linear(nn.Linear):
+    """A linear layer that leaves it to the model to draw its weights."""
+
+    def reset_parameters(self) -> None:
+        """Do nothing; see `MobileLLM.reset_parameters`."""
+
+
+class Embedding(nn.Embedding):
+    """A token embedding that can serve as the output head too."""
+
+    def reset_parameters(self) -> None:
+        """Do nothing; see `MobileLLM.reset_parameters`."""
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """(..., hidden_size) -> (..., vocab_size)."""
+        return F.linear(hidden, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """Scale each row to unit root mean square, then by a learned weight."""
+
+    def __init__(self, size: int, eps: float, **options: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size, **options))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., size) -> the same shape."""
+        return ops.rms_norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, eps={self.eps}"

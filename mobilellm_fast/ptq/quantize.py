@@ -1,0 +1,128 @@
+"""Turns a float model into a quantized one, in place, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import packed, quant
+from ..config import expected_shapes
+from ..errors import MobileLLMError
+from ..quant import PackedWeight, pack
+from .rounding import round_int4
+from .smoothing import smooth_
+from .statistics import collect, input_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..model import MobileLLM
+
+WINDOW = 512  # tokens of a calibration text that are run at once
+LEAST_TOKENS = 64
+
+
+@torch.no_grad()
+def quantize_(
+    lm: MobileLLM,
+    format: str = "int8",
+    *,
+    calibration: str | Sequence[int] | Tensor | None = None,
+    untie_head: bool = False,
+) -> MobileLLM:
+    """Quantize a float model in place.
+
+    Without a text, 8-bit weights are rounded to the nearest code, and 4-bit weights in groups whose
+    scale and minimum are searched. With a text, `int4` and `int4_all` also make up for the error of
+    each column with those that follow, and `w8a8` moves outliers of activations into weights, which
+    changes norms and weights but not the function.
+
+    Args:
+        lm: float parameters on the CPU.
+        format: "int8", "w8a8", "int4" or "int4_all", see `quant.kind_of`.
+        calibration: a text, or token ids (n,) or (batch, seq); a few thousand tokens of the kind
+            that the model will read. Not the text that it is judged by.
+        untie_head: give a tied model a head of its own, so that `w8a8` can smooth its input, too:
+            as many weights more as the embedding has.
+
+    Returns:
+        `lm`.
+
+    Raises:
+        MobileLLMError: an unknown format, a model that is quantized already, or a calibration text
+            that is too short or without a tokenizer.
+    """
+    if format not in quant.INTEGER_FORMATS:
+        raise MobileLLMError(
+            f"[quantize_] format must be one of {quant.INTEGER_FORMATS}, got {format!r}"
+        )
+    weights = lm.weights()
+    for name, weight in weights.items():
+        if isinstance(weight, PackedWeight) and weight.kind in quant.QUANTIZED_KINDS:
+            raise MobileLLMError(
+                f"[quantize_] lm must have float weights, got {weight.kind} in {name}; "
+                "dequantize_ it first"
+            )
+    inputs = None
+    if untie_head:
+        lm.untie()
+    if calibration is not None and format != "int8":
+        inputs = collect(lm.float(), _calibration_ids(lm, calibration))
+    if format == "w8a8" and inputs is not None:
+        smooth_(lm, inputs)
+    rounded: dict[str, PackedWeight | np.ndarray] = {}
+    for name, shape in expected_shapes(lm.config).items():
+        weight = lm.get_parameter(name).detach().float()
+        if len(shape) == 1:
+            rounded[name] = weight.numpy().copy()
+            continue
+        kind = quant.kind_of(format, name, "float32")
+        if kind == "int4_g32":
+            moments = inputs[input_of(name)].moments if inputs else None
+            rounded[name] = pack(round_int4(weight, moments))
+        else:
+            rounded[name] = pack(weight.numpy(), kind)
+    return replace_weights_(lm, rounded, format)
+
+
+@torch.no_grad()
+def dequantize_(lm: MobileLLM) -> MobileLLM:
+    """Turn quantized weights into float32 parameters of the same values, in place.
+
+    What remains is the rounding; that of activations is gone.
+    """
+    values = {}
+    for name, weight in lm.weights().items():
+        if isinstance(weight, PackedWeight):
+            value = weight.dequantize()
+            weight = pack(value.copy() if weight.kind == "fp32" else value)
+        values[name] = weight
+    return replace_weights_(lm, values, "fp32")
+
+
+def replace_weights_(
+    lm: MobileLLM, weights: dict[str, PackedWeight | np.ndarray], format: str
+) -> MobileLLM:
+    """Put other weights into a model, see `MobileLLM.from_weights`."""
+    packed.install(lm, expected_shapes(lm.config), weights, quant.activation_of(format))
+    lm.set_format(format)
+    return lm
+
+
+def _calibration_ids(lm: MobileLLM, calibration: str | Sequence[int] | Tensor) -> Tensor:
+    if isinstance(calibration, str):
+        if lm.tokenizer is None:
+            raise MobileLLMError("[quantize_] calibration must be token ids: there is no tokenizer")
+        calibration = lm.tokenizer.encode(calibration)
+    ids = torch.as_tensor(calibration)
+    if ids.ndim == 1:
+        window = min(WINDOW, lm.config.context_length, max(1, len(ids)))
+        ids = ids[: len(ids) // window * window].view(-1, window)
+    if ids.numel() < LEAST_TOKENS:
+        raise MobileLLMError(
+            f"[quantize_] calibration must have at least {LEAST_TOKENS} tokens, got {ids.numel()}"
+        )
+    return ids
