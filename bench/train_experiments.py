@@ -31,34 +31,33 @@ from mobilellm_fast.train import (
 )
 
 SEEDS = (0, 1, 2)
-RECIPE = Recipe(
-    steps=400, batch_size=8, seq_len=128, learning_rate=5e-3, warmup_steps=40, final_ratio=0.1
-)
-COMMON = dict(vocab_size=1024, max_position_embeddings=256, bos_token_id=0, eos_token_id=0)
+RECIPE = Recipe(steps=450, batch_size=8, seq_len=128, learning_rate=4e-3, warmup_steps=50)
+COMMON = dict(vocab_size=512, max_position_embeddings=256, bos_token_id=0, eos_token_id=0)
 DEEP = COMMON | dict(
-    hidden_size=80,
-    initializer_range=0.48 * 80**-0.5,  # as 0.02 is at the paper's width of 576
-    intermediate_size=216,
-    num_hidden_layers=8,
-    num_attention_heads=5,
-    num_key_value_heads=1,
-)
-WIDE = COMMON | dict(
-    hidden_size=128,
-    initializer_range=0.48 * 128**-0.5,
-    intermediate_size=530,
-    num_hidden_layers=2,
-    num_attention_heads=8,
+    hidden_size=64,
+    initializer_range=0.48 * 64**-0.5,  # as 0.02 is at the paper's width of 576
+    intermediate_size=172,
+    num_hidden_layers=4,
+    num_attention_heads=4,
     num_key_value_heads=2,
 )
+WIDE = COMMON | dict(
+    hidden_size=88,
+    initializer_range=0.48 * 88**-0.5,
+    intermediate_size=257,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
 VARIANTS = {
-    "deep and thin: 8 blocks of 80": DEEP,
-    "wide and shallow: 2 blocks of 128": WIDE,
+    "deep and thin: 4 blocks of 64": DEEP,
+    "wide and shallow: 2 blocks of 88": WIDE,
     "each block twice, immediate": DEEP | {"layer_sharing": "immediate"},
     "each block twice, repeat-all-over": DEEP | {"layer_sharing": "repeat_all"},
     "each block twice, reverse": DEEP | {"layer_sharing": "reverse"},
     # the head's weights are taken from the blocks' feed-forward layers
-    "untied head": DEEP | {"tie_word_embeddings": False, "intermediate_size": 173},
+    "untied head": DEEP | {"tie_word_embeddings": False, "intermediate_size": 129},
 }
 
 

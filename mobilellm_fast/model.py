@@ -14,12 +14,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import ops, packed, quant
 from .config import MobileLLMConfig, expected_shapes
 from .errors import MobileLLMError
 from .layers import Embedding, Linear, RMSNorm
-from .loss import next_token_loss
+from .loss import IGNORED, next_token_loss
 from .quant import PackedWeight
 from .rope import cos_sin
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from .engine import Engine
     from .generate import Generation, Prompt, Score, Stream
     from .session import Session
+
+TABLE_LENGTH = 4096  # positions whose rotation is kept ready: 2 MB at a head_dim of 64
 
 
 class MobileLLM(nn.Module):
@@ -76,7 +79,7 @@ class MobileLLM(nn.Module):
             MobileLLMError: wrong shape or dtype, an id out of range, or a sequence that is empty
                 or longer than `config.context_length`.
         """
-        self._check(input_ids)
+        self._check(input_ids, labels)
         hidden = self.model(input_ids)
         if labels is None:
             return self.head(hidden)
@@ -84,13 +87,20 @@ class MobileLLM(nn.Module):
         head = layer.weight if isinstance(layer.weight, Tensor) else self.head
         return next_token_loss(hidden, head, labels)
 
+    def checkpoint_activations(self, enabled: bool = True) -> None:
+        """Keep only each pass's input for the backward pass, and compute the pass again there.
+
+        A shared block's passes are kept apart: each is computed again from its own input.
+        """
+        self.model.checkpointing = enabled
+
     def head(self, hidden: Tensor) -> Tensor:
         """Map hidden states (..., hidden_size) to logits (..., vocab_size)."""
         if self.config.tie_word_embeddings:
             return self.model.embed_tokens.project(hidden)
         return self.lm_head(hidden)
 
-    def _check(self, input_ids: Tensor) -> None:
+    def _check(self, input_ids: Tensor, labels: Tensor | None) -> None:
         if not isinstance(input_ids, Tensor):
             got = type(input_ids).__name__
             raise MobileLLMError(f"[forward] input_ids must be a Tensor, got {got}")
@@ -100,14 +110,21 @@ class MobileLLM(nn.Module):
         seq, limit = input_ids.shape[1], self.config.context_length
         if not 1 <= seq <= limit:
             raise MobileLLMError(f"[forward] input_ids must have 1 to {limit} tokens, got {seq}")
+        if labels is not None and (
+            not isinstance(labels, Tensor)
+            or labels.shape != input_ids.shape
+            or labels.dtype not in ops.INTEGERS
+        ):
+            got = f"{tuple(getattr(labels, 'shape', ()))} {getattr(labels, 'dtype', type(labels))}"
+            raise MobileLLMError(
+                f"[forward] labels must be {tuple(input_ids.shape)} integers, got {got}"
+            )
         # a look at the values would break a compiled graph, or wait for the GPU
         if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            bad = input_ids[(input_ids < 0) | (input_ids >= self.config.vocab_size)]
-            if len(bad):
-                raise MobileLLMError(
-                    f"[forward] input_ids must be in [0, {self.config.vocab_size}), "
-                    f"got {int(bad[0])}"
-                )
+            size = self.config.vocab_size
+            _expect_ids("input_ids", input_ids, size, input_ids < 0)
+            if labels is not None:
+                _expect_ids("labels", labels, size, (labels < 0) & (labels != IGNORED))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -272,29 +289,46 @@ class MobileLLM(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def _expect_ids(name: str, ids: Tensor, size: int, negative: Tensor) -> None:
+    bad = ids[negative | (ids >= size)]
+    if len(bad):
+        raise MobileLLMError(f"[forward] {name} must be in [0, {size}), got {int(bad[0])}")
+
+
 class Decoder(nn.Module):
     """Embed, run every block of the schedule, normalise."""
 
     def __init__(self, config: MobileLLMConfig, **options: Any) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False  # see `MobileLLM.checkpoint_activations`
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **options)
         self.layers = nn.ModuleList(
             Block(config, **options) for _ in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **options)
+        # No buffers: they would be rounded with the parameters, and empty on the meta device.
+        self._tables = self._rotary_tables(min(config.context_length, TABLE_LENGTH))
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(batch, seq) token ids -> (batch, seq, hidden_size)."""
         seq = input_ids.shape[1]
-        cos, sin = (
-            torch.from_numpy(table).to(input_ids.device)  # (seq, head_dim / 2)
-            for table in cos_sin(self.config, np.arange(seq), seq_len=seq)
-        )
+        scaling = self.config.rope_scaling
+        depends = scaling is not None and scaling["rope_type"] == "dynamic"
+        fresh = depends or seq > TABLE_LENGTH
+        tables = self._rotary_tables(seq) if fresh else self._tables
+        cos, sin = (table[:seq].to(input_ids.device) for table in tables)  # (seq, head_dim / 2)
         hidden = self.embed_tokens(input_ids)
         for block in self.config.schedule:
-            hidden = self.layers[block](hidden, cos, sin)
+            if self.checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(self.layers[block], hidden, cos, sin, use_reentrant=False)
+            else:
+                hidden = self.layers[block](hidden, cos, sin)
         return self.norm(hidden)
+
+    def _rotary_tables(self, seq: int) -> tuple[Tensor, Tensor]:
+        cos, sin = cos_sin(self.config, np.arange(seq), seq_len=seq)
+        return torch.from_numpy(cos), torch.from_numpy(sin)
 
 
 class Block(nn.Module):
