@@ -1,0 +1,172 @@
+"""Our models behind transformers' and lm-eval's interfaces, against their own."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import packed_weights, random_ids, random_weights, tiny_config, transformers_model
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import AutoTokenizer, pipeline
+
+from mobilellm_fast.adapters.lm_eval import EvaluatedModel
+from mobilellm_fast.adapters.transformers import as_transformers
+from mobilellm_fast.errors import MobileLLMError
+from mobilellm_fast.loading import load
+from mobilellm_fast.model import MobileLLM
+from mobilellm_fast.train import train_tokenizer, write_tokenizer
+
+TEXT = "the cat sat on the mat. the dog saw the cat, and the cat saw the dog.\n" * 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random model with a tokenizer, as `save_pretrained` writes it."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = write_tokenizer(train_tokenizer(TEXT, 300), folder / "tokenizer")
+    config = tiny_config(vocab_size=300, bos_token_id=0, eos_token_id=0)
+    lm = MobileLLM.from_weights(config, packed_weights(random_weights(config)))
+    lm._engine_options["tokenizer"] = tokenizer
+    lm.save_pretrained(folder / "lm")
+    return folder / "lm"
+
+
+def both(**changes):
+    config = tiny_config(**{"bos_token_id": None, "eos_token_id": None} | changes)
+    weights = random_weights(config)
+    ours = as_transformers(MobileLLM.from_weights(config, packed_weights(weights)))
+    return ours, transformers_model(config, weights)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}])
+def test_generate_equals_transformers_own_model(options):
+    ours, theirs = both()
+    ids = torch.tensor(random_ids(theirs.config, 3, 7))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0  # two prompts are shorter, and padded on the left
+    mask[2, :1] = 0
+    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0} | options
+    want = theirs.generate(ids, attention_mask=mask, **options)
+    got = ours.generate(ids, attention_mask=mask, **options)
+    assert got.shape == (3, 16)
+    assert torch.equal(got, want)
+
+
+def test_layer_shared_models_generate_with_a_cache():
+    ours, _ = both(layer_sharing=True)
+    ids = torch.tensor(random_ids(ours.lm.config, 1, 5))
+    got = ours.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, 5:]
+    assert got.tolist() == ours.lm.generate(ids[0].tolist(), max_new_tokens=8).token_ids
+
+
+def test_forward_without_a_cache_returns_all_logits():
+    ours, theirs = both()
+    ids = torch.tensor(random_ids(theirs.config, 2, 6))
+    with torch.no_grad():
+        got, want = ours(ids).logits, theirs(ids).logits
+    torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4)
+
+
+def test_loss_and_gradients_for_a_trainer():
+    ours, theirs = both()
+    ids = torch.tensor(random_ids(theirs.config, 2, 6))
+    losses = []
+    for model in (ours, theirs):
+        losses.append(model(ids, labels=ids).loss)
+        losses[-1].backward()
+    torch.testing.assert_close(*losses)
+    table = theirs.model.embed_tokens.weight.grad
+    torch.testing.assert_close(ours.get_input_embeddings().weight.grad, table, rtol=1e-3, atol=1e-5)
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1]] * 2)
+    with pytest.raises(MobileLLMError, match="attention_mask must not pad on the left"):
+        ours(ids, attention_mask=mask, labels=ids)
+
+
+def test_pipeline(folder):
+    lm = load(folder, format="fp32")
+    pipe = pipeline(
+        "text-generation",
+        model=as_transformers(lm),
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+    )
+    (answer,) = pipe("the cat", max_new_tokens=6, do_sample=False)
+    assert answer["generated_text"] == "the cat" + lm.generate("the cat", max_new_tokens=6).text
+
+
+TASK = """
+task: local
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{metric: acc}]
+"""
+
+
+def test_a_local_task_agrees_with_lm_evals_own_backend(folder, tmp_path, monkeypatch):
+    """On every log-likelihood, without network."""
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    rows = [
+        {
+            "question": "the cat",
+            "choices": [" sat on the mat", " mat", " saw the dog"],
+            "answer": 0,
+        },
+        {"question": "the dog saw the", "choices": [" cat", " and", "!"], "answer": 0},
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "local.yaml").write_text(TASK.replace("DATA", str(data)))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    found = []
+    for model in (
+        EvaluatedModel(engine=load(folder, format="fp32").engine),
+        HFLM(pretrained=str(folder), device="cpu", dtype="float32"),
+    ):
+        result = simple_evaluate(
+            model, tasks=["local"], task_manager=manager, log_samples=True, bootstrap_iters=0
+        )
+        samples = result["samples"]["local"]
+        found.append([[float(r[0][0]) for r in s["resps"]] for s in samples])
+        found.append([[str(r[0][1]) for r in s["resps"]] for s in samples])
+    ours, our_greedy, theirs, their_greedy = found
+    assert np.abs(np.array(ours) - np.array(theirs)).max() < 1e-3
+    assert our_greedy == their_greedy
+
+
+@pytest.mark.parametrize("max_length", [8, 64])
+def test_rolling_and_generation_agree_with_lm_evals_own_backend(folder, max_length):
+    ours = EvaluatedModel(engine=load(folder, format="fp32").engine, max_length=max_length)
+    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", max_length=max_length)
+    rolling = [Instance("loglikelihood_rolling", {}, (TEXT[:90],), 0)]
+    got, want = ours.loglikelihood_rolling(rolling), theirs.loglikelihood_rolling(rolling)
+    assert got[0] == pytest.approx(want[0], abs=1e-3)
+    pairs = [("the cat " * 9, " sat"), ("", "the dog"), ("the cat", " sat on the mat.")]
+    likely = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
+    for a, b in zip(ours.loglikelihood(likely), theirs.loglikelihood(likely), strict=True):
+        assert a[0] == pytest.approx(b[0], abs=1e-3)
+        assert a[1] == b[1]
+    if max_length > 8:
+        until = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}
+        asked = [Instance("generate_until", {}, ("the cat", until), 0)]
+        assert ours.generate_until(asked) == theirs.generate_until(asked)
+
+
+def test_lm_eval_knows_the_model_type(folder):
+    """As its command makes models; the command itself lists a thousand tasks before it starts."""
+    model = get_model("mobilellm_fast").create_from_arg_string(
+        f"pretrained={folder},format=int8,threads=1", {"batch_size": "1", "device": None}
+    )
+    assert isinstance(model, EvaluatedModel)
+    assert (model.engine.format, model.engine.executor.threads) == ("int8", 1)
+    assert (model.tok_encode("the cat"), model.max_length) == (
+        model.engine.tokenizer.encode("the cat"),
+        model.engine.config.context_length,
+    )
