@@ -2,7 +2,7 @@
 
     pytest bench/ --benchmark-only -m gpu              # everything
     pytest bench/ --benchmark-only -m gpu -k "gate or 125M-128"
-    pytest bench/ --benchmark-only -m gpu --missing    # what the file of today has not yet
+    pytest bench/ --benchmark-only -m gpu --missing    # what the file of today lacks
     pytest bench/ --benchmark-only -m gpu --dry        # tiny models on a CPU: shows that it works
 
 Peers that compile for long live in processes of their own, which get ready while the gates run;

@@ -47,7 +47,7 @@ build() {
 export -f build
 export site python
 limited "${BUILD_SECONDS:-120}" bash -c build >"$out/build.log" 2>&1 || { tail -20 "$out/build.log"; }
-say "built: $("$python" -c 'import mobilellm_fast._C as c; print(c.__file__, c.supported_isas())' 2>&1 | tail -1)"
+say "built: $(cd "$site" && "$python" -c 'import mobilellm_fast._C as c; print(c.__file__, c.supported_isas())' 2>&1 | tail -1)"
 
 if [ "${TESTS_SECONDS:-120}" != 0 ]; then
   say "tests"
@@ -66,19 +66,22 @@ fi
 
 if [ "${BENCH_SECONDS:-240}" != 0 ]; then
   end=$((SECONDS + ${BENCH_SECONDS:-240}))
-  for pid in "${warm[@]}"; do [ $SECONDS -lt $((end - 150)) ] && wait "$pid"; done
-  for pid in "${warm[@]}"; do kill "$pid" 2>/dev/null; done
+  patience=$((SECONDS + 30))
+  for pid in "${warm[@]}"; do
+    while kill -0 "$pid" 2>/dev/null && [ $SECONDS -lt $patience ]; do sleep 0.5; done
+    kill "$pid" 2>/dev/null
+  done
   again=()
-  for try in 1 2 3; do # a kernel that hangs or faults takes its process with it, not the rest
+  for try in 1 2 3 4; do # a kernel that hangs or faults takes its process with it, not the rest
     left=$((end - SECONDS))
     [ $left -lt 20 ] && break
     say "benchmark, try $try, $left s"
     limited $left "$python" -m pytest bench/bench_gpu.py --benchmark-only -m gpu -p no:xdist \
-      --gpu-results "$out" ${DRY:+--dry} "${again[@]}" ${BENCH_ARGS:-} >>"$out/bench.log" 2>&1
-    status=$?
-    say "benchmark ended with status $status"
-    sed -n '/goals of the GPU/,/^$/p' "$out/bench.log" | tail -25
-    grep -q "did not end\|the GPU was lost" "$out"/*-20*.json 2>/dev/null || break
+      --gpu-results "$out" ${DRY:+--dry} "${again[@]}" ${BENCH_ARGS:-} >"$site/bench.log" 2>&1
+    say "benchmark ended with status $?"
+    sed 's/^/  /' "$site/bench.log" >>"$out/bench.log"
+    sed -n '/goals of the GPU/,/^$/p' "$site/bench.log"
+    grep -q "goals of the GPU" "$site/bench.log" && ! grep -q "the GPU was lost" "$out"/*-20*.json && break
     again=(--missing)
   done
 fi

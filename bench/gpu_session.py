@@ -14,7 +14,7 @@ from gpu_op_works import op_works, poisoned
 from gpu_ours import TIERS, Ours, executor, plain_weights
 from gpu_peers import PEERS
 from gpu_plain import PlainModel, Weights, random_ids, random_weights
-from gpu_results import Results
+from gpu_results import LOST, Results
 from gpu_timing import copy_bandwidth, describe
 from gpu_worker import GpuWorker, WorkerFault
 from timing import Work
@@ -47,7 +47,8 @@ class Session:
         self.results = Results(folder, self.device, dry)
         self._executors: dict[Model, object] = {}
         self._weights: dict[str, Weights] = {}
-        self._red: dict[object, str] = {}
+        self._gated: set[str] = set()  # tiers whose gate ran
+        self._red: dict[Model, str] = {}
         self._text: gpu_gates.Text | None = None
         self._workers: dict[tuple[str, str], GpuWorker] = {}
         self._lost = ""
@@ -90,10 +91,14 @@ class Session:
         for (name, preset), worker in self._workers.items():
             try:
                 if worker.wait(seconds - (perf_counter() - self.started)) is None:
-                    self.say(f"{name} {preset} is not ready, and pauses")
-                    worker.pause()
+                    if name in PEERS:
+                        self.say(f"{name} {preset} is not ready, and pauses")
+                        worker.pause()
+                    else:  # it may hang with a kernel on the GPU
+                        worker.close()
+                        raise WorkerFault(f"it took more than {seconds:.0f} s")
             except WorkerFault as fault:
-                if name.startswith(("ours/", "op")):  # else its own measurement reports it
+                if name not in PEERS:  # else its own measurement reports it
                     self.results.note(f"compile {name} {preset}", str(fault))
 
     def peers_ready(self) -> None:
@@ -142,7 +147,7 @@ class Session:
         """Describe an error, and remember if the device is lost with it."""
         text = describe(error)
         if any(sign in text for sign in STICKY):
-            self._lost = f"the GPU was lost in {where}: {text}"
+            self._lost = f"{LOST} in {where}: {text}"
         return text
 
     def weights(self, preset: str) -> Weights:
@@ -154,11 +159,39 @@ class Session:
         return self._weights[preset]
 
     def executor(self, model: Model):
-        """Return an executor, made once."""
+        """Return an executor, made once.
+
+        Raises:
+            RuntimeError: its tier failed in its gate.
+        """
         if model not in self._executors:
+            tier = self._usable(model.tier)
             config, weights = shape(model.preset, self.dry), self.weights(model.preset)
-            self._executors[model] = executor(config, weights, model.kind, model.tier, self.dry)
+            self._executors[model] = executor(config, weights, model.kind, tier, self.dry)
         return self._executors[model]
+
+    def _usable(self, tier: str) -> str:
+        """Return a tier whose gate did not hang or lose the GPU; for "auto" the best such."""
+        begun = self.results.data["measurements"]
+        faults = {t: begun.get(f"gate-{t}", {}).get("fault") for t in TIERS}
+        if tier != "auto":
+            if faults[tier]:
+                raise RuntimeError(f"the gate of tier {tier} failed: {faults[tier]}")
+            return tier
+        if self.dry or not any(faults.values()):
+            return tier
+        from mobilellm_fast.cuda.executor import best_tier
+
+        below = TIERS[: TIERS.index(best_tier(self.device)) + 1]
+        usable = [t for t in below if not faults[t]]
+        if not usable:
+            raise RuntimeError(f"the gates of all tiers failed: {faults}")
+        return usable[-1]
+
+    def _gate_of(self, tier: str) -> str:
+        """Say what the gate of a tier found wrong, in this run or, for what it skips, the last."""
+        found = self.results.data["gates"].get(f"gate-{tier}", {}).get("red", [])
+        return "; ".join(found) if self.missing or tier in self._gated else ""
 
     def gate_tier(self, tier: str) -> dict:
         """Hold a tier to float32 and transformers' bf16 on the model of the gates."""
@@ -170,13 +203,13 @@ class Session:
         with poisoned():
             own = executor(text.config, text.weights, "bf16", tier, self.dry)
             found = gpu_gates.check(text, own)
-        self._red[tier] = "; ".join(found["red"])
+        self._gated.add(tier)
         return found
 
     def red(self, model: Model, own: Ours, ids: list[list[int]]) -> str:
         """Check once what a model decodes; returns what is wrong with it or its tier."""
         if model not in self._red:
-            reasons = (self._red.get(own.executor.tier), self._check_greedy(model, own, ids[0]))
+            reasons = (self._gate_of(own.executor.tier), self._check_greedy(model, own, ids[0]))
             self._red[model] = "; ".join(filter(None, reasons))
         return self._red[model]
 

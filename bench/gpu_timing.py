@@ -143,7 +143,7 @@ def _clocked(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
 
 def copies(nbytes: int, device: torch.device, l2_nbytes: int) -> int:
     """Say how many sets of data of a size exceed twice the L2 cache."""
-    return 2 if device.type != "cuda" else max(2, min(64, 1 + 2 * l2_nbytes // max(nbytes, 1)))
+    return 2 if device.type != "cuda" else max(2, min(192, 1 + 2 * l2_nbytes // max(nbytes, 1)))
 
 
 def copy_bandwidth(device: torch.device, nbytes: int = COPY_NBYTES) -> float:

@@ -25,6 +25,7 @@ import gpu_peers  # noqa: E402
 import gpu_plain  # noqa: E402
 import gpu_results  # noqa: E402
 import gpu_timing  # noqa: E402
+import report_gpu  # noqa: E402
 import timing  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -145,9 +146,10 @@ def test_a_share_is_of_the_limit(results):
 
 def test_another_run_of_the_day_keeps_what_it_does_not_measure(results, tmp_path):
     results.add("x", measured(ours=[1], them=[3]), {}, {"head": ("ours", "them")}, {})
-    results.fail("y", "it did not end", ["graphed"])
+    results.fail("y", f"{gpu_results.LOST} in x: illegal memory access", ["graphed"])
+    results.fail("w", "it did not end", [])
     again = gpu_results.Results(tmp_path, CPU, dry=True)
-    assert again.has("x") and not again.has("y") and not again.has("z")
+    assert [again.has(name) for name in "xwyz"] == [True, True, False, False]
     again.add("y", measured(ours=[1], graphed=[3]), {}, {"graphed": ("ours", "graphed")}, {})
     goals = read(again)["goals"]
     assert goals["head"]["ratio"] == goals["graphed"]["ratio"] == 3
@@ -214,3 +216,20 @@ def test_packed_arrays_come_back():
         data = gpu_pack.compress(array)
         back = gpu_pack.expand(data, array.dtype.str, list(array.shape))
         assert back.dtype == array.dtype and np.array_equal(back, array)
+
+
+def test_the_report_has_every_figure_and_fault(results, tmp_path):
+    works = measured(ours=[1e-6, 2e-6], them=[3e-6, 3e-6])
+    results.add("x", works, {"cudnn": "not here"}, {"head": ("ours", "them")}, {}, kind="op")
+    results.fail("y", "it did not end", ["graphed"])
+    page = tmp_path / "gpu.md"
+    page.write_text(f"# GPU\n\n{report_gpu.MARK}old\n")
+    for _ in range(2):
+        assert report_gpu.main([str(results.path), "--page", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("# GPU") and "old" not in text and text.count("### CPU (dry)") == 1
+    assert "| 1.30× | 1.80× | **2.25×** | stretch |" in text
+    assert "failed: it did not end" in text and "**failed**: not here" in text
+    assert "1.5 (1.0 … 2.0)" in text and "A dry run" in text
+    page.with_suffix(".json").write_text("[]")
+    assert report_gpu.main([str(page.with_suffix(".json")), "--page", str(page)]) == 1
