@@ -10,7 +10,7 @@ kernels of ours are compiled by such processes, too. Nothing is timed meanwhile.
 the results as failed, and stops nothing else.
 """
 
-import gpu_cases
+import gpu_decodes
 import pytest
 from gpu_op_works import TOLERANCE, Sizes, goals_of, op_works, poisoned
 from gpu_ours import TIERS
@@ -27,10 +27,10 @@ L2_NBYTES = 64 << 20  # where torch does not say
 def pytest_generate_tests(metafunc):
     cases = {
         "test_gate": TIERS,
-        "test_decode": gpu_cases.FIRST,
+        "test_decode": gpu_decodes.FIRST,
         "test_op": list(op_works(metafunc.config.getoption("dry"))),
-        "test_more_decode": gpu_cases.MORE,
-        "test_peer": gpu_cases.PEERS,
+        "test_more_decode": gpu_decodes.MORE,
+        "test_peer": gpu_decodes.PEERS,
     }
     metafunc.parametrize("case", cases[metafunc.function.__name__], ids=str)
 
@@ -70,7 +70,7 @@ def measure(session, benchmark):
     return run
 
 
-def _decode(case: gpu_cases.Case, session, measure):
+def _decode(case: gpu_decodes.Case, session, measure):
     with session.recording(case.name, case.goals):
         works, faults, red = session.decode_works(case)
         context, count = session.sizes(case)

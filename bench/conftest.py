@@ -1,6 +1,5 @@
 """pytest's part of the benchmarks: options, progress, and what a saved run says of its machine."""
 
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -132,7 +131,9 @@ def pytest_terminal_summary(terminalreporter, config):
 
 def pytest_configure(config):
     if config.getoption("dry"):
-        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+        from interpreted import interpret_kernels
+
+        interpret_kernels()  # before anything imports them
     config.pluginmanager.register(Progress(), "bench-progress")
 
 

@@ -77,7 +77,7 @@ if [ "${BENCH_SECONDS:-240}" != 0 ]; then
     [ $left -lt 20 ] && break
     say "benchmark, try $try, $left s"
     limited $left "$python" -m pytest bench/bench_gpu.py --benchmark-only -m gpu -p no:xdist \
-      --gpu-results "$out" ${DRY:+--dry} "${again[@]}" ${BENCH_ARGS:-} >"$site/bench.log" 2>&1
+      --tb=short --show-capture=no --gpu-results "$out" ${DRY:+--dry} "${again[@]}" ${BENCH_ARGS:-} >"$site/bench.log" 2>&1
     say "benchmark ended with status $?"
     sed 's/^/  /' "$site/bench.log" >>"$out/bench.log"
     sed -n '/goals of the GPU/,/^$/p' "$site/bench.log"

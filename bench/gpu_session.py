@@ -8,7 +8,7 @@ from time import perf_counter
 import gpu_gates
 import pytest
 import torch
-from gpu_cases import Case, Model
+from gpu_decodes import Case, Model
 from gpu_models import device_of, nbytes_per_token, shape
 from gpu_op_works import op_works, poisoned
 from gpu_ours import TIERS, Ours, executor, plain_weights

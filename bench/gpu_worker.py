@@ -113,6 +113,11 @@ def make(name: str, preset: str, context: int, dry: bool):
 
     torch.set_grad_enabled(False)
     if name == "op":
+        if dry:
+            sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+            from interpreted import interpret_kernels
+
+            interpret_kernels()
         from gpu_op_works import Sizes, op_works
 
         for op in preset.split(","):

@@ -15,7 +15,7 @@ if not BENCH.is_dir():
     pytest.skip("this tree has no benchmarks", allow_module_level=True)
 sys.path.insert(0, str(BENCH))
 
-import gpu_cases  # noqa: E402  on the path only now
+import gpu_decodes  # noqa: E402  on the path only now
 import gpu_goals  # noqa: E402
 import gpu_models  # noqa: E402
 import gpu_op_works  # noqa: E402
@@ -157,7 +157,7 @@ def test_another_run_of_the_day_keeps_what_it_does_not_measure(results, tmp_path
 
 
 def test_every_goal_is_measured_by_something():
-    cases = (*gpu_cases.FIRST, *gpu_cases.MORE, *gpu_cases.PEERS)
+    cases = (*gpu_decodes.FIRST, *gpu_decodes.MORE, *gpu_decodes.PEERS)
     by_cases = {goal for case in cases for goal in case.goals}
     by_ops = {goal for op in gpu_op_works.op_works(False) for goal in gpu_op_works.goals_of(op)}
     assert by_cases | by_ops == set(gpu_goals.GOALS)
@@ -216,6 +216,26 @@ def test_packed_arrays_come_back():
         data = gpu_pack.compress(array)
         back = gpu_pack.expand(data, array.dtype.str, list(array.shape))
         assert back.dtype == array.dtype and np.array_equal(back, array)
+
+
+@pytest.mark.parametrize("name", gpu_op_works.op_works(True))
+def test_ops_are_right_on_poisoned_memory(name):
+    """The launchers as the benchmark calls them, interpreted; and the gate sees a wrong result."""
+    pytest.importorskip("triton")
+    sizes = gpu_op_works.Sizes(CPU, 0, dry=True)
+    work = gpu_op_works.op_works(True)[name](sizes)
+    with gpu_op_works.poisoned():
+        assert torch.isnan(torch.empty(3)).all()
+        assert work.error() <= gpu_op_works.TOLERANCE
+    assert set(gpu_op_works.goals_of(name)) == set(work.pairs)
+    assert {peer for _, *peers in work.pairs.values() for peer in peers} <= set(work.peers)
+
+
+def test_the_distance_of_a_wrong_result_is_not_tolerated():
+    exact = torch.randn(4, 5)
+    for wrong in (-exact, exact * 1.01, exact[:2], exact * float("nan")):
+        assert gpu_op_works.distance(wrong, exact) > gpu_op_works.TOLERANCE
+    assert gpu_op_works.distance(exact.bfloat16(), exact) <= gpu_op_works.TOLERANCE
 
 
 def test_the_report_has_every_figure_and_fault(results, tmp_path):
