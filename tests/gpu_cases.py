@@ -10,13 +10,13 @@ from mobilellm_fast import quant, row_major
 DTYPES = [torch.bfloat16, torch.float16] if HAS_GPU else [torch.float32]
 KINDS = ("float", *quant.QUANTIZED_KINDS)
 
-ROWS = [(3, 1), (2, 45), (5, 576), (3, 1600), (280, 17)]
+ROWS = [(3, 1), (2, 45), (5, 576), (3, 1600), (20, 17)]
 ROPE = [(2, 5, 3, 6), (1, 7, 9, 64), (2, 3, 25, 80)]  # batch, seq, heads, head_dim
 # rows, outputs, cols; those with odd cols take pointers instead of descriptors
-PRODUCTS = [(1, 1, 1), (3, 17, 33), (17, 80, 576), (70, 130, 200), (130, 264, 96)]
+PRODUCTS = [(1, 1, 1), (3, 17, 33), (17, 80, 576), (70, 130, 200)]
 TOKENS = [1, 2, 17, 70]
-WEIGHTS = [(1, 7), (20, 576), (130, 96), (17, 1600)]  # outputs, cols
-HEADS = [(1, 5, 33), (1, 300, 96), (3, 300, 96), (19, 130, 64)]  # tokens, vocab, cols
+WEIGHTS = [(1, 7), (20, 576), (70, 96), (9, 1600)]  # outputs, cols
+HEADS = [(1, 5, 33), (1, 50, 96), (3, 300, 96), (19, 130, 64)]  # tokens, vocab, cols
 if HAS_GPU:
     ROWS.append((2048, 1152))
     PRODUCTS += [(2048, 1536, 576), (1000, 1152, 1280)]
