@@ -1,0 +1,379 @@
+"""Decode steps of one sequence: the token loop stays on the device.
+
+Three tiers, which compute the same and are each other's oracle:
+
+============== ====================================================================================
+``graph``      one kernel per stage, recorded as a CUDA graph, one replay per token
+``pdl``        the same, each kernel starting while the one before ends
+``persistent`` one kernel for any number of tokens
+============== ====================================================================================
+
+A `Steps` has fixed buffers, for one call at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import decode_persistent, decode_step
+from .cache import FORMATS, CudaCache
+from .geometry import Geometry, power_of_two, scales_of, softmax_scale
+from .weights import CudaWeights, Matrix
+
+MAX_STEPS = 64  # tokens of one call
+STAGE_WARPS = 4  # rows of a program of the tiers with one kernel per stage
+CANDIDATE_FIELDS = 5
+
+
+class Steps:
+    """What the tiers share: buffers and the loop over calls."""
+
+    def __init__(
+        self, weights: CudaWeights, rotary: tuple[Tensor, Tensor], kv_format: str
+    ) -> None:
+        self.weights = weights
+        self.geometry = Geometry(weights)
+        self.cos, self.sin = rotary
+        self.kv = _triton_dtype(kv_format)
+        config, device = weights.config, weights.device
+        self.schedule = torch.tensor(config.schedule, dtype=torch.int32, device=device)
+        self.address = torch.zeros(1, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(MAX_STEPS, dtype=torch.int32, device=device)
+        self.logprobs = torch.zeros(MAX_STEPS, device=device)
+        self.logits = torch.zeros(config.vocab_size, device=device)
+
+    def run(
+        self, cache: CudaCache, token_id: int, count: int, temperature: float, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """Read `token_id` at the end of the cache, then what was chosen, `count` tokens in all.
+
+        Returns:
+            tokens: int32 (count,), the choices; the last one is not in the cache yet.
+            logprobs: float32 (count,). `self.logits` are those of the last step.
+        """
+        cache.reserve(cache.length + count)
+        self._run(cache, token_id, count, temperature, seed)
+        cache.length += count
+        return self.tokens[:count].cpu(), self.logprobs[:count].cpu()
+
+    def _run(
+        self, cache: CudaCache, token_id: int, count: int, temperature: float, seed: int
+    ) -> None:
+        raise NotImplementedError
+
+
+class StagedSteps(Steps):
+    """Tiers `graph` and `pdl`: launches recorded once, replayed for every token.
+
+    Without CUDA (Triton's interpreter) the launches simply run.
+    """
+
+    def __init__(self, *args: Any, pdl: bool) -> None:
+        super().__init__(*args)
+        self._wait = "pdl" if pdl else "none"
+        self._launch = {"num_warps": STAGE_WARPS} | ({"launch_pdl": True} if pdl else {})
+        config, device = self.weights.config, self.weights.device
+        hidden, inner = config.hidden_size, config.intermediate_size
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self._output_programs = _programs(hidden)
+        self._head_programs = min(_programs(config.vocab_size), 1024)
+
+        def floats(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device)
+
+        self._x, self._middle = floats(hidden), floats(hidden)
+        self._qkv, self._attended = floats(queries + 2 * keys), floats(queries)
+        self._inner = floats(inner)
+        self._partial = floats(self.geometry.partial_size)
+        self._merged = floats(self._output_programs, queries)
+        self._candidates = floats(self._head_programs, CANDIDATE_FIELDS)
+        self._state = torch.zeros(4, dtype=torch.int32, device=device)
+        self._token, self._position, self._capacity, self._step = self._state.split(1)
+        self._temperature = floats(1)
+        self._seed = torch.zeros(1, dtype=torch.int64, device=device)
+        self._graph: Any = None
+
+    def _run(
+        self, cache: CudaCache, token_id: int, count: int, temperature: float, seed: int
+    ) -> None:
+        self._state.copy_(torch.tensor([token_id, cache.length, cache.capacity, 0]))
+        self.address.fill_(cache.address)
+        self._temperature.fill_(temperature)
+        self._seed.fill_(seed)
+        embedding = self.weights.embedding
+        decode_step.embed_kernel[(1,)](
+            self._token,
+            embedding.codes,
+            scales_of(embedding),
+            self._x,
+            COLS=embedding.cols,
+            KIND=embedding.kind,
+            COL_BLOCK=self.geometry.model["COL_BLOCK"],
+        )
+        if self.weights.device.type != "cuda":
+            for _ in range(count):
+                self._launch_step()
+            return
+        if self._graph is None:
+            self._graph = self._record()
+        for _ in range(count):
+            self._graph.replay()
+
+    def _record(self) -> Any:
+        before = [t.clone() for t in (self._state, self._x)]
+        self._launch_step()  # compiles: a recording must not
+        for tensor, value in zip((self._state, self._x), before, strict=True):
+            tensor.copy_(value)
+        torch.cuda.synchronize(self.weights.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._launch_step()
+        return graph
+
+    def _launch_step(self) -> None:
+        weights, model, attention = self.weights, self.geometry.model, self.geometry.attention
+        eps = weights.config.rms_norm_eps
+        for slot, block in enumerate(weights.config.schedule):
+            qkv, output, gate_up, down = (
+                matrix[block]
+                for matrix in (weights.qkv, weights.output, weights.gate_up, weights.down)
+            )
+            attention_norm, ffn_norm = weights.attention_norms[block], weights.ffn_norms[block]
+            self._project("qkv", qkv, self._x, attention_norm, None, self._qkv)
+            decode_step.attention_kernel[(attention["KV_HEADS"] * attention["SPLITS"], 1)](
+                self._position,
+                self.address,
+                self._capacity,
+                slot,
+                self._qkv,
+                self.cos,
+                self.sin,
+                softmax_scale(weights),
+                self._partial,
+                self._attended,
+                KV=self.kv,
+                WAIT=self._wait,
+                **attention,
+                **self._launch,
+            )
+            decode_step.output_kernel[(self._output_programs,)](
+                output.codes,
+                scales_of(output),
+                self._partial,
+                self._position,
+                self._attended,
+                self._merged,
+                self._x,
+                self._middle,
+                HIDDEN=model["HIDDEN"],
+                HEAD_ROWS=model["HEAD_ROWS"],
+                ROWS=STAGE_WARPS,
+                PROGRAMS=self._output_programs,
+                WAIT=self._wait,
+                **attention,
+                **self.geometry.matrix("output"),
+                **self._launch,
+            )
+            programs = _programs(model["INNER"])
+            decode_step.gate_up_kernel[(programs,)](
+                gate_up.codes,
+                scales_of(gate_up),
+                self._middle,
+                ffn_norm,
+                eps,
+                self._inner,
+                INNER=model["INNER"],
+                COLS=model["HIDDEN"],
+                ROWS=STAGE_WARPS,
+                PROGRAMS=programs,
+                WAIT=self._wait,
+                **self.geometry.matrix("gate_up"),
+                **self._launch,
+            )
+            self._project("down", down, self._inner, None, self._middle, self._x)
+        head, embedding = weights.head, weights.embedding
+        decode_step.candidate_kernel[(self._head_programs,)](
+            head.codes,
+            scales_of(head),
+            self._x,
+            weights.final_norm,
+            eps,
+            self.logits,
+            self._candidates,
+            self._temperature,
+            self._seed,
+            self._position,
+            VOCAB=head.rows,
+            COLS=head.cols,
+            ROWS=STAGE_WARPS,
+            PROGRAMS=self._head_programs,
+            WAIT=self._wait,
+            **self.geometry.matrix("head"),
+            **self._launch,
+        )
+        decode_step.finish_kernel[(1,)](
+            self._candidates,
+            self._position,
+            self._step,
+            self.tokens,
+            self.logprobs,
+            embedding.codes,
+            scales_of(embedding),
+            self._x,
+            VOCAB=head.rows,
+            COLS=embedding.cols,
+            KIND=embedding.kind,
+            PROGRAMS=self._head_programs,
+            BLOCK=power_of_two(self._head_programs),
+            COL_BLOCK=model["COL_BLOCK"],
+            WAIT=self._wait,
+            **self._launch,
+        )
+
+    def _project(
+        self,
+        name: str,
+        matrix: Matrix,
+        x: Tensor,
+        norm: Tensor | None,
+        residual: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        programs = _programs(matrix.rows)
+        decode_step.project_kernel[(programs,)](
+            matrix.codes,
+            scales_of(matrix),
+            x,
+            x if norm is None else norm,
+            self.weights.config.rms_norm_eps,
+            x if residual is None else residual,
+            out,
+            OUTPUTS=matrix.rows,
+            COLS=matrix.cols,
+            ROWS=STAGE_WARPS,
+            NORM=norm is not None,
+            ADD=residual is not None,
+            PROGRAMS=programs,
+            WAIT=self._wait,
+            **self.geometry.matrix(name),
+            **self._launch,
+        )
+
+
+class PersistentSteps(Steps):
+    """Tier `persistent`: one cooperative launch.
+
+    Args:
+        programs: of the grid; None takes one per multiprocessor.
+        warps: of a program.
+        ahead: request weights into the L2 cache, which takes compute capability 9.
+        prefetch_limit: most bytes that a program requests at once.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        programs: int | None = None,
+        warps: int | None = None,
+        ahead: bool | None = None,
+        prefetch_limit: int = 1 << 20,
+    ) -> None:
+        super().__init__(*args)
+        device = self.weights.device
+        on_gpu = device.type == "cuda"
+        if programs is None:
+            programs = (
+                torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
+            )
+        if ahead is None:
+            ahead = on_gpu and torch.cuda.get_device_capability(device)[0] >= 9
+        self.programs = programs
+        self.warps = warps or default_warps(self.weights)
+        self.ahead = ahead
+        self._wait = "grid" if on_gpu else "none"
+        self._prefetch_limit = prefetch_limit
+        config = self.weights.config
+        hidden, queries = config.hidden_size, config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        shared = 2 * hidden + 2 * queries + 2 * keys + config.intermediate_size
+        shared += self.geometry.partial_size + programs * CANDIDATE_FIELDS
+        self._workspace = torch.zeros(shared + programs * (hidden + queries), device=device)
+        self._counter = torch.zeros(1, dtype=torch.int32, device=device)
+        self._state = torch.zeros(3, dtype=torch.int32, device=device)
+
+    def _run(
+        self, cache: CudaCache, token_id: int, count: int, temperature: float, seed: int
+    ) -> None:
+        weights = self.weights
+        self._state.copy_(torch.tensor([token_id, cache.length, cache.capacity]))
+        self.address.fill_(cache.address)
+        self._counter.zero_()
+        matrices = [
+            getattr(weights, name)
+            for name in ("qkv", "output", "gate_up", "down", "embedding", "head")
+        ]
+        operands = [t for matrix in matrices for t in (matrix.codes, scales_of(matrix))]
+        cooperative = {"launch_cooperative_grid": True} if self._wait == "grid" else {}
+        decode_persistent.persistent_kernel[(self.programs,)](
+            count,
+            self._state,
+            self.schedule,
+            len(self.schedule),
+            self.address,
+            self.tokens,
+            self.logprobs,
+            self._counter,
+            self._workspace,
+            self.logits,
+            self.cos,
+            self.sin,
+            weights.attention_norms,
+            weights.ffn_norms,
+            weights.final_norm,
+            *operands,
+            weights.config.rms_norm_eps,
+            softmax_scale(weights),
+            float(temperature),
+            seed,
+            self._prefetch_limit,
+            num_warps=self.warps,
+            **self.constants(),
+            **cooperative,
+        )
+
+    def constants(self) -> dict[str, Any]:
+        """Return the compile-time arguments of the kernel."""
+        kinds: dict[str, Any] = {}
+        for name in ("qkv", "output", "gate_up", "down", "head"):
+            kinds |= self.geometry.matrix(name, f"{name.upper()}_")
+        return {
+            **self.geometry.model,
+            **kinds,
+            "EMBEDDING_KIND": self.weights.embedding.kind,
+            "KV": self.kv,
+            "ROWS": self.warps,
+            "PROGRAMS": self.programs,
+            "BLOCK_PROGRAMS": power_of_two(self.programs),
+            "AHEAD": self.ahead,
+            "WAIT": self._wait,
+        }
+
+
+def default_warps(weights: CudaWeights) -> int:
+    """Warps of a persistent program: one row each, of as many as a program has to do at once."""
+    return 16 if weights.config.hidden_size < 1024 else 8
+
+
+def _programs(rows: int) -> int:
+    return -(-rows // STAGE_WARPS)
+
+
+def _triton_dtype(kv_format: str) -> Any:
+    import triton.language as tl
+
+    dtypes = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+    return dtypes[FORMATS[kv_format]]
