@@ -112,7 +112,7 @@ def persistent_kernel(
             inner (INNER), partial, candidates; then HIDDEN + HEADS * HEAD_DIM of each program.
         counter: int32 (1,), zero; counts the arrivals at barriers.
         AHEAD: request the next stage's weights into the L2 cache.
-        WAIT: "grid"; "none" runs a grid of one program, for the interpreter.
+        WAIT: "grid"; "alone" for a grid of one program, which the interpreter can run.
     """
     QUERIES: tl.constexpr = HEADS * HEAD_DIM
     QKV: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM

@@ -1,7 +1,7 @@
 """Waiting: for the kernel before (programmatic dependent launch) or for all programs of a grid.
 
 These are the only lines that a GPU without them, or Triton's interpreter, cannot run: `WAIT="none"`
-leaves them out, and the stream's own order takes their place.
+leaves them out, and the stream's own order takes their place; so does `"alone"`, in a grid of one.
 """
 
 import triton
@@ -14,7 +14,7 @@ def wait_for_inputs(WAIT: tl.constexpr, counter, arrivals):
 
     Args:
         WAIT: "none": the launch has waited; "pdl": for the end of the kernel before; "grid": until
-            `counter` has come to `arrivals`, see `arrive`.
+            `counter` has come to `arrivals`, see `arrive`; "alone": the grid is one program.
     """
     if WAIT == "pdl":
         tl.extra.cuda.gdc_wait()
@@ -106,7 +106,7 @@ def prefetch(AHEAD: tl.constexpr, address, nbytes):
 @triton.jit
 def current(WAIT: tl.constexpr, value):
     """A number that kernels read from memory once they have waited, and a grid's programs know."""
-    return value if WAIT == "grid" else tl.load(value)
+    return value if WAIT == "grid" or WAIT == "alone" else tl.load(value)
 
 
 @triton.jit

@@ -294,7 +294,7 @@ class PersistentSteps(Steps):
         self.programs = programs
         self.warps = warps or default_warps(self.weights)
         self.ahead = ahead
-        self._wait = "grid" if on_gpu else "none"
+        self._wait = "grid" if on_gpu else "alone"
         self._prefetch_limit = prefetch_limit
         config = self.weights.config
         hidden, queries = config.hidden_size, config.num_attention_heads * config.head_dim
