@@ -297,7 +297,7 @@ def persistent_kernel(
                     HIDDEN,
                     QKV_KIND,
                     PROGRAMS,
-                prefetch_limit,
+                    prefetch_limit,
                 )
             else:
                 _prefetch_share(
@@ -309,7 +309,7 @@ def persistent_kernel(
                     HIDDEN,
                     HEAD_KIND,
                     PROGRAMS,
-                prefetch_limit,
+                    prefetch_limit,
                 )
 
             project(

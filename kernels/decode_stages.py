@@ -1,4 +1,4 @@
-"""The five stages of a block and the head, for one decoded token, as any program of a grid runs them.
+"""The five stages of a block, for one decoded token, as any program of a grid runs them.
 
     qkv        norm + query, key and value projections      -> qkv
     attention  rotate, store key and value, attend          -> partial results of splits
@@ -99,9 +99,7 @@ def _project_rows(
         live = row < end
         if tile_count(OUTPUTS, PROGRAMS, ROWS) > 1:
             following = load_tile(codes, row + ROWS, row + ROWS < end, COLS, KIND, VEC)
-        y = multiply_tile(
-            tile, scales, row, live, x, norm_weight, eps, ROWS, COLS, KIND, VEC, NORM
-        )
+        y = multiply_tile(tile, scales, row, live, x, norm_weight, eps, ROWS, COLS, KIND, VEC, NORM)
         if ADD:
             y += tl.load(residual + row, mask=live, other=0)
         tl.store(out + row, y, mask=live)
@@ -212,7 +210,7 @@ def attend(
     """
     group: tl.constexpr = HEADS // KV_HEADS
     KV: tl.constexpr = keys.dtype.element_ty
-    precision: tl.constexpr = "ieee" if KV == tl.float32 else "tf32"
+    precision: tl.constexpr = "ieee" if tl.float32 == KV else "tf32"
     tokens = position + 1
     splits, length = split_plan(tokens, SPLITS, BLOCK_KV)
     first = split * length
@@ -225,7 +223,7 @@ def attend(
             qkv + (HEADS + kv_head) * HEAD_DIM, dim, position, cos, sin, has_dim, HEAD_DIM
         )
         value = tl.load(qkv + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + dim, mask=has_dim, other=0)
-        if KV == tl.float16:
+        if tl.float16 == KV:
             key = tl.minimum(tl.maximum(key, -BIGGEST_HALF), BIGGEST_HALF)
             value = tl.minimum(tl.maximum(value, -BIGGEST_HALF), BIGGEST_HALF)
         place = position.to(tl.int64) * HEAD_DIM + dim

@@ -1,12 +1,12 @@
-"""Matrix times vector for one decoded token: tiles of weight rows, requested before they are needed.
+"""Matrix times vector, for one decoded token: tiles of rows, requested before they are needed.
 
 A tile is `ROWS` rows of a weight matrix, one per warp, in `(LANES, ROWS, VEC)` order: 32 lanes side
 by side along the inputs, each with `VEC` neighbouring ones, which is one 16-byte load. Loads of
 inputs have the same shape, so that they come in the same layout and a product needs no exchange
 between threads until the final sum over the lanes of a warp.
 
-`load_tile` and `multiply_tile` are apart because the weights are known before the inputs are: a tile
-is requested, then whoever computes the inputs is waited for.
+`load_tile` and `multiply_tile` are apart because weights are known before inputs are: a tile is
+requested, then whoever computes the inputs is waited for.
 """
 
 import triton
@@ -105,7 +105,9 @@ def multiply_tile(
 
 
 @triton.jit
-def _inputs(x, norm_weight, place, STEP: tl.constexpr, inside, COLS: tl.constexpr, NORM: tl.constexpr):
+def _inputs(
+    x, norm_weight, place, STEP: tl.constexpr, inside, COLS: tl.constexpr, NORM: tl.constexpr
+):
     """Load inputs, times the norm's weight; return them and the sums of their squares."""
     mask = inside[:, :, None]
     if COLS // GROUP * GROUP != COLS:
@@ -128,9 +130,7 @@ def unpack_pair(pair):  # int32 -> scale, min, float32
 
 
 @triton.jit
-def share_of(
-    count: tl.constexpr, program, PROGRAMS: tl.constexpr
-):  # -> first, end
+def share_of(count: tl.constexpr, program, PROGRAMS: tl.constexpr):  # -> first, end
     """Split `count` rows evenly: what falls to one program."""
     return program * count // PROGRAMS, (program + 1) * count // PROGRAMS
 

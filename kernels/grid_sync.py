@@ -111,7 +111,7 @@ def current(WAIT: tl.constexpr, value):
 
 @triton.jit
 def recomputed(WAIT: tl.constexpr, value):
-    """Return an int32 unchanged, and hide that it is: what follows from it is not kept in registers.
+    """Return an int32 unchanged, and hide that it is, so that nothing made of it is kept.
 
     A loop with many stages would otherwise keep the addresses of all of them, and spill.
     """

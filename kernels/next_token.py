@@ -1,4 +1,4 @@
-"""From the last hidden state to the next token: head, choice, log-probability, all on the device."""
+"""From the last hidden state to the next token: head, choice and log-probability."""
 
 import triton
 import triton.language as tl

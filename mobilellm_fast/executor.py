@@ -173,7 +173,7 @@ class Executor:
         Raises:
             MobileLLMError: as `forward`; nothing was computed.
         """
-        ids = [self._checked_ids(part) for part in sequences]
+        ids = [checked_ids(part, self.config.vocab_size) for part in sequences]
         counts = [len(part) for part in ids]
         starts = [cache.length for cache in caches]
         if not counts or len(counts) != len(starts):
@@ -204,23 +204,6 @@ class Executor:
             )
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _checked_ids(self, token_ids: Sequence[int]) -> np.ndarray:
-        try:
-            ids = np.asarray(token_ids)
-        except ValueError:  # ragged
-            ids = np.asarray(token_ids, object)
-        if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
-            raise MobileLLMError(
-                f"[forward] token_ids must be a non-empty list of integers, got {ids.dtype} "
-                f"{ids.shape}"
-            )
-        bad = ids[(ids < 0) | (ids >= self.config.vocab_size)]
-        if len(bad):
-            raise MobileLLMError(
-                f"[forward] token_ids must be in [0, {self.config.vocab_size}), got {bad[0]}"
-            )
-        return ids.astype(np.int32)
-
     def _rotary_rows(self, positions: np.ndarray) -> np.ndarray:
         """Return cos and sin of positions (n,): float32 (2, n, head_dim / 2)."""
         end = int(positions.max()) + 1
@@ -233,6 +216,22 @@ class Executor:
             longer = np.arange(min(end + 1024, self.config.context_length))
             rotary = self._rotary = np.stack(cos_sin(self.config, longer))
         return rotary.take(positions, axis=1)
+
+
+def checked_ids(token_ids: Sequence[int], vocab_size: int) -> np.ndarray:
+    """Return token ids as int32 (n,), n >= 1, each in [0, vocab_size)."""
+    try:
+        ids = np.asarray(token_ids)
+    except ValueError:  # ragged
+        ids = np.asarray(token_ids, object)
+    if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
+        raise MobileLLMError(
+            f"[forward] token_ids must be a non-empty list of integers, got {ids.dtype} {ids.shape}"
+        )
+    bad = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(bad):
+        raise MobileLLMError(f"[forward] token_ids must be in [0, {vocab_size}), got {bad[0]}")
+    return ids.astype(np.int32)
 
 
 def check_threads(threads: int | None) -> int:

@@ -31,9 +31,7 @@ CANDIDATE_FIELDS = 5
 class Steps:
     """What the tiers share: buffers and the loop over calls."""
 
-    def __init__(
-        self, weights: CudaWeights, rotary: tuple[Tensor, Tensor], kv_format: str
-    ) -> None:
+    def __init__(self, weights: CudaWeights, rotary: tuple[Tensor, Tensor], kv_format: str) -> None:
         self.weights = weights
         self.geometry = Geometry(weights)
         self.cos, self.sin = rotary
@@ -272,6 +270,7 @@ class PersistentSteps(Steps):
         warps: of a program.
         ahead: request weights into the L2 cache, which takes compute capability 9.
         prefetch_limit: most bytes that a program requests at once.
+        maxnreg: most registers of a thread, so that a multiprocessor holds several programs.
     """
 
     def __init__(
@@ -281,6 +280,7 @@ class PersistentSteps(Steps):
         warps: int | None = None,
         ahead: bool | None = None,
         prefetch_limit: int = 1 << 20,
+        maxnreg: int | None = None,
     ) -> None:
         super().__init__(*args)
         device = self.weights.device
@@ -296,6 +296,11 @@ class PersistentSteps(Steps):
         self.ahead = ahead
         self._wait = "grid" if on_gpu else "alone"
         self._prefetch_limit = prefetch_limit
+        self._launch: dict[str, Any] = {"num_warps": self.warps}
+        if on_gpu:
+            self._launch["launch_cooperative_grid"] = True
+        if maxnreg is not None:
+            self._launch["maxnreg"] = maxnreg
         config = self.weights.config
         hidden, queries = config.hidden_size, config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
@@ -317,7 +322,6 @@ class PersistentSteps(Steps):
             for name in ("qkv", "output", "gate_up", "down", "embedding", "head")
         ]
         operands = [t for matrix in matrices for t in (matrix.codes, scales_of(matrix))]
-        cooperative = {"launch_cooperative_grid": True} if self._wait == "grid" else {}
         decode_persistent.persistent_kernel[(self.programs,)](
             count,
             self._state,
@@ -340,9 +344,8 @@ class PersistentSteps(Steps):
             float(temperature),
             seed,
             self._prefetch_limit,
-            num_warps=self.warps,
             **self.constants(),
-            **cooperative,
+            **self._launch,
         )
 
     def constants(self) -> dict[str, Any]:

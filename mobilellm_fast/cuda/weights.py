@@ -111,9 +111,7 @@ class Matrix:
         scales = torch.full((*blocks, *sizes), step, device=device)
         if kind == "int4_g32":
             scales[..., 1] *= -7.5
-        return cls(
-            kind, rows, cols, codes, scales if kind == "int8" else scales.to(torch.float16)
-        )
+        return cls(kind, rows, cols, codes, scales if kind == "int8" else scales.to(torch.float16))
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,8 +162,7 @@ class CudaWeights:
             parts = [[weights[block_name(index, path)] for path in paths] for index in blocks]
             if len({weight.kind for block in parts for weight in block}) > 1:
                 parts = [
-                    [quant.pack(weight.dequantize(), "bf16") for weight in block]
-                    for block in parts
+                    [quant.pack(weight.dequantize(), "bf16") for weight in block] for block in parts
                 ]
             return Matrix.stack(parts, device)
 

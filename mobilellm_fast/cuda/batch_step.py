@@ -1,0 +1,89 @@
+"""One decode step of several sequences at once, recorded as a CUDA graph per batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import decode_step
+from .cache import CudaCache
+from .geometry import Geometry, softmax_scale
+from .layers import hidden_states, logits
+from .weights import CudaWeights
+
+
+class BatchStep:
+    """Reads one token of each of `size` sequences; fixed buffers, for one call at a time."""
+
+    def __init__(
+        self, weights: CudaWeights, rotary: tuple[Tensor, Tensor], kv: Any, size: int
+    ) -> None:
+        device, config = weights.device, weights.config
+        self._weights = weights
+        self._rotary = rotary
+        self._kv = kv
+        self._geometry = Geometry(weights)
+        self._ids = torch.zeros(size, dtype=torch.int64, device=device)
+        self._positions, self._capacities = torch.zeros(2, size, dtype=torch.int32, device=device)
+        self._addresses = torch.zeros(size, dtype=torch.int64, device=device)
+        self._partial = torch.zeros(size, self._geometry.partial_size, device=device)
+        queries = config.num_attention_heads * config.head_dim
+        self._attended = torch.zeros(size, queries, device=device)
+        self._logits: Tensor | None = None
+        self._graph: Any = None
+
+    def run(self, token_ids: Sequence[int], caches: Sequence[CudaCache]) -> Tensor:
+        """Append a token to each cache; return float32 (size, vocab_size), valid until the next."""
+        for cache in caches:
+            cache.reserve(cache.length + 1)
+        fields = ([c.length for c in caches], [c.capacity for c in caches])
+        self._positions.copy_(torch.tensor(fields[0], dtype=torch.int32))
+        self._capacities.copy_(torch.tensor(fields[1], dtype=torch.int32))
+        self._addresses.copy_(torch.tensor([cache.address for cache in caches]))
+        self._ids.copy_(torch.tensor(token_ids))
+        if self._weights.device.type != "cuda":
+            self._logits = self._compute()
+        elif self._graph is None:
+            self._logits = self._compute()  # compiles: a recording must not
+            torch.cuda.synchronize(self._weights.device)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._logits = self._compute()
+            self._graph.replay()
+        else:
+            self._graph.replay()
+        for cache in caches:
+            cache.length += 1
+        return self._logits
+
+    def _compute(self) -> Tensor:
+        return logits(self._weights, hidden_states(self._weights, self._ids, self._attention))
+
+    def _attention(self, slot: int, qkv: Tensor) -> Tensor:
+        sizes = self._geometry.attention
+        size = len(self._ids)
+        decode_step.attention_kernel[(sizes["KV_HEADS"] * sizes["SPLITS"], size)](
+            self._positions,
+            self._addresses,
+            self._capacities,
+            slot,
+            qkv,
+            *self._rotary,
+            softmax_scale(self._weights),
+            self._partial,
+            self._attended,
+            KV=self._kv,
+            WAIT="none",
+            **sizes,
+        )
+        decode_step.merge_kernel[(size,)](
+            self._positions,
+            self._partial,
+            self._attended,
+            HEAD_ROWS=self._geometry.model["HEAD_ROWS"],
+            **sizes,
+        )
+        return self._attended

@@ -1,0 +1,213 @@
+"""The step on a GPU: prompts by matrix products, single tokens by the decode kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..config import MobileLLMConfig
+from ..errors import MobileLLMError
+from ..executor import checked_ids
+from ..rope import cos_sin
+from .cache import FORMATS, CudaCache
+from .weights import CudaWeights
+
+TIERS = ("graph", "pdl", "persistent")
+PIECE = 2048  # tokens of a prompt at once: bounds the memory of activations
+
+
+class CudaExecutor:
+    """Runs a model's weights on a GPU, with the interface of `Executor`.
+
+    Args:
+        config: the architecture.
+        weights: on the device.
+        tier: how single tokens are decoded, see `steps`; "auto" takes the fastest that the device
+            has.
+        kv_format: "fp16", "bf16" or "fp32"; None takes fp32 for fp32 weights, else fp16.
+        options: of the tier, for measurements, see `PersistentSteps`.
+
+    Raises:
+        MobileLLMError: an argument is not possible here.
+    """
+
+    def __init__(
+        self,
+        config: MobileLLMConfig,
+        weights: CudaWeights,
+        tier: str = "auto",
+        kv_format: str | None = None,
+        **options: Any,
+    ) -> None:
+        from . import steps
+
+        if kv_format is None:
+            kv_format = "fp32" if weights.qkv.kind == "fp32" else "fp16"
+        if kv_format not in FORMATS:
+            raise MobileLLMError(
+                f"[load] kv_format must be one of {', '.join(FORMATS)} on cuda, got {kv_format!r}"
+            )
+        if tier not in ("auto", *TIERS):
+            raise MobileLLMError(
+                f"[load] tier must be 'auto' or one of {', '.join(TIERS)}, got {tier!r}"
+            )
+        self.config = config
+        self.weights = weights
+        self.kv_format = kv_format
+        self.num_parameters = config.num_parameters
+        self.weight_nbytes = weights.nbytes
+        self.tier = best_tier(weights.device) if tier == "auto" else tier
+        tables = cos_sin(config, np.arange(config.context_length))
+        self._rotary = tuple(torch.from_numpy(table).to(weights.device) for table in tables)
+        arguments = (weights, self._rotary, kv_format)
+        if self.tier == "persistent":
+            self._steps = steps.PersistentSteps(*arguments, **options)
+        else:
+            self._steps = steps.StagedSteps(*arguments, pdl=self.tier == "pdl", **options)
+        self._batches: dict[int, Any] = {}
+
+    @property
+    def max_steps(self) -> int:
+        """Most tokens of one call of `decode`."""
+        from .steps import MAX_STEPS
+
+        return MAX_STEPS
+
+    def new_cache(self) -> CudaCache:
+        """Return an empty KV cache, see `Executor.new_cache`."""
+        return CudaCache(self.config, self.kv_format, self.weights.device)
+
+    @torch.inference_mode()
+    def forward(
+        self, token_ids: Sequence[int], cache: CudaCache, all_logits: bool = False
+    ) -> np.ndarray:
+        """Append tokens to the cache and return the logits that follow, see `Executor.forward`."""
+        ids = self._checked(token_ids, cache)
+        if len(ids) == 1:
+            self._steps.run(cache, int(ids[0]), 1, 0.0, 0)
+            return self._steps.logits.cpu().numpy()[None]
+        return self._read(ids, cache, all_logits).cpu().numpy()
+
+    @torch.inference_mode()
+    def forward_batch(
+        self,
+        sequences: Sequence[Sequence[int]],
+        caches: Sequence[CudaCache],
+        all_logits: bool = False,
+    ) -> np.ndarray:
+        """Append tokens to several caches, see `Executor.forward_batch`."""
+        if not len(sequences) or len(sequences) != len(caches):
+            raise MobileLLMError(
+                f"[forward] sequences must be one or more, each with a cache, "
+                f"got {len(sequences)} and {len(caches)} caches"
+            )
+        if len({id(cache) for cache in caches}) < len(caches):
+            raise MobileLLMError("[forward] caches must be different, got one twice")
+        checked = [self._checked(s, c) for s, c in zip(sequences, caches, strict=True)]
+        if len(checked) > 1 and all(len(ids) == 1 for ids in checked):
+            token_ids = [int(ids[0]) for ids in checked]
+            return self._batch_step(len(caches)).run(token_ids, caches).cpu().numpy()
+        rows = [self.forward(ids, c, all_logits) for ids, c in zip(checked, caches, strict=True)]
+        return np.concatenate(rows)
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        cache: CudaCache,
+        token_id: int,
+        count: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> tuple[list[int], list[float]]:
+        """Read a token, then what is chosen after it, without leaving the device.
+
+        Args:
+            cache: grows by `count` tokens.
+            token_id: the first token to read.
+            count: how many to choose; the last one chosen is not read.
+            temperature: 0 takes the likeliest token (the first on ties), else tokens are drawn from
+                the softmax of logits / temperature.
+            seed: of the draws; the same seed at the same positions draws the same.
+
+        Returns:
+            The tokens chosen and their natural log-probabilities in the model's own distribution.
+
+        Raises:
+            MobileLLMError: the context holds fewer tokens; a logit was not finite.
+        """
+        self._checked([token_id] * count, cache)
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        while len(tokens) < count:
+            part = min(count - len(tokens), self.max_steps)
+            chosen, probable = self._steps.run(cache, token_id, part, temperature, seed)
+            tokens += chosen.tolist()
+            logprobs += probable.tolist()
+            token_id = tokens[-1]
+        if not np.isfinite(logprobs).all():
+            raise MobileLLMError("[generate] the model's logits must be finite, got nan or inf")
+        return tokens, logprobs
+
+    @torch.inference_mode()
+    def decode_batch(
+        self, caches: Sequence[CudaCache], token_ids: Sequence[int], count: int
+    ) -> np.ndarray:
+        """Take the likeliest token of each sequence, `count` times: int64 (sequences, count)."""
+        chosen = []
+        step = self._batch_step(len(caches))
+        for _ in range(count):
+            token_ids = step.run(token_ids, caches).argmax(-1).tolist()
+            chosen.append(token_ids)
+        return np.array(chosen).T
+
+    def _batch_step(self, size: int) -> Any:
+        from .batch_step import BatchStep
+
+        if size not in self._batches:
+            self._batches[size] = BatchStep(self.weights, self._rotary, self._steps.kv, size)
+        return self._batches[size]
+
+    def _read(self, ids: np.ndarray, cache: CudaCache, all_logits: bool) -> torch.Tensor:
+        from .layers import hidden_states, logits, prompt_attention
+
+        cache.reserve(cache.length + len(ids))
+        parts = []
+        for start in range(0, len(ids), PIECE):
+            piece = torch.from_numpy(ids[start : start + PIECE]).to(self.weights.device)
+            attention = prompt_attention(self.weights, cache, self._rotary, len(piece))
+            hidden = hidden_states(self.weights, piece.long(), attention)
+            cache.length += len(piece)
+            parts.append(logits(self.weights, hidden if all_logits else hidden[-1:]))
+        return torch.cat(parts) if all_logits else parts[-1]
+
+    def _checked(self, token_ids: Sequence[int], cache: CudaCache) -> np.ndarray:
+        ids = checked_ids(token_ids, self.config.vocab_size)
+        end = cache.length + len(ids)
+        if end > self.config.context_length:
+            raise MobileLLMError(
+                f"[forward] the context holds {self.config.context_length} tokens, got {end}"
+            )
+        return ids
+
+
+def best_tier(device: torch.device) -> str:
+    """Choose how to decode on a device: the persistent kernel where it can run."""
+    if device.type != "cuda" or torch.version.hip:
+        return "graph"
+    return "persistent" if torch.cuda.get_device_capability(device)[0] >= 8 else "graph"
+
+
+def check_cuda() -> None:
+    """Refuse a machine on which nothing of this can run.
+
+    Raises:
+        MobileLLMError: no device, or no Triton.
+    """
+    if not torch.cuda.is_available():
+        raise MobileLLMError("[load] device 'cuda' needs a GPU that torch can use, got none")
+    if importlib.util.find_spec("triton") is None:
+        raise MobileLLMError("[load] device 'cuda' needs Triton, which is not installed")
