@@ -83,7 +83,6 @@ class BatchStep:
             self._positions,
             self._partial,
             self._attended,
-            HEAD_ROWS=self._geometry.model["HEAD_ROWS"],
-            **sizes,
+            **self._geometry.merging,
         )
         return self._attended

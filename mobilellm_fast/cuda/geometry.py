@@ -47,7 +47,7 @@ class Geometry:
             "VOCAB": config.vocab_size,
             "COL_BLOCK": power_of_two(config.hidden_size),
             **self.attention,
-            "HEAD_ROWS": power_of_two(config.num_attention_heads),
+            **self.merging,
         }
 
     @property
@@ -61,6 +61,12 @@ class Geometry:
             "SPLITS": SPLITS,
             "BLOCK_KV": BLOCK_KV,
         }
+
+    @property
+    def merging(self) -> dict[str, int]:
+        sizes = self.attention
+        del sizes["KV_HEADS"]
+        return sizes | {"HEAD_ROWS": power_of_two(self.weights.config.num_attention_heads)}
 
     @property
     def partial_size(self) -> int:

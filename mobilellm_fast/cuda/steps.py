@@ -168,11 +168,10 @@ class StagedSteps(Steps):
                 self._x,
                 self._middle,
                 HIDDEN=model["HIDDEN"],
-                HEAD_ROWS=model["HEAD_ROWS"],
                 ROWS=STAGE_WARPS,
                 PROGRAMS=self._output_programs,
                 WAIT=self._wait,
-                **attention,
+                **self.geometry.merging,
                 **self.geometry.matrix("output"),
                 **self._launch,
             )
