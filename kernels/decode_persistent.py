@@ -1,20 +1,21 @@
-"""Any number of decode steps in one launch: programs that stay, with a barrier after each stage.
+"""Any number of decode steps in one launch, by programs that stay.
 
-A program keeps its share of every matrix. Between two stages all programs meet at a barrier of
-about a microsecond, in which their next weights are already on the way to their registers (those of
-the first rows) and to the L2 cache (the rest, by `prefetch`). The grid must fit the GPU at once:
-cooperative launch, at most as many programs as multiprocessors hold.
+A program keeps its share of every matrix and takes part in every stage. It gets its inputs by
+polling the vectors that the stage before publishes (`grid_sync.py`); until they are there, its next
+weights travel to its registers, and those after them, by `prefetch`, to the L2 cache. All programs
+meet at one barrier per token, which makes the new keys and values safe to read.
 
-Five barriers per block and one per token. Who reads what after which barrier is simulated in
-`tests/test_persistent_schedule.py`.
+A vector is overwritten only when everyone has read it: the stage that writes it again waits for
+others that read it before. `tests/test_persistent_schedule.py` proves so for any speed of any
+program. The grid must be on the GPU all at once, hence the cooperative launch.
 """
 
 import triton
 import triton.language as tl
 
 from .decode_stages import attend, embed, gate_up, output, project, split_plan
-from .gemv import row_stride, share_of
-from .grid_sync import arrive, prefetch, recomputed, wait_for_inputs
+from .gemv import LANES, row_stride, share_of
+from .grid_sync import arrive, prefetch, recomputed, wait_for_all
 from .next_token import candidate, choose
 
 
@@ -23,12 +24,19 @@ def code_nbytes(KIND):
     return {"fp32": 4, "bf16": 2, "fp16": 2}.get(KIND, 1)
 
 
+@triton.constexpr_function
+def scale_count(OUTPUTS, COLS, KIND):
+    """Elements of the scales of a matrix, in the units of their pointer."""
+    if KIND == "int8":
+        return OUTPUTS
+    return OUTPUTS * ((COLS + 31) // 32) if KIND in ("int8_g32", "int4_g32") else 0
+
+
 @triton.jit
 def _prefetch_share(
     AHEAD: tl.constexpr,
     program,
     codes,
-    first_row,
     OUTPUTS: tl.constexpr,
     COLS: tl.constexpr,
     KIND: tl.constexpr,
@@ -39,10 +47,14 @@ def _prefetch_share(
     row, end = share_of(OUTPUTS, program, PROGRAMS)
     stride: tl.constexpr = row_stride(COLS, KIND)
     nbytes = tl.minimum((end - row) * (stride * code_nbytes(KIND)), limit)
-    prefetch(AHEAD, codes + (first_row + row).to(tl.int64) * stride, nbytes // 16 * 16)
+    # whole units of 16 bytes, to which the rows of an odd width need not be aligned
+    if stride * code_nbytes(KIND) % 16 == 0:
+        prefetch(AHEAD, codes + row.to(tl.int64) * stride, nbytes // 16 * 16)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["steps", "length", "first_epoch", "seed", "temperature", "prefetch_limit"]
+)
 def persistent_kernel(
     steps,
     state,  # int32: token, position, size of the KV cache in tokens
@@ -52,7 +64,9 @@ def persistent_kernel(
     tokens,
     logprobs,
     counter,
-    workspace,
+    first_epoch,
+    vectors,
+    candidates,
     logits,
     cos,
     sin,
@@ -83,7 +97,6 @@ def persistent_kernel(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    HEAD_ROWS: tl.constexpr,
     DIM: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_KV: tl.constexpr,
@@ -93,96 +106,86 @@ def persistent_kernel(
     DOWN_KIND: tl.constexpr,
     EMBEDDING_KIND: tl.constexpr,
     HEAD_KIND: tl.constexpr,
-    QKV_VEC: tl.constexpr,
-    OUTPUT_VEC: tl.constexpr,
-    GATE_UP_VEC: tl.constexpr,
-    DOWN_VEC: tl.constexpr,
-    HEAD_VEC: tl.constexpr,
     ROWS: tl.constexpr,
     PROGRAMS: tl.constexpr,
-    BLOCK_PROGRAMS: tl.constexpr,
-    COL_BLOCK: tl.constexpr,
+    CANDIDATE_BLOCK: tl.constexpr,
+    SHARE_BLOCK: tl.constexpr,
     AHEAD: tl.constexpr,
     WAIT: tl.constexpr,
 ):
-    """Run `steps` decode steps; tokens and log-probabilities (steps,) are what was chosen.
+    """Run `steps` decode steps; tokens and logprobs (steps,) are what was chosen.
 
     Args:
-        workspace: float32, shared by all programs: x (HIDDEN), middle (HIDDEN), qkv, attended,
-            inner (INNER), partial, candidates; then HIDDEN + HEADS * HEAD_DIM of each program.
         counter: int32 (1,), zero; counts the arrivals at barriers.
-        AHEAD: request the next stage's weights into the L2 cache.
+        first_epoch: of this launch, which uses `steps * (5 * length + 1)` of them; none of these
+            is in `vectors` yet.
+        vectors: int64, values with their epochs: x (HIDDEN), middle (HIDDEN), qkv, attended, inner
+            (INNER), partial.
+        candidates: float32 (PROGRAMS, FIELDS).
+        SHARE_BLOCK: a power of two, at least a program's share of HIDDEN.
+        AHEAD: request weights into the L2 cache.
         WAIT: "grid"; "alone" for a grid of one program, which the interpreter can run.
     """
     QUERIES: tl.constexpr = HEADS * HEAD_DIM
     QKV: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     program = tl.program_id(0)
-    x = workspace
+    x = vectors
     middle = x + HIDDEN
     qkv = middle + HIDDEN
     attended = qkv + QKV
     inner = attended + QUERIES
     partial = inner + INNER
-    candidates = partial + HEADS * SPLITS * (HEAD_DIM + 2)
-    own = candidates + PROGRAMS * 5 + program * (HIDDEN + QUERIES)
-    merged = own + HIDDEN
 
     token = tl.load(state)
     position = tl.load(state + 1)
     size = tl.load(state + 2).to(tl.int64) * HEAD_DIM  # elements per KV head
     cache = tl.load(address).to(tl.pointer_type(KV))
-    arrivals = 0
+    epoch = first_epoch
     for step in range(steps):
-        embed(token, embedding_codes, embedding_scales, own, HIDDEN, EMBEDDING_KIND, COL_BLOCK)
-        tl.debug_barrier()  # other threads of this program wrote parts of it
+        embed(
+            program,
+            token,
+            embedding_codes,
+            embedding_scales,
+            x,
+            epoch,
+            HIDDEN,
+            EMBEDDING_KIND,
+            SHARE_BLOCK,
+            PROGRAMS,
+            WAIT,
+        )
         for slot in range(length):
             program = recomputed(WAIT, program)
             block = tl.load(schedule + slot).to(tl.int64)
-            source = tl.where(slot == 0, own, x)
-            qkv_matrix = qkv_codes + block * (QKV * row_stride(HIDDEN, QKV_KIND))
+            following = tl.load(schedule + tl.minimum(slot + 1, length - 1)).to(tl.int64)
             output_matrix = output_codes + block * (HIDDEN * row_stride(QUERIES, OUTPUT_KIND))
             gate_up_matrix = gate_up_codes + block * (2 * INNER * row_stride(HIDDEN, GATE_UP_KIND))
             down_matrix = down_codes + block * (HIDDEN * row_stride(INNER, DOWN_KIND))
 
             project(
                 program,
-                qkv_matrix,
+                qkv_codes + block * (QKV * row_stride(HIDDEN, QKV_KIND)),
                 qkv_scales + block * scale_count(QKV, HIDDEN, QKV_KIND),
-                source,
+                x,
                 attention_norms + block * HIDDEN,
                 eps,
-                source,
+                x,
                 qkv,
+                epoch + 1,
                 QKV,
                 HIDDEN,
                 QKV_KIND,
-                QKV_VEC,
-                ROWS,
                 True,
                 False,
+                ROWS,
                 PROGRAMS,
                 WAIT,
-                counter,
-                arrivals,
-            )
-            arrive(WAIT, counter)
-            arrivals += PROGRAMS
-            _prefetch_share(
-                AHEAD,
-                program,
-                output_matrix,
-                0,
-                HIDDEN,
-                QUERIES,
-                OUTPUT_KIND,
-                PROGRAMS,
-                prefetch_limit,
             )
             _prefetch_share(
                 AHEAD,
                 program,
                 gate_up_matrix,
-                0,
                 INNER,
                 HIDDEN,
                 GATE_UP_KIND,
@@ -192,8 +195,7 @@ def persistent_kernel(
             _prefetch_share(
                 AHEAD,
                 program,
-                gate_up_matrix,
-                INNER,
+                gate_up_matrix + INNER * row_stride(HIDDEN, GATE_UP_KIND),
                 INNER,
                 HIDDEN,
                 GATE_UP_KIND,
@@ -201,7 +203,6 @@ def persistent_kernel(
                 prefetch_limit,
             )
 
-            wait_for_inputs(WAIT, counter, arrivals)
             splits, _ = split_plan(position + 1, SPLITS, BLOCK_KV)
             for task in range(program, KV_HEADS * splits, PROGRAMS):
                 kv_head = task % KV_HEADS
@@ -217,26 +218,16 @@ def persistent_kernel(
                     scale,
                     partial,
                     attended,
+                    epoch + 2,
                     HEADS,
                     KV_HEADS,
                     HEAD_DIM,
                     DIM,
                     SPLITS,
                     BLOCK_KV,
+                    ROWS * LANES,
+                    WAIT,
                 )
-            arrive(WAIT, counter)
-            arrivals += PROGRAMS
-            _prefetch_share(
-                AHEAD,
-                program,
-                down_matrix,
-                0,
-                HIDDEN,
-                INNER,
-                DOWN_KIND,
-                PROGRAMS,
-                prefetch_limit,
-            )
 
             output(
                 program,
@@ -245,26 +236,29 @@ def persistent_kernel(
                 partial,
                 position,
                 attended,
-                merged,
-                source,
+                x,
                 middle,
+                epoch + 3,
                 HIDDEN,
                 HEADS,
-                HEAD_ROWS,
                 HEAD_DIM,
-                DIM,
                 SPLITS,
                 BLOCK_KV,
                 OUTPUT_KIND,
-                OUTPUT_VEC,
                 ROWS,
                 PROGRAMS,
                 WAIT,
-                counter,
-                arrivals,
             )
-            arrive(WAIT, counter)
-            arrivals += PROGRAMS
+            _prefetch_share(
+                AHEAD,
+                program,
+                down_matrix,
+                HIDDEN,
+                INNER,
+                DOWN_KIND,
+                PROGRAMS,
+                prefetch_limit,
+            )
 
             gate_up(
                 program,
@@ -274,28 +268,32 @@ def persistent_kernel(
                 ffn_norms + block * HIDDEN,
                 eps,
                 inner,
+                epoch + 4,
                 INNER,
                 HIDDEN,
                 GATE_UP_KIND,
-                GATE_UP_VEC,
                 ROWS,
                 PROGRAMS,
                 WAIT,
-                counter,
-                arrivals,
             )
-            arrive(WAIT, counter)
-            arrivals += PROGRAMS
             if slot + 1 < length:
-                following = tl.load(schedule + slot + 1).to(tl.int64)
                 _prefetch_share(
                     AHEAD,
                     program,
                     qkv_codes + following * (QKV * row_stride(HIDDEN, QKV_KIND)),
-                    0,
                     QKV,
                     HIDDEN,
                     QKV_KIND,
+                    PROGRAMS,
+                    prefetch_limit,
+                )
+                _prefetch_share(
+                    AHEAD,
+                    program,
+                    output_codes + following * (HIDDEN * row_stride(QUERIES, OUTPUT_KIND)),
+                    HIDDEN,
+                    QUERIES,
+                    OUTPUT_KIND,
                     PROGRAMS,
                     prefetch_limit,
                 )
@@ -304,7 +302,6 @@ def persistent_kernel(
                     AHEAD,
                     program,
                     head_codes,
-                    0,
                     VOCAB,
                     HIDDEN,
                     HEAD_KIND,
@@ -321,20 +318,17 @@ def persistent_kernel(
                 eps,
                 middle,
                 x,
+                epoch + 5,
                 HIDDEN,
                 INNER,
                 DOWN_KIND,
-                DOWN_VEC,
-                ROWS,
                 False,
                 True,
+                ROWS,
                 PROGRAMS,
                 WAIT,
-                counter,
-                arrivals,
             )
-            arrive(WAIT, counter)
-            arrivals += PROGRAMS
+            epoch += 5
 
         candidate(
             program,
@@ -348,29 +342,19 @@ def persistent_kernel(
             temperature,
             seed,
             position,
+            epoch + 1,
             VOCAB,
             HIDDEN,
             HEAD_KIND,
-            HEAD_VEC,
             ROWS,
             PROGRAMS,
             WAIT,
-            counter,
-            arrivals,
         )
         arrive(WAIT, counter)
-        arrivals += PROGRAMS
-        wait_for_inputs(WAIT, counter, arrivals)
-        token, logprob = choose(candidates, VOCAB, PROGRAMS, BLOCK_PROGRAMS)
+        wait_for_all(WAIT, counter, (step + 1) * PROGRAMS)
+        token, logprob = choose(candidates, VOCAB, PROGRAMS, CANDIDATE_BLOCK)
         position += 1
+        epoch += 1
         if program == 0:
             tl.store(tokens + step, token)
             tl.store(logprobs + step, logprob)
-
-
-@triton.constexpr_function
-def scale_count(OUTPUTS, COLS, KIND):
-    """Elements of the scales of a matrix, in the units of their pointer."""
-    if KIND == "int8":
-        return OUTPUTS
-    return OUTPUTS * ((COLS + 31) // 32) if KIND in ("int8_g32", "int4_g32") else 0

@@ -2,15 +2,30 @@
 
 `decode_stages.py` has the maths. A step is a fixed sequence of launches on fixed buffers, so it can
 be recorded as a CUDA graph and replayed: token, position and place of the KV cache are read from
-device memory, and `finish` writes those of the next step.
+device memory, and `finish_kernel` writes those of the next step.
 """
 
 import triton
 import triton.language as tl
 
 from .decode_stages import attend, embed, gate_up, merge, output, project, split_plan
-from .grid_sync import allow_next, wait_for_inputs
+from .gemv import LANES, PIECE, piece_count, piece_size
+from .grid_sync import allow_next, wait_for_launch
 from .next_token import candidate, choose
+
+
+@triton.jit
+def embed_kernel(
+    token,
+    codes,
+    scales,
+    x,
+    COLS: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the embedding that a first step begins with; a grid of one program."""
+    embed(0, tl.load(token), codes, scales, x, 0, COLS, KIND, BLOCK, 1, "none")
 
 
 @triton.jit
@@ -25,10 +40,9 @@ def project_kernel(
     OUTPUTS: tl.constexpr,
     COLS: tl.constexpr,
     KIND: tl.constexpr,
-    VEC: tl.constexpr,
-    ROWS: tl.constexpr,
     NORM: tl.constexpr,
     ADD: tl.constexpr,
+    ROWS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     WAIT: tl.constexpr,
 ):
@@ -42,21 +56,19 @@ def project_kernel(
         eps,
         residual,
         out,
+        0,
         OUTPUTS,
         COLS,
         KIND,
-        VEC,
-        ROWS,
         NORM,
         ADD,
+        ROWS,
         PROGRAMS,
         WAIT,
-        0,
-        0,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot"])
 def attention_kernel(
     positions,
     addresses,
@@ -81,7 +93,7 @@ def attention_kernel(
     allow_next(WAIT)
     kv_head, split = tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS
     sequence = tl.program_id(1)
-    wait_for_inputs(WAIT, 0, 0)
+    wait_for_launch(WAIT)
     position = tl.load(positions + sequence)
     splits, _ = split_plan(position + 1, SPLITS, BLOCK_KV)
     if split < splits:
@@ -97,14 +109,17 @@ def attention_kernel(
             cos,
             sin,
             scale,
-            partial + sequence * HEADS * SPLITS * (HEAD_DIM + 2),
+            partial + sequence * HEADS * SPLITS * (HEAD_DIM + 1),
             attended + sequence * HEADS * HEAD_DIM,
+            0,
             HEADS,
             KV_HEADS,
             HEAD_DIM,
             DIM,
             SPLITS,
             BLOCK_KV,
+            LANES,
+            WAIT,
         )
 
 
@@ -114,26 +129,20 @@ def merge_kernel(
     partial,
     attended,
     HEADS: tl.constexpr,
-    HEAD_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_KV: tl.constexpr,
 ):
-    """Grid (sequences,)."""
+    """Join the parts of several sequences' attention; grid (sequences,)."""
     sequence = tl.program_id(0)
+    partial += sequence * HEADS * SPLITS * (HEAD_DIM + 1)
+    attended += sequence * HEADS * HEAD_DIM
     splits, _ = split_plan(tl.load(positions + sequence) + 1, SPLITS, BLOCK_KV)
     if splits > 1:
-        merge(
-            partial + sequence * HEADS * SPLITS * (HEAD_DIM + 2),
-            splits,
-            attended + sequence * HEADS * HEAD_DIM,
-            HEADS,
-            HEAD_ROWS,
-            HEAD_DIM,
-            DIM,
-            SPLITS,
-        )
+        for piece in tl.static_range(piece_count(HEADS * HEAD_DIM)):
+            values = merge(partial, splits, 0, HEADS, HEAD_DIM, SPLITS, piece, LANES, "none")
+            index = piece * PIECE + tl.arange(0, piece_size(HEADS * HEAD_DIM, piece))
+            tl.store(attended + index, values, mask=index < HEADS * HEAD_DIM)
 
 
 @triton.jit
@@ -143,48 +152,38 @@ def output_kernel(
     partial,
     positions,
     attended,
-    merged,
     residual,
     out,
     HIDDEN: tl.constexpr,
     HEADS: tl.constexpr,
-    HEAD_ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     KIND: tl.constexpr,
-    VEC: tl.constexpr,
     ROWS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     WAIT: tl.constexpr,
 ):
     allow_next(WAIT)
-    program = tl.program_id(0)
     output(
-        program,
+        tl.program_id(0),
         codes,
         scales,
         partial,
         positions,
         attended,
-        merged + program * HEADS * HEAD_DIM,
         residual,
         out,
+        0,
         HIDDEN,
         HEADS,
-        HEAD_ROWS,
         HEAD_DIM,
-        DIM,
         SPLITS,
         BLOCK_KV,
         KIND,
-        VEC,
         ROWS,
         PROGRAMS,
         WAIT,
-        0,
-        0,
     )
 
 
@@ -199,7 +198,6 @@ def gate_up_kernel(
     INNER: tl.constexpr,
     COLS: tl.constexpr,
     KIND: tl.constexpr,
-    VEC: tl.constexpr,
     ROWS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     WAIT: tl.constexpr,
@@ -213,15 +211,13 @@ def gate_up_kernel(
         norm_weight,
         eps,
         out,
+        0,
         INNER,
         COLS,
         KIND,
-        VEC,
         ROWS,
         PROGRAMS,
         WAIT,
-        0,
-        0,
     )
 
 
@@ -240,7 +236,6 @@ def candidate_kernel(
     VOCAB: tl.constexpr,
     COLS: tl.constexpr,
     KIND: tl.constexpr,
-    VEC: tl.constexpr,
     ROWS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     WAIT: tl.constexpr,
@@ -258,15 +253,13 @@ def candidate_kernel(
         temperature,
         seed,
         positions,
+        0,
         VOCAB,
         COLS,
         KIND,
-        VEC,
         ROWS,
         PROGRAMS,
         WAIT,
-        0,
-        0,
     )
 
 
@@ -284,31 +277,17 @@ def finish_kernel(
     COLS: tl.constexpr,
     KIND: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    CANDIDATE_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
-    COL_BLOCK: tl.constexpr,
     WAIT: tl.constexpr,
 ):
-    """Write the token chosen, and the embedding that the next step begins with."""
+    """Write the token chosen, and the embedding that the next step begins with; one program."""
     allow_next(WAIT)
-    wait_for_inputs(WAIT, 0, 0)
-    token, logprob = choose(candidates, VOCAB, PROGRAMS, BLOCK)
+    wait_for_launch(WAIT)
+    token, logprob = choose(candidates, VOCAB, PROGRAMS, CANDIDATE_BLOCK)
     step = tl.load(steps)
     tl.store(tokens + step, token)
     tl.store(logprobs + step, logprob)
     tl.store(steps, step + 1)
     tl.store(positions, tl.load(positions) + 1)
-    embed(token, codes, scales, x, COLS, KIND, COL_BLOCK)
-
-
-@triton.jit
-def embed_kernel(
-    token,
-    codes,
-    scales,
-    x,
-    COLS: tl.constexpr,
-    KIND: tl.constexpr,
-    COL_BLOCK: tl.constexpr,
-):
-    """Write the embedding that a first step begins with."""
-    embed(tl.load(token), codes, scales, x, COLS, KIND, COL_BLOCK)
+    embed(0, token, codes, scales, x, 0, COLS, KIND, BLOCK, 1, WAIT)

@@ -1,9 +1,10 @@
 """Matrix times vector, for one decoded token: tiles of rows, requested before they are needed.
 
-A tile is `ROWS` rows of a weight matrix, one per warp, in `(LANES, ROWS, VEC)` order: 32 lanes side
-by side along the inputs, each with `VEC` neighbouring ones, which is one 16-byte load. Loads of
-inputs have the same shape, so that they come in the same layout and a product needs no exchange
-between threads until the final sum over the lanes of a warp.
+A tile is `ROWS` rows of a weight matrix, one per warp. Its inputs are cut into pieces of up to 1024;
+a piece of a tile has the shape `(LANES, ROWS, chunks, VEC)`: 32 lanes side by side along the inputs,
+each with `VEC` neighbouring ones, which is one load of up to 16 bytes, chunk after chunk. The order
+of the axes is the one in which Triton deals out lanes, then warps: so a row is summed within a warp. The inputs, a piece of which is `(PIECE,)`, spread over all threads, go to every warp through
+shared memory.
 
 `load_tile` and `multiply_tile` are apart because weights are known before inputs are: a tile is
 requested, then whoever computes the inputs is waited for.
@@ -12,8 +13,10 @@ requested, then whoever computes the inputs is waited for.
 import triton
 import triton.language as tl
 
+from .grid_sync import receive
+
 LANES = tl.constexpr(32)
-GROUP = tl.constexpr(32)  # inputs that share a scale in the *_g32 kinds
+PIECE = tl.constexpr(1024)
 
 
 @triton.constexpr_function
@@ -23,110 +26,42 @@ def row_stride(COLS, KIND):
 
 
 @triton.constexpr_function
-def chunk_count(COLS, KIND, VEC):
-    """How many loads of `LANES * VEC` elements a row takes."""
-    return (row_stride(COLS, KIND) + 32 * VEC - 1) // (32 * VEC)
+def group_count(COLS):
+    """Groups of 32 inputs, which share a scale in the *_g32 kinds."""
+    return (COLS + 31) // 32
 
 
-@triton.jit
-def load_tile(
-    codes, row, live, COLS: tl.constexpr, KIND: tl.constexpr, VEC: tl.constexpr
-):  # -> tuple of (LANES, ROWS, VEC), one per chunk
-    """Request the rows `row` (ROWS,) of a matrix, those that are `live`."""
-    stride: tl.constexpr = row_stride(COLS, KIND)
-    lane = tl.arange(0, LANES) * VEC
-    start = codes + (row[None, :, None] * stride + lane[:, None, None])
-    start += tl.arange(0, VEC)[None, None, :]
-    tile = ()
-    for chunk in tl.static_range(chunk_count(COLS, KIND, VEC)):
-        inside = lane < stride - chunk * LANES * VEC
-        mask = live[None, :, None] & inside[:, None, None]
-        # a constant step from one address: further chunks need no registers of their own
-        tile = tile + (tl.load(start + chunk * LANES * VEC, mask=mask, other=0),)
-    return tile
+@triton.constexpr_function
+def piece_count(COLS):
+    return (COLS + 1023) // 1024
 
 
-@triton.jit
-def multiply_tile(
-    tile,
-    scales,
-    row,
-    live,
-    x,
-    norm_weight,
-    eps,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    KIND: tl.constexpr,
-    VEC: tl.constexpr,
-    NORM: tl.constexpr,
-):  # -> (ROWS,) float32
-    """Multiply a tile with x (COLS,) float32; with NORM, with `rms_norm(x, norm_weight, eps)`.
-
-    Numerics: float32 products and sums; the norm's factor is applied to the result.
-    """
-    stride: tl.constexpr = row_stride(COLS, KIND)
-    groups: tl.constexpr = (COLS + GROUP - 1) // GROUP
-    packed: tl.constexpr = KIND == "int4_g32"
-    span: tl.constexpr = LANES * VEC * (2 if packed else 1)  # inputs of a chunk
-    lane = tl.arange(0, LANES) * VEC
-    # x is the same for all rows; a full tile of pointers gives it the layout of the weights
-    place = tl.arange(0, VEC)[None, None, :] + tl.zeros((1, ROWS, 1), tl.int32)
-    place += (lane // 16 * GROUP + lane % 16 if packed else lane)[:, None, None]
-    scale_place = row[None, :] * groups + (lane // (16 if packed else GROUP))[:, None]
-    total = tl.zeros((LANES, ROWS), tl.float32)
-    squares = tl.zeros((LANES, ROWS), tl.float32)
-    for chunk in tl.static_range(chunk_count(COLS, KIND, VEC)):
-        inside = (lane < stride - chunk * LANES * VEC)[:, None] & live[None, :]
-        values, part = _inputs(x, norm_weight, place, chunk * span, inside, COLS, NORM)
-        squares += part
-        weights = tile[chunk]
-        if packed:
-            high, part = _inputs(x, norm_weight, place, chunk * span + 16, inside, COLS, NORM)
-            squares += part
-            low_codes = (weights & 15).to(tl.float32)
-            high_codes = (weights >> 4).to(tl.float32)
-            sums = tl.sum(low_codes * values + high_codes * high, 2)
-            pair = tl.load(scales + scale_place + chunk * span // GROUP, mask=inside, other=0)
-            scale, low = unpack_pair(pair)
-            total += sums * scale + tl.sum(values + high, 2) * low
-        else:
-            sums = tl.sum(weights.to(tl.float32) * values, 2)
-            if KIND == "int8_g32":
-                scale = tl.load(scales + scale_place + chunk * span // GROUP, mask=inside, other=0)
-                sums = sums * scale.to(tl.float32)
-            total += sums
-    out = tl.sum(total, 0)
-    if KIND == "int8":
-        out = out * tl.load(scales + row, mask=live, other=0)
-    if NORM:
-        out = out * tl.rsqrt(tl.sum(squares, 0) / COLS + eps)
-    return out
+@triton.constexpr_function
+def piece_size(COLS, piece):
+    """Inputs of a piece, those beyond the last included: a power of two of at least 256."""
+    rest = max(COLS - 1024 * piece, 256)
+    return min(1 << (rest - 1).bit_length(), 1024)
 
 
-@triton.jit
-def _inputs(
-    x, norm_weight, place, STEP: tl.constexpr, inside, COLS: tl.constexpr, NORM: tl.constexpr
-):
-    """Load inputs, times the norm's weight; return them and the sums of their squares."""
-    mask = inside[:, :, None]
-    if COLS // GROUP * GROUP != COLS:
-        mask = mask & (place + STEP < COLS)
-    values = tl.load(x + place + STEP, mask=mask, other=0)
-    if NORM:
-        squares = tl.sum(values * values, 2)
-        values = values * tl.load(norm_weight + place + STEP, mask=mask, other=0)
-    else:
-        squares = 0.0
-    return values, squares
+@triton.constexpr_function
+def vector_width(COLS, KIND, piece):
+    """Elements of `codes` that a lane loads at once."""
+    nbytes = {"fp32": 4, "bf16": 2, "fp16": 2}.get(KIND, 1)
+    stride = (COLS + 31) // 32 * 16 if KIND == "int4_g32" else COLS
+    rest = max(COLS - 1024 * piece, 256)
+    size = min(1 << (rest - 1).bit_length(), 1024)
+    per_lane = size // 32 // (2 if KIND == "int4_g32" else 1)
+    return min(16 // nbytes, per_lane, stride & -stride)
 
 
-@triton.jit
-def unpack_pair(pair):  # int32 -> scale, min, float32
-    """Split the two float16 that a group of int4_g32 has."""
-    scale = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    low = ((pair >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    return scale, low
+@triton.constexpr_function
+def chunk_count(COLS, KIND, piece):
+    rest = max(COLS - 1024 * piece, 256)
+    size = min(1 << (rest - 1).bit_length(), 1024)
+    nbytes = {"fp32": 4, "bf16": 2, "fp16": 2}.get(KIND, 1)
+    stride = (COLS + 31) // 32 * 16 if KIND == "int4_g32" else COLS
+    halves = 2 if KIND == "int4_g32" else 1
+    return size // halves // 32 // min(16 // nbytes, size // 32 // halves, stride & -stride)
 
 
 @triton.jit
@@ -139,3 +74,148 @@ def share_of(count: tl.constexpr, program, PROGRAMS: tl.constexpr):  # -> first,
 def tile_count(count, PROGRAMS, ROWS):
     """How many tiles of ROWS rows the largest share has."""
     return (-(-count // PROGRAMS) + ROWS - 1) // ROWS
+
+
+@triton.jit
+def load_tile(
+    codes, scales, row, live, COLS: tl.constexpr, KIND: tl.constexpr
+):  # -> codes of each piece, scales of each piece
+    """Request the rows `row` (ROWS,) of a matrix, those that are `live`."""
+    stride: tl.constexpr = row_stride(COLS, KIND)
+    groups: tl.constexpr = group_count(COLS)
+    pieces = ()
+    piece_scales = ()
+    for piece in tl.static_range(piece_count(COLS)):
+        lane = _lane(COLS, KIND, piece)
+        inside = (lane < stride)[:, None, :] & live[None, :, None]
+        place = codes + (row[None, :, None] * stride + lane[:, None, :])[:, :, :, None]
+        place += tl.arange(0, vector_width(COLS, KIND, piece))[None, None, None, :]
+        pieces = pieces + (tl.load(place, mask=inside[:, :, :, None], other=0),)
+        if KIND == "int4_g32" or KIND == "int8_g32":
+            group = lane // (16 if KIND == "int4_g32" else 32)
+            place = scales + row[None, :, None] * groups + group[:, None, :]
+            piece_scales = piece_scales + (tl.load(place, mask=inside, other=0),)
+    if KIND == "int8":
+        piece_scales = (tl.load(scales + row, mask=live, other=0),)
+    return pieces, piece_scales
+
+
+@triton.jit
+def _lane(COLS: tl.constexpr, KIND: tl.constexpr, piece: tl.constexpr):
+    """Where in a row of codes each lane of each chunk begins: (LANES, chunks)."""
+    width: tl.constexpr = vector_width(COLS, KIND, piece)
+    chunk = tl.arange(0, chunk_count(COLS, KIND, piece))
+    first: tl.constexpr = piece * (512 if KIND == "int4_g32" else 1024)
+    return first + (chunk[None, :] * LANES + tl.arange(0, LANES)[:, None]) * width
+
+
+@triton.jit
+def receive_inputs(
+    vector, epoch, COLS: tl.constexpr, ROWS: tl.constexpr, WAIT: tl.constexpr
+):  # -> (PIECE,) of each piece
+    """Wait for a vector (COLS,) that other programs publish."""
+    pieces = ()
+    for piece in tl.static_range(piece_count(COLS)):
+        index = piece * PIECE + tl.arange(0, piece_size(COLS, piece))
+        values = receive(
+            vector, index, index < COLS, epoch, piece_size(COLS, piece), ROWS * LANES, WAIT
+        )
+        pieces = pieces + (values,)
+    return pieces
+
+
+@triton.jit
+def load_norm(weight, ROWS: tl.constexpr, COLS: tl.constexpr, KIND: tl.constexpr):
+    """Request the weights of a norm, in the shape of a tile: (LANES, ROWS, chunks, VEC), twice
+    for int4_g32."""
+    pieces = ()
+    for piece in tl.static_range(piece_count(COLS)):
+        lane = _lane(COLS, KIND, piece)
+        if KIND == "int4_g32":
+            lane = lane // 16 * 32 + lane % 16
+        place = lane[:, None, :, None] + tl.zeros((1, ROWS, 1, 1), tl.int32)
+        place += tl.arange(0, vector_width(COLS, KIND, piece))[None, None, None, :]
+        pieces = pieces + (tl.load(weight + place, mask=place < COLS, other=0),)
+        if KIND == "int4_g32":
+            pieces = pieces + (tl.load(weight + place + 16, mask=place + 16 < COLS, other=0),)
+    return pieces
+
+
+@triton.jit
+def deal(x, piece: tl.constexpr, COLS: tl.constexpr, KIND: tl.constexpr):
+    """Give a piece of the inputs to every warp, in the order of its codes.
+
+    Returns:
+        (LANES, 1, chunks, VEC), and for int4_g32 those of the other halves of the groups.
+    """
+    if KIND == "int4_g32":
+        # a byte has inputs j and j + 16 of its group
+        halves = tl.reshape(x, (piece_size(COLS, piece) // 32, 2, 16))
+        low, high = tl.split(tl.permute(halves, (0, 2, 1)))
+        return (_spread(low, piece, COLS, KIND), _spread(high, piece, COLS, KIND))
+    else:
+        return (_spread(x, piece, COLS, KIND),)
+
+
+@triton.jit
+def _spread(x, piece: tl.constexpr, COLS: tl.constexpr, KIND: tl.constexpr):
+    width: tl.constexpr = vector_width(COLS, KIND, piece)
+    x = tl.reshape(x, (chunk_count(COLS, KIND, piece), LANES, width))
+    return tl.permute(x, (1, 0, 2))[:, None, :, :]
+
+
+@triton.jit
+def deal_normed(
+    x, weight, eps, ROWS: tl.constexpr, COLS: tl.constexpr, KIND: tl.constexpr
+):  # -> dealt pieces, factor (ROWS,)
+    """Deal x * weight, and the factor that makes it `rms_norm(x, weight, eps)`."""
+    pieces = ()
+    squares = tl.zeros((ROWS,), tl.float32)
+    for piece in tl.static_range(piece_count(COLS)):
+        parts = deal(x[piece], piece, COLS, KIND)
+        for half in tl.static_range(2 if KIND == "int4_g32" else 1):
+            part = parts[half] + tl.zeros((1, ROWS, 1, 1), tl.float32)
+            squares += tl.sum(tl.sum(tl.sum(part * part, 3), 2), 0)
+            norm = weight[piece * (2 if KIND == "int4_g32" else 1) + half]
+            pieces = pieces + (part * norm,)
+    return pieces, tl.rsqrt(squares / COLS + eps)
+
+
+@triton.jit
+def deal_all(x, COLS: tl.constexpr, KIND: tl.constexpr):
+    """Deal every piece."""
+    pieces = ()
+    for piece in tl.static_range(piece_count(COLS)):
+        pieces = pieces + deal(x[piece], piece, COLS, KIND)
+    return pieces
+
+
+@triton.jit
+def multiply_tile(
+    tile, x, ROWS: tl.constexpr, COLS: tl.constexpr, KIND: tl.constexpr
+):  # -> (ROWS,) float32
+    """Multiply a tile of `load_tile` with dealt inputs; products and sums in float32."""
+    out = tl.zeros((ROWS,), tl.float32)
+    for piece in tl.static_range(piece_count(COLS)):
+        weights = tile[0][piece]
+        if KIND == "int4_g32":
+            low = (weights & 15).to(tl.float32) * x[2 * piece]
+            sums = tl.sum(low + (weights >> 4).to(tl.float32) * x[2 * piece + 1], 3)
+            scale, minimum = unpack_pair(tile[1][piece])
+            sums = sums * scale + tl.sum(x[2 * piece] + x[2 * piece + 1], 3) * minimum
+        else:
+            sums = tl.sum(weights.to(tl.float32) * x[piece], 3)
+            if KIND == "int8_g32":
+                sums = sums * tile[1][piece].to(tl.float32)
+        out += tl.sum(tl.sum(sums, 2), 0)
+    if KIND == "int8":
+        out = out * tile[1][0]
+    return out
+
+
+@triton.jit
+def unpack_pair(pair):  # int32 -> scale, min, float32
+    """Split the two float16 that a group of int4_g32 has."""
+    scale = (pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    low = ((pair >> 16) & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    return scale, low

@@ -1,26 +1,167 @@
-"""Waiting: for the kernel before (programmatic dependent launch) or for all programs of a grid.
+"""How a stage gets its inputs from the programs that computed them.
 
-These are the only lines that a GPU without them, or Triton's interpreter, cannot run: `WAIT="none"`
-leaves them out, and the stream's own order takes their place; so does `"alone"`, in a grid of one.
+`WAIT`, a constant of every kernel, says how:
+
+none    the launch comes after all that it reads was written
+pdl     it may start earlier, and waits for the kernel before (programmatic dependent launch)
+grid    the readers are in the same launch, and poll the values themselves
+alone   as `grid`, in a grid of one program, which has nobody to wait for
+
+In a grid, a value is stored together with the number of the stage that wrote it, its *epoch*, as one
+64-bit word. A reader loads words until their epochs are the ones it waits for: one trip through the
+L2 cache, where a barrier takes three (values and their fence, the arrival, its sight) and the load
+another. Only `arrive` and `wait_for_all`, once per token, order everything else.
+
+The interpreter runs all but `pdl` and `grid`, whose instructions are in this file alone.
 """
 
 import triton
 import triton.language as tl
 
 
-@triton.jit
-def wait_for_inputs(WAIT: tl.constexpr, counter, arrivals):
-    """Wait until what other programs wrote before can be read.
+@triton.constexpr_function
+def is_tagged(WAIT):
+    """Whether vectors are int64 words of value and epoch, rather than float32."""
+    return WAIT in ("grid", "alone")
 
-    Args:
-        WAIT: "none": the launch has waited; "pdl": for the end of the kernel before; "grid": until
-            `counter` has come to `arrivals`, see `arrive`; "alone": the grid is one program.
-    """
+
+@triton.jit
+def wait_for_launch(WAIT: tl.constexpr):
+    """Wait for the kernel before, if this one may start before it ends."""
     if WAIT == "pdl":
         tl.extra.cuda.gdc_wait()
-    elif WAIT == "grid":
-        # One thread polls: 32 of them, or 512, would only slow the others' arrivals. Arrivals are
-        # compared by difference, so the counter may wrap.
+
+
+@triton.jit
+def allow_next(WAIT: tl.constexpr):
+    """Let the next kernel start and request its weights."""
+    if WAIT == "pdl":
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def current(WAIT: tl.constexpr, value):
+    """A number that kernels read from memory once they have waited, and a grid's programs know."""
+    return value if is_tagged(WAIT) else tl.load(value)
+
+
+@triton.jit
+def publish(vector, index, value, live, epoch, WAIT: tl.constexpr):
+    """Store float32 values for other programs to read."""
+    if is_tagged(WAIT):
+        word = value.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+        word = word | (epoch.to(tl.int64) << 32)
+        # an exchange is a relaxed store that no cache delays
+        tl.atomic_xchg(vector + index, word, mask=live, sem="relaxed")
+    else:
+        tl.store(vector + index, value, mask=live)
+
+
+@triton.jit
+def receive(
+    vector,
+    index,
+    live,
+    epoch,
+    SIZE: tl.constexpr,
+    THREADS: tl.constexpr,
+    WAIT: tl.constexpr,
+):
+    """Load float32 values that other programs publish, 0 where not `live`.
+
+    Args:
+        index, live: of SIZE elements.
+        THREADS: of this program.
+    """
+    if WAIT == "grid":
+        # where nothing is wanted, wait for what is waited for anyway
+        word = vector + tl.where(live, index, 0)
+        value = tl.zeros_like(index)
+        # A loop of one turn: Triton would repeat the polling for every layout that the values are
+        # wanted in, but not a loop.
+        turn = recomputed(WAIT, 1)
+        while turn != 0:
+            value = tl.inline_asm_elementwise(
+                poll_asm(SIZE, THREADS),
+                poll_constraints(SIZE, THREADS),
+                [word, epoch],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=per_thread(SIZE, THREADS),
+            )
+            turn = 0
+        return tl.where(live, value.to(tl.float32, bitcast=True), 0.0)
+    elif WAIT == "alone":
+        word = tl.load(vector + index, mask=live, other=0)
+        value = (word & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+        value = tl.where((word >> 32).to(tl.int32) == epoch, value, float("nan"))
+        return tl.where(live, value, 0.0)
+    else:
+        return tl.load(vector + index, mask=live, other=0)
+
+
+@triton.constexpr_function
+def per_thread(SIZE, THREADS):
+    """Words that one thread polls together."""
+    return max(min(SIZE // THREADS, 8), 1)
+
+
+@triton.constexpr_function
+def poll_asm(SIZE, THREADS):
+    """Load all words of a thread, and again until every epoch is right."""
+    count = max(min(SIZE // THREADS, 8), 1)
+    lines = [
+        "{",
+        ".reg .pred late;",
+        f".reg .b32 epoch<{count}>;",
+        "POLL:",
+        *(
+            f"ld.relaxed.gpu.global.v2.b32 {{${i}, epoch{i}}}, [${count + i}];"
+            for i in range(count)
+        ),
+        f"setp.ne.b32 late, epoch0, ${2 * count};",
+        *(f"setp.ne.or.b32 late, epoch{i}, ${2 * count + i}, late;" for i in range(1, count)),
+        "@late bra POLL;",
+        "}",
+    ]
+    return "\n".join(lines)
+
+
+@triton.constexpr_function
+def poll_constraints(SIZE, THREADS):
+    count = max(min(SIZE // THREADS, 8), 1)
+    return ",".join(["=&r"] * count + ["l"] * count + ["r"] * count)
+
+
+@triton.jit
+def arrive(WAIT: tl.constexpr, counter):
+    """Tell all programs that whatever this one wrote can be read."""
+    if WAIT == "grid":
+        tl.inline_asm_elementwise(
+            """
+            {
+            .reg .pred p;
+            .reg .u32 thread;
+            bar.sync 0;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 p, thread, 0;
+            @p red.release.gpu.global.add.u32 [$1], 1;
+            mov.u32 $0, 0;
+            }
+            """,
+            "=r,l",
+            [counter],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def wait_for_all(WAIT: tl.constexpr, counter, arrivals):
+    """Wait until `arrivals` programs have arrived since `counter` was zero."""
+    if WAIT == "grid":
+        # One thread polls. Arrivals are compared by difference, so that the counter may wrap.
         tl.inline_asm_elementwise(
             """
             {
@@ -49,37 +190,6 @@ def wait_for_inputs(WAIT: tl.constexpr, counter, arrivals):
 
 
 @triton.jit
-def arrive(WAIT: tl.constexpr, counter):
-    """Tell the other programs that what this one wrote can be read."""
-    if WAIT == "grid":
-        tl.inline_asm_elementwise(
-            """
-            {
-            .reg .pred p;
-            .reg .u32 thread;
-            bar.sync 0;
-            mov.u32 thread, %tid.x;
-            setp.eq.u32 p, thread, 0;
-            @p red.release.gpu.global.add.u32 [$1], 1;
-            mov.u32 $0, 0;
-            }
-            """,
-            "=r,l",
-            [counter],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
-def allow_next(WAIT: tl.constexpr):
-    """Let the next kernel start and request its weights."""
-    if WAIT == "pdl":
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def prefetch(AHEAD: tl.constexpr, address, nbytes):
     """Request `nbytes` (a multiple of 16) from `address` on into the L2 cache."""
     if AHEAD:
@@ -101,12 +211,6 @@ def prefetch(AHEAD: tl.constexpr, address, nbytes):
             is_pure=False,
             pack=1,
         )
-
-
-@triton.jit
-def current(WAIT: tl.constexpr, value):
-    """A number that kernels read from memory once they have waited, and a grid's programs know."""
-    return value if WAIT == "grid" or WAIT == "alone" else tl.load(value)
 
 
 @triton.jit

@@ -3,8 +3,16 @@
 import triton
 import triton.language as tl
 
-from .gemv import load_tile, multiply_tile, share_of, tile_count
-from .grid_sync import current, wait_for_inputs
+from .gemv import (
+    deal_normed,
+    load_norm,
+    load_tile,
+    multiply_tile,
+    receive_inputs,
+    share_of,
+    tile_count,
+)
+from .grid_sync import current, wait_for_launch
 
 FIELDS = tl.constexpr(5)  # of a program's candidate: rank, token (in bits), logit, largest, sum
 
@@ -22,15 +30,13 @@ def candidate(
     temperature,
     seed,
     positions,
+    epoch,
     VOCAB: tl.constexpr,
     COLS: tl.constexpr,
     KIND: tl.constexpr,
-    VEC: tl.constexpr,
     ROWS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     WAIT: tl.constexpr,
-    counter,
-    arrivals,
 ):
     """Compute a share of logits = rms_norm(x) W^T, and the best token of that share.
 
@@ -45,11 +51,14 @@ def candidate(
     """
     row, end = share_of(VOCAB, program, PROGRAMS)
     row = row + tl.arange(0, ROWS)
-    tile = load_tile(codes, row, row < end, COLS, KIND, VEC)
-    wait_for_inputs(WAIT, counter, arrivals)
+    tile = load_tile(codes, scales, row, row < end, COLS, KIND)
+    norm = load_norm(norm_weight, ROWS, COLS, KIND)
+    wait_for_launch(WAIT)
     position = current(WAIT, positions)
     heat = current(WAIT, temperature)
     noise_seed = current(WAIT, seed)
+    inputs = receive_inputs(x, epoch - 1, COLS, ROWS, WAIT)
+    inputs, factor = deal_normed(inputs, norm, eps, ROWS, COLS, KIND)
     best_rank = tl.full((ROWS,), float("-inf"), tl.float32)
     best_token = row
     best_logit = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -57,10 +66,8 @@ def candidate(
     total = tl.zeros((ROWS,), tl.float32)
     for _ in range(tile_count(VOCAB, PROGRAMS, ROWS)):
         live = row < end
-        following = load_tile(codes, row + ROWS, row + ROWS < end, COLS, KIND, VEC)
-        logit = multiply_tile(
-            tile, scales, row, live, x, norm_weight, eps, ROWS, COLS, KIND, VEC, True
-        )
+        next_tile = load_tile(codes, scales, row + ROWS, row + ROWS < end, COLS, KIND)
+        logit = multiply_tile(tile, inputs, ROWS, COLS, KIND) * factor
         tl.store(logits + row, logit, mask=live)
         logit = tl.where(live, logit, float("-inf"))
         rank = logit
@@ -77,7 +84,7 @@ def candidate(
         total = total * tl.exp(largest - shift) + tl.exp(logit - shift)
         largest = new_largest
         row += ROWS
-        tile = following
+        tile = next_tile
     rank, token, chosen, top, weights = _best(best_rank, best_token, best_logit, largest, total)
     place = candidates + program * FIELDS
     tl.store(place, rank)

@@ -87,7 +87,6 @@ class StagedSteps(Steps):
         self._qkv, self._attended = floats(queries + 2 * keys), floats(queries)
         self._inner = floats(inner)
         self._partial = floats(self.geometry.partial_size)
-        self._merged = floats(self._output_programs, queries)
         self._candidates = floats(self._head_programs, CANDIDATE_FIELDS)
         self._state = torch.zeros(4, dtype=torch.int32, device=device)
         self._token, self._position, self._capacity, self._step = self._state.split(1)
@@ -110,7 +109,7 @@ class StagedSteps(Steps):
             self._x,
             COLS=embedding.cols,
             KIND=embedding.kind,
-            COL_BLOCK=self.geometry.model["COL_BLOCK"],
+            BLOCK=power_of_two(embedding.cols),
         )
         if self.weights.device.type != "cuda":
             for _ in range(count):
@@ -133,7 +132,8 @@ class StagedSteps(Steps):
         return graph
 
     def _launch_step(self) -> None:
-        weights, model, attention = self.weights, self.geometry.model, self.geometry.attention
+        weights, attention = self.weights, self.geometry.attention
+        hidden, inner = weights.config.hidden_size, weights.config.intermediate_size
         eps = weights.config.rms_norm_eps
         for slot, block in enumerate(weights.config.schedule):
             qkv, output, gate_up, down = (
@@ -141,7 +141,7 @@ class StagedSteps(Steps):
                 for matrix in (weights.qkv, weights.output, weights.gate_up, weights.down)
             )
             attention_norm, ffn_norm = weights.attention_norms[block], weights.ffn_norms[block]
-            self._project("qkv", qkv, self._x, attention_norm, None, self._qkv)
+            self._project(qkv, self._x, attention_norm, None, self._qkv)
             decode_step.attention_kernel[(attention["KV_HEADS"] * attention["SPLITS"], 1)](
                 self._position,
                 self.address,
@@ -164,18 +164,17 @@ class StagedSteps(Steps):
                 self._partial,
                 self._position,
                 self._attended,
-                self._merged,
                 self._x,
                 self._middle,
-                HIDDEN=model["HIDDEN"],
+                HIDDEN=hidden,
+                KIND=output.kind,
                 ROWS=STAGE_WARPS,
                 PROGRAMS=self._output_programs,
                 WAIT=self._wait,
                 **self.geometry.merging,
-                **self.geometry.matrix("output"),
                 **self._launch,
             )
-            programs = _programs(model["INNER"])
+            programs = _programs(inner)
             decode_step.gate_up_kernel[(programs,)](
                 gate_up.codes,
                 scales_of(gate_up),
@@ -183,15 +182,15 @@ class StagedSteps(Steps):
                 ffn_norm,
                 eps,
                 self._inner,
-                INNER=model["INNER"],
-                COLS=model["HIDDEN"],
+                INNER=inner,
+                COLS=hidden,
+                KIND=gate_up.kind,
                 ROWS=STAGE_WARPS,
                 PROGRAMS=programs,
                 WAIT=self._wait,
-                **self.geometry.matrix("gate_up"),
                 **self._launch,
             )
-            self._project("down", down, self._inner, None, self._middle, self._x)
+            self._project(down, self._inner, None, self._middle, self._x)
         head, embedding = weights.head, weights.embedding
         decode_step.candidate_kernel[(self._head_programs,)](
             head.codes,
@@ -206,10 +205,10 @@ class StagedSteps(Steps):
             self._position,
             VOCAB=head.rows,
             COLS=head.cols,
+            KIND=head.kind,
             ROWS=STAGE_WARPS,
             PROGRAMS=self._head_programs,
             WAIT=self._wait,
-            **self.geometry.matrix("head"),
             **self._launch,
         )
         decode_step.finish_kernel[(1,)](
@@ -225,15 +224,14 @@ class StagedSteps(Steps):
             COLS=embedding.cols,
             KIND=embedding.kind,
             PROGRAMS=self._head_programs,
-            BLOCK=power_of_two(self._head_programs),
-            COL_BLOCK=model["COL_BLOCK"],
+            CANDIDATE_BLOCK=power_of_two(self._head_programs),
+            BLOCK=power_of_two(embedding.cols),
             WAIT=self._wait,
             **self._launch,
         )
 
     def _project(
         self,
-        name: str,
         matrix: Matrix,
         x: Tensor,
         norm: Tensor | None,
@@ -251,12 +249,12 @@ class StagedSteps(Steps):
             out,
             OUTPUTS=matrix.rows,
             COLS=matrix.cols,
+            KIND=matrix.kind,
             ROWS=STAGE_WARPS,
             NORM=norm is not None,
             ADD=residual is not None,
             PROGRAMS=programs,
             WAIT=self._wait,
-            **self.geometry.matrix(name),
             **self._launch,
         )
 
@@ -301,12 +299,14 @@ class PersistentSteps(Steps):
         if maxnreg is not None:
             self._launch["maxnreg"] = maxnreg
         config = self.weights.config
-        hidden, queries = config.hidden_size, config.num_attention_heads * config.head_dim
+        queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        shared = 2 * hidden + 2 * queries + 2 * keys + config.intermediate_size
-        shared += self.geometry.partial_size + programs * CANDIDATE_FIELDS
-        self._workspace = torch.zeros(shared + programs * (hidden + queries), device=device)
+        size = 2 * config.hidden_size + 2 * queries + 2 * keys + config.intermediate_size
+        size += self.geometry.partial_size
+        self._vectors = torch.zeros(size, dtype=torch.int64, device=device)
+        self._candidates = torch.zeros(programs, CANDIDATE_FIELDS, device=device)
         self._counter = torch.zeros(1, dtype=torch.int32, device=device)
+        self._epoch = 1  # of the next launch; those before it are in the vectors
         self._state = torch.zeros(3, dtype=torch.int32, device=device)
 
     def _run(
@@ -330,7 +330,9 @@ class PersistentSteps(Steps):
             self.tokens,
             self.logprobs,
             self._counter,
-            self._workspace,
+            self._epoch,
+            self._vectors,
+            self._candidates,
             self.logits,
             self.cos,
             self.sin,
@@ -346,20 +348,24 @@ class PersistentSteps(Steps):
             **self.constants(),
             **self._launch,
         )
+        used = count * (5 * len(self.schedule) + 1)
+        self._epoch = (self._epoch + used) % (1 << 31)
 
     def constants(self) -> dict[str, Any]:
         """Return the compile-time arguments of the kernel."""
-        kinds: dict[str, Any] = {}
-        for name in ("qkv", "output", "gate_up", "down", "head"):
-            kinds |= self.geometry.matrix(name, f"{name.upper()}_")
+        config = self.weights.config
+        names = ("qkv", "output", "gate_up", "down", "embedding", "head")
         return {
-            **self.geometry.model,
-            **kinds,
-            "EMBEDDING_KIND": self.weights.embedding.kind,
+            "HIDDEN": config.hidden_size,
+            "INNER": config.intermediate_size,
+            "VOCAB": config.vocab_size,
+            **self.geometry.attention,
+            **{f"{name.upper()}_KIND": getattr(self.weights, name).kind for name in names},
             "KV": self.kv,
             "ROWS": self.warps,
             "PROGRAMS": self.programs,
-            "BLOCK_PROGRAMS": power_of_two(self.programs),
+            "CANDIDATE_BLOCK": power_of_two(self.programs),
+            "SHARE_BLOCK": power_of_two(-(-config.hidden_size // self.programs)),
             "AHEAD": self.ahead,
             "WAIT": self._wait,
         }

@@ -69,8 +69,8 @@ class Matrix:
         groups = torch.nn.functional.pad(codes.float(), (0, -codes.shape[-1] % GROUP))
         groups = groups.unflatten(-1, (-1, GROUP))
         if self.kind == "int4_g32":
-            scales, mins = self.scales.float().unsqueeze(-2).unbind(-1)
-            values = groups * scales.transpose(-1, -2) + mins.transpose(-1, -2)
+            scales, mins = self.scales.float().unsqueeze(-2).unbind(-1)  # (..., groups, 1)
+            values = groups * scales + mins
         else:
             values = groups * self.scales.float().unsqueeze(-1)
         return values.flatten(-2)[..., : self.cols]

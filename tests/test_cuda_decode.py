@@ -1,0 +1,214 @@
+"""Decoding on a GPU: every tier against the CPU engine, and the tiers against each other.
+
+Without a GPU, Triton interprets the kernels: one kernel per stage, and the persistent one as a grid
+of a single program.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from interpreted import DEVICE, HAS_GPU
+
+from mobilellm_fast import quant
+from mobilellm_fast.config import MobileLLMConfig
+from mobilellm_fast.errors import MobileLLMError
+from mobilellm_fast.executor import Executor
+from mobilellm_fast.model import MobileLLM
+
+pytest.importorskip("triton")
+
+from mobilellm_fast.cuda import geometry
+from mobilellm_fast.cuda.executor import CudaExecutor
+from mobilellm_fast.cuda.weights import CudaWeights, Matrix
+
+TINY = MobileLLMConfig(
+    vocab_size=61,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.3,
+    max_position_embeddings=256,
+)
+TIERS = ["graph", "persistent"] + (["pdl"] if HAS_GPU else [])
+OPTIONS = {"persistent": {} if HAS_GPU else {"warps": 4}}
+U = 2.0**-24
+
+
+@pytest.fixture(autouse=True)
+def short_parts(monkeypatch):
+    """Make attention split and merge at lengths that the interpreter has time for."""
+    monkeypatch.setattr(geometry, "BLOCK_KV", 16)
+    monkeypatch.setattr(geometry, "SPLITS", 6)
+
+
+def packed(config, format, seed=0):
+    torch.manual_seed(seed)
+    weights = MobileLLM(config).weights()
+    if format == "fp32":
+        return weights
+    return {
+        name: quant.pack(weight.data, quant.kind_of(format, name, "fp32"))
+        if isinstance(weight, quant.PackedWeight)
+        else weight
+        for name, weight in weights.items()
+    }
+
+
+def executors(config, tier, format="fp32", kv_format="fp32"):
+    weights = packed(config, format)
+    ours = CudaExecutor(
+        config,
+        CudaWeights.from_packed(config, weights, DEVICE),
+        tier,
+        kv_format,
+        **OPTIONS.get(tier, {}),
+    )
+    plain = {
+        name: quant.pack(weight.dequantize()) if hasattr(weight, "dequantize") else weight
+        for name, weight in weights.items()
+    }
+    return ours, Executor(config, plain, "fp32", threads=1)
+
+
+def assert_close(got, want, steps=400):
+    """Within `steps` roundings of the largest logit: a few per layer and per element of a sum."""
+    assert np.isfinite(got).all()
+    assert np.abs(got - want).max() <= steps * U * np.abs(want).max()
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("sharing", [False, "immediate"])
+def test_steps_equal_the_cpu(tier, sharing):
+    """Over the lengths at which attention takes another block, and another part."""
+    ours, oracle = executors(dataclasses.replace(TINY, layer_sharing=sharing), tier)
+    cache, expected = ours.new_cache(), oracle.new_cache()
+    prompt = np.arange(14) * 7 % 61
+    assert_close(ours.forward(prompt, cache), oracle.forward(prompt, expected))
+    for token in (3, 60, 0) if sharing else (3,):
+        got, want = ours.forward([token], cache), oracle.forward([token], expected)
+        assert_close(got, want)
+    assert cache.length == expected.length
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("length", [1, 17, 70, 100])
+def test_attention_joins_its_parts(tier, length):
+    ours, oracle = executors(dataclasses.replace(TINY, num_hidden_layers=1), tier)
+    cache, expected = ours.new_cache(), oracle.new_cache()
+    prompt = np.arange(length) * 5 % 61
+    oracle.forward(prompt, expected)
+    ours.forward(np.append(prompt, 1)[:length] if length > 1 else prompt, cache)
+    assert_close(ours.forward([9], cache), oracle.forward([9], expected))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("format", ["int8", "int4", "int4_all"])
+def test_quantized_weights(tier, format):
+    config = dataclasses.replace(TINY, num_hidden_layers=1, vocab_size=40)
+    ours, oracle = executors(config, tier, format)
+    cache, expected = ours.new_cache(), oracle.new_cache()
+    for token in (5, 6):
+        assert_close(ours.forward([token], cache), oracle.forward([token], expected))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8_g32", "int4_g32"])
+@pytest.mark.parametrize("cols", [32, 40, 576])
+def test_row_major_weights_keep_their_values(kind, cols):
+    values = np.random.default_rng(0).normal(size=(7, cols)).astype(np.float32)
+    weight = quant.pack(quant.quantize(values, kind))
+    matrix = Matrix.stack([[weight, weight]], "cpu")
+    assert matrix.codes.shape[:2] == (1, 14)
+    assert torch.equal(matrix[0].dequantize()[7:], torch.from_numpy(weight.dequantize()))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_decode_continues_by_itself(tier):
+    config = dataclasses.replace(TINY, num_hidden_layers=1, vocab_size=23)
+    ours, oracle = executors(config, tier)
+    cache, expected = ours.new_cache(), oracle.new_cache()
+    tokens, logprobs = ours.decode(cache, 4, 3)
+    token = 4
+    for chosen, logprob in zip(tokens, logprobs, strict=True):
+        logits = oracle.forward([token], expected)[0].astype(np.float64)
+        assert chosen == logits.argmax()
+        want = logits[chosen] - np.log(np.exp(logits).sum())
+        assert abs(logprob - want) <= 1e-5
+        token = chosen
+    assert cache.length == 3
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_draws_depend_on_seed_and_position_alone(tier):
+    config = dataclasses.replace(TINY, num_hidden_layers=1, vocab_size=23)
+    ours, _ = executors(config, tier)
+    first, second = (ours.decode(ours.new_cache(), 4, 2, 5.0, seed=7)[0] for _ in range(2))
+    assert first == second
+    cache = ours.new_cache()
+    one_by_one = [ours.decode(cache, 4, 1, 5.0, seed=7)[0][0]]
+    one_by_one += ours.decode(cache, one_by_one[0], 1, 5.0, seed=7)[0]
+    assert one_by_one == first
+    others = {tuple(ours.decode(ours.new_cache(), 4, 1, 5.0, seed=s)[0]) for s in range(6)}
+    assert len(others) > 1
+
+
+def test_batches_equal_sequences_one_by_one():
+    ours, oracle = executors(dataclasses.replace(TINY, num_hidden_layers=1), "graph")
+    prompts = [[1, 2, 3], list(range(20)), [5]]
+    caches = [ours.new_cache() for _ in prompts]
+    expected = [oracle.new_cache() for _ in prompts]
+    got = ours.forward_batch(prompts, caches)
+    assert_close(got, oracle.forward_batch(prompts, expected))
+    for tokens in ([7, 8, 9], [1, 0, 2]):
+        parts = [[token] for token in tokens]
+        got = ours.forward_batch(parts, caches)
+        assert_close(got, oracle.forward_batch(parts, expected))
+    chosen = ours.decode_batch(caches, [1, 1, 1], 1)
+    assert chosen[:, 0].tolist() == oracle.forward_batch([[1]] * 3, expected).argmax(-1).tolist()
+
+
+def test_caches_grow_copy_rewind_and_last():
+    ours, _ = executors(dataclasses.replace(TINY, num_hidden_layers=1), "graph")
+    cache = ours.new_cache()
+    prompt = np.arange(130) % 61
+    want = ours.forward(prompt, cache)
+    fork = cache.copy()
+    restored = ours.new_cache()
+    restored.restore(cache.length, cache.pages())
+    other = ours.forward(prompt, cache)  # moves: beyond the first capacity
+    assert cache.capacity >= 260
+    for same in (fork, restored):
+        again = ours.forward(prompt[:100], same)
+        assert np.isfinite(again).all()
+        assert np.array_equal(ours.forward(prompt[100:], same), other)
+    cache.truncate(0)
+    assert np.array_equal(ours.forward(prompt, cache), want)
+    with pytest.raises(MobileLLMError, match=r"length must be in 0..130, got 131"):
+        cache.truncate(131)
+    with pytest.raises(MobileLLMError, match="pages of 3 tokens must be 1 of"):
+        restored.restore(3, [])
+
+
+def test_wrong_arguments_are_refused():
+    ours, _ = executors(dataclasses.replace(TINY, num_hidden_layers=1), "graph")
+    weights = ours.weights
+    for call, message in (
+        (lambda: CudaExecutor(TINY, weights, "fast"), "tier must be 'auto' or one of"),
+        (lambda: CudaExecutor(TINY, weights, kv_format="int8"), "kv_format must be one of"),
+        (lambda: ours.forward([61], ours.new_cache()), r"token_ids must be in \[0, 61\), got 61"),
+        (lambda: ours.decode(ours.new_cache(), 0, 257), "context holds 256 tokens, got 257"),
+        (lambda: ours.forward_batch([[1]], []), "each with a cache"),
+        (lambda: CudaWeights.random(TINY, "int2"), "kind must be bf16, fp32, int8 or int4"),
+    ):
+        with pytest.raises(MobileLLMError, match=message):
+            call()
+
+
+def test_logits_that_are_no_numbers_are_an_error():
+    ours, _ = executors(dataclasses.replace(TINY, num_hidden_layers=1, vocab_size=23), "graph")
+    ours.weights.final_norm.fill_(float("nan"))
+    with pytest.raises(MobileLLMError, match="logits must be finite"):
+        ours.decode(ours.new_cache(), 1, 1)
