@@ -15,7 +15,7 @@ import triton.language as tl
 
 from .decode_stages import attend, embed, gate_up, output, project, split_plan
 from .gemv import LANES, row_stride, share_of
-from .grid_sync import arrive, prefetch, recomputed, wait_for_all
+from .grid_sync import COPY_STRIDE, arrive, copies, prefetch, recomputed, wait_for_all
 from .next_token import candidate, choose
 
 
@@ -119,8 +119,8 @@ def persistent_kernel(
         counter: int32 (1,), zero; counts the arrivals at barriers.
         first_epoch: of this launch, which uses `steps * (5 * length + 1)` of them; none of these
             is in `vectors` yet.
-        vectors: int64, values with their epochs: x (HIDDEN), middle (HIDDEN), qkv, attended, inner
-            (INNER), partial.
+        vectors: int64 (copies, COPY_STRIDE), values with their epochs: x (HIDDEN), middle (HIDDEN),
+            qkv, attended, inner (INNER), partial.
         candidates: float32 (PROGRAMS, FIELDS).
         SHARE_BLOCK: a power of two, at least a program's share of HIDDEN.
         AHEAD: request weights into the L2 cache.
@@ -135,6 +135,7 @@ def persistent_kernel(
     attended = qkv + QKV
     inner = attended + QUERIES
     partial = inner + INNER
+    mine = program % copies(WAIT) * COPY_STRIDE  # where this program reads them
 
     token = tl.load(state)
     position = tl.load(state + 1)
@@ -167,7 +168,7 @@ def persistent_kernel(
                 program,
                 qkv_codes + block * (QKV * row_stride(HIDDEN, QKV_KIND)),
                 qkv_scales + block * scale_count(QKV, HIDDEN, QKV_KIND),
-                x,
+                x + mine,
                 attention_norms + block * HIDDEN,
                 eps,
                 x,
@@ -209,7 +210,7 @@ def persistent_kernel(
                 attend(
                     kv_head,
                     task // KV_HEADS,
-                    qkv,
+                    qkv + mine,
                     position,
                     cache + (2 * slot * KV_HEADS + kv_head) * size,
                     cache + ((2 * slot + 1) * KV_HEADS + kv_head) * size,
@@ -233,10 +234,10 @@ def persistent_kernel(
                 program,
                 output_matrix,
                 output_scales + block * scale_count(HIDDEN, QUERIES, OUTPUT_KIND),
-                partial,
+                partial + mine,
                 position,
-                attended,
-                x,
+                attended + mine,
+                x + mine,
                 middle,
                 epoch + 3,
                 HIDDEN,
@@ -264,7 +265,7 @@ def persistent_kernel(
                 program,
                 gate_up_matrix,
                 gate_up_scales + block * scale_count(2 * INNER, HIDDEN, GATE_UP_KIND),
-                middle,
+                middle + mine,
                 ffn_norms + block * HIDDEN,
                 eps,
                 inner,
@@ -313,10 +314,10 @@ def persistent_kernel(
                 program,
                 down_matrix,
                 down_scales + block * scale_count(HIDDEN, INNER, DOWN_KIND),
-                inner,
-                inner,
+                inner + mine,
+                ffn_norms,
                 eps,
-                middle,
+                middle + mine,
                 x,
                 epoch + 5,
                 HIDDEN,
@@ -334,7 +335,7 @@ def persistent_kernel(
             program,
             head_codes,
             head_scales,
-            x,
+            x + mine,
             final_norm,
             eps,
             logits,

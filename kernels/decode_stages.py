@@ -291,7 +291,7 @@ def attend(
     turned = tl.reshape(tl.permute(turned, (0, 2, 1)), (QUERY_ROWS, DIM))
     key = tl.sum(tl.where((row == group)[:, None], turned, 0.0), 0)
     value = tl.sum(tl.where((row == group + 1)[:, None], new, 0.0), 0)
-    if KV == tl.float16:
+    if KV == tl.float16:  # noqa: SIM300
         key = tl.minimum(tl.maximum(key, -BIGGEST_HALF), BIGGEST_HALF)
         value = tl.minimum(tl.maximum(value, -BIGGEST_HALF), BIGGEST_HALF)
     key, value = key.to(KV), value.to(KV)

@@ -1,10 +1,11 @@
 """Matrix times vector, for one decoded token: tiles of rows, requested before they are needed.
 
-A tile is `ROWS` rows of a weight matrix, one per warp. Its inputs are cut into pieces of up to 1024;
-a piece of a tile has the shape `(LANES, ROWS, chunks, VEC)`: 32 lanes side by side along the inputs,
-each with `VEC` neighbouring ones, which is one load of up to 16 bytes, chunk after chunk. The order
-of the axes is the one in which Triton deals out lanes, then warps: so a row is summed within a warp. The inputs, a piece of which is `(PIECE,)`, spread over all threads, go to every warp through
-shared memory.
+A tile is `ROWS` rows of a weight matrix, one per warp. Its inputs are cut into pieces of up to
+1024, and a piece of a tile has the shape `(LANES, ROWS, chunks, VEC)`: 32 lanes side by side along
+the inputs, each with `VEC` neighbouring ones, which is one load of up to 16 bytes, chunk after
+chunk. The order of the axes is the one in which Triton deals out lanes, then warps: so a row is
+summed within a warp. A piece of the inputs, `(PIECE,)`, spreads over all threads, and is dealt to
+every warp through shared memory.
 
 `load_tile` and `multiply_tile` are apart because weights are known before inputs are: a tile is
 requested, then whoever computes the inputs is waited for.

@@ -7,10 +7,10 @@ pdl     it may start earlier, and waits for the kernel before (programmatic depe
 grid    the readers are in the same launch, and poll the values themselves
 alone   as `grid`, in a grid of one program, which has nobody to wait for
 
-In a grid, a value is stored together with the number of the stage that wrote it, its *epoch*, as one
-64-bit word. A reader loads words until their epochs are the ones it waits for: one trip through the
-L2 cache, where a barrier takes three (values and their fence, the arrival, its sight) and the load
-another. Only `arrive` and `wait_for_all`, once per token, order everything else.
+In a grid, a value is stored together with the number of the stage that wrote it, its *epoch*, as
+one 64-bit word. A reader loads words until their epochs are the ones it waits for: one trip through
+the L2 cache, where a barrier takes three (values and their fence, the arrival, its sight) and the
+load another. Only `arrive` and `wait_for_all`, once per token, order everything else.
 
 The interpreter runs all but `pdl` and `grid`, whose instructions are in this file alone.
 """
@@ -18,11 +18,21 @@ The interpreter runs all but `pdl` and `grid`, whose instructions are in this fi
 import triton
 import triton.language as tl
 
+# Words from one copy of all vectors to the next. A hundred programs that poll the same lines of the
+# L2 cache wait for each other.
+COPY_STRIDE = tl.constexpr(1 << 16)
+
 
 @triton.constexpr_function
 def is_tagged(WAIT):
     """Whether vectors are int64 words of value and epoch, rather than float32."""
     return WAIT in ("grid", "alone")
+
+
+@triton.constexpr_function
+def copies(WAIT):
+    """How many copies of a vector there are: each is polled by some of the programs."""
+    return 4 if WAIT == "grid" else 1
 
 
 @triton.jit
@@ -47,12 +57,13 @@ def current(WAIT: tl.constexpr, value):
 
 @triton.jit
 def publish(vector, index, value, live, epoch, WAIT: tl.constexpr):
-    """Store float32 values for other programs to read."""
+    """Store float32 values for other programs to read, in a grid once for each copy."""
     if is_tagged(WAIT):
         word = value.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
         word = word | (epoch.to(tl.int64) << 32)
-        # an exchange is a relaxed store that no cache delays
-        tl.atomic_xchg(vector + index, word, mask=live, sem="relaxed")
+        for copy in tl.static_range(copies(WAIT)):
+            # an exchange is a relaxed store that no cache delays
+            tl.atomic_xchg(vector + copy * COPY_STRIDE + index, word, mask=live, sem="relaxed")
     else:
         tl.store(vector + index, value, mask=live)
 
@@ -74,8 +85,6 @@ def receive(
         THREADS: of this program.
     """
     if WAIT == "grid":
-        # where nothing is wanted, wait for what is waited for anyway
-        word = vector + tl.where(live, index, 0)
         value = tl.zeros_like(index)
         # A loop of one turn: Triton would repeat the polling for every layout that the values are
         # wanted in, but not a loop.
@@ -84,13 +93,13 @@ def receive(
             value = tl.inline_asm_elementwise(
                 poll_asm(SIZE, THREADS),
                 poll_constraints(SIZE, THREADS),
-                [word, epoch],
+                [vector + index, epoch, live.to(tl.int32)],
                 dtype=tl.int32,
                 is_pure=False,
                 pack=per_thread(SIZE, THREADS),
             )
             turn = 0
-        return tl.where(live, value.to(tl.float32, bitcast=True), 0.0)
+        return value.to(tl.float32, bitcast=True)
     elif WAIT == "alone":
         word = tl.load(vector + index, mask=live, other=0)
         value = (word & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
@@ -110,27 +119,32 @@ def per_thread(SIZE, THREADS):
 def poll_asm(SIZE, THREADS):
     """Load all words of a thread, and again until every epoch is right."""
     count = max(min(SIZE // THREADS, 8), 1)
-    lines = [
-        "{",
-        ".reg .pred late;",
-        f".reg .b32 epoch<{count}>;",
-        "POLL:",
-        *(
-            f"ld.relaxed.gpu.global.v2.b32 {{${i}, epoch{i}}}, [${count + i}];"
-            for i in range(count)
-        ),
-        f"setp.ne.b32 late, epoch0, ${2 * count};",
-        *(f"setp.ne.or.b32 late, epoch{i}, ${2 * count + i}, late;" for i in range(1, count)),
-        "@late bra POLL;",
-        "}",
-    ]
+    values, words, epochs, wanted = (
+        [f"${i}" for i in range(count * group, count * (group + 1))] for group in range(4)
+    )
+    lines = ["{", ".reg .pred late;", f".reg .pred live<{count}>;", f".reg .b32 seen<{count}>;"]
+    for i in range(count):
+        lines += [
+            f"setp.ne.b32 live{i}, {wanted[i]}, 0;",
+            f"mov.b32 {values[i]}, 0;",
+            f"mov.b32 seen{i}, {epochs[i]};",
+        ]
+    lines.append("POLL:")
+    for i in range(count):
+        lines.append(
+            f"@live{i} ld.relaxed.gpu.global.v2.b32 {{{values[i]}, seen{i}}}, [{words[i]}];"
+        )
+    lines.append(f"setp.ne.b32 late, seen0, {epochs[0]};")
+    for i in range(1, count):
+        lines.append(f"setp.ne.or.b32 late, seen{i}, {epochs[i]}, late;")
+    lines += ["@late bra POLL;", "}"]
     return "\n".join(lines)
 
 
 @triton.constexpr_function
 def poll_constraints(SIZE, THREADS):
     count = max(min(SIZE // THREADS, 8), 1)
-    return ",".join(["=&r"] * count + ["l"] * count + ["r"] * count)
+    return ",".join(["=&r"] * count + ["l"] * count + ["r"] * count * 2)
 
 
 @triton.jit

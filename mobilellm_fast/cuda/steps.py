@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import decode_persistent, decode_step
+from ..errors import MobileLLMError
+from ..kernels import decode_persistent, decode_step, grid_sync
 from .cache import FORMATS, CudaCache
 from .geometry import Geometry, power_of_two, scales_of, softmax_scale
 from .weights import CudaWeights, Matrix
@@ -303,7 +304,13 @@ class PersistentSteps(Steps):
         keys = config.num_key_value_heads * config.head_dim
         size = 2 * config.hidden_size + 2 * queries + 2 * keys + config.intermediate_size
         size += self.geometry.partial_size
-        self._vectors = torch.zeros(size, dtype=torch.int64, device=device)
+        stride = grid_sync.COPY_STRIDE.value
+        if size > stride:
+            raise MobileLLMError(
+                f"[load] tier 'persistent' takes vectors of {stride} elements, got {size}"
+            )
+        shape = (grid_sync.copies(self._wait), stride)
+        self._vectors = torch.zeros(shape, dtype=torch.int64, device=device)
         self._candidates = torch.zeros(programs, CANDIDATE_FIELDS, device=device)
         self._counter = torch.zeros(1, dtype=torch.int32, device=device)
         self._epoch = 1  # of the next launch; those before it are in the vectors
