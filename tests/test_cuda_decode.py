@@ -19,7 +19,7 @@ from mobilellm_fast.model import MobileLLM
 
 pytest.importorskip("triton")
 
-from mobilellm_fast.cuda import geometry
+from mobilellm_fast.cuda import geometry, steps
 from mobilellm_fast.cuda.executor import CudaExecutor
 from mobilellm_fast.cuda.weights import CudaWeights, Matrix
 
@@ -28,21 +28,26 @@ TINY = MobileLLMConfig(
     hidden_size=64,
     intermediate_size=96,
     num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
+    num_attention_heads=3,
+    num_key_value_heads=1,
+    head_dim=16,
     initializer_range=0.3,
     max_position_embeddings=256,
 )
 TIERS = ["graph", "persistent"] + (["pdl"] if HAS_GPU else [])
-OPTIONS = {"persistent": {} if HAS_GPU else {"warps": 4}}
+OPTIONS = {"persistent": {} if HAS_GPU else {"warps": 16}}
 U = 2.0**-24
+
+pytestmark = [pytest.mark.gpu] if HAS_GPU else []
 
 
 @pytest.fixture(autouse=True)
 def short_parts(monkeypatch):
     """Make attention split and merge at lengths that the interpreter has time for."""
     monkeypatch.setattr(geometry, "BLOCK_KV", 16)
-    monkeypatch.setattr(geometry, "SPLITS", 6)
+    monkeypatch.setattr(geometry, "SPLITS", 5)  # read four at a time
+    if not HAS_GPU:  # the interpreter's time goes by programs
+        monkeypatch.setattr(steps, "STAGE_WARPS", 16)
 
 
 def packed(config, format, seed=0):
@@ -88,20 +93,20 @@ def test_steps_equal_the_cpu(tier, sharing):
     cache, expected = ours.new_cache(), oracle.new_cache()
     prompt = np.arange(14) * 7 % 61
     assert_close(ours.forward(prompt, cache), oracle.forward(prompt, expected))
-    for token in (3, 60, 0) if sharing else (3,):
+    for token in (3, 60) if sharing else (3,):
         got, want = ours.forward([token], cache), oracle.forward([token], expected)
         assert_close(got, want)
     assert cache.length == expected.length
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("length", [1, 17, 70, 100])
+@pytest.mark.parametrize("length", [17, 90])
 def test_attention_joins_its_parts(tier, length):
     ours, oracle = executors(dataclasses.replace(TINY, num_hidden_layers=1), tier)
     cache, expected = ours.new_cache(), oracle.new_cache()
     prompt = np.arange(length) * 5 % 61
     oracle.forward(prompt, expected)
-    ours.forward(np.append(prompt, 1)[:length] if length > 1 else prompt, cache)
+    ours.forward(prompt, cache)
     assert_close(ours.forward([9], cache), oracle.forward([9], expected))
 
 
@@ -171,7 +176,8 @@ def test_batches_equal_sequences_one_by_one():
 
 
 def test_caches_grow_copy_rewind_and_last():
-    ours, _ = executors(dataclasses.replace(TINY, num_hidden_layers=1), "graph")
+    config = dataclasses.replace(TINY, num_hidden_layers=1, max_position_embeddings=512)
+    ours, _ = executors(config, "graph")
     cache = ours.new_cache()
     prompt = np.arange(130) % 61
     want = ours.forward(prompt, cache)

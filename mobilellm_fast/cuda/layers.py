@@ -53,10 +53,12 @@ def embedded(embedding: Matrix, ids: Tensor) -> Tensor:
 
 def multiply(x: Tensor, matrix: Matrix) -> Tensor:
     """Compute x W^T, (tokens, cols) float -> (tokens, rows) float32."""
+    on_gpu = x.device.type == "cuda"
     if matrix.kind not in ("fp32", "bf16"):
-        return ops.weight_only_linear(x, matrix.codes, matrix.scales, matrix.kind)
+        x = x.to(torch.bfloat16) if on_gpu else x
+        return ops.weight_only_linear(x, matrix.codes, matrix.scales).float()
     x = x.to(matrix.codes.dtype)
-    if x.device.type == "cuda" and x.dtype != torch.float32:
+    if on_gpu and x.dtype != torch.float32:
         # the sum is rounded once, when it has been added to the residual
         return torch.mm(x, matrix.codes.T, out_dtype=torch.float32)
     return F.linear(x, matrix.codes).float()
