@@ -1,6 +1,7 @@
 """Our GPU executors as the benchmark drives them, and what stands in for them on a CPU."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
@@ -90,10 +91,10 @@ def matrix(values: Tensor, kind: str):
         scales = values.abs().amax(-1).float() / 127
         codes = (values / scales[..., None]).round_().clamp_(-127, 127).to(torch.int8)
         return Matrix(kind, *size, codes, scales)
-    groups = values.unflatten(-1, (-1, GROUP))
+    groups = values.float().unflatten(-1, (-1, GROUP))
     low, high = groups.aminmax(dim=-1)
-    scales = torch.stack(((high - low).float() / 15, low.float()), -1).half()
-    steps = (groups - scales[..., 1:].to(values.dtype)) / scales[..., :1].to(values.dtype)
+    scales = torch.stack(((high - low) / 15, low), -1).half()
+    steps = (groups - scales[..., 1:].float()) / scales[..., :1].float()
     codes = steps.round_().clamp_(0, 15).to(torch.uint8)
     halves = codes[..., : GROUP // 2] | codes[..., GROUP // 2 :] << 4
     return Matrix(kind, *size, halves.flatten(-2), scales)
@@ -128,7 +129,7 @@ class Ours:
         self.caches = [executor.new_cache() for _ in ids]
         logits = [executor.forward(i, c) for i, c in zip(ids, self.caches, strict=True)]
         self.following = [int(np.asarray(row)[-1].argmax()) for row in logits]
-        self.device = torch.device("cpu" if isinstance(executor, StandIn) else "cuda")
+        self.device = executor.weights.device
 
     def decode(self, count: int) -> tuple[float, list[int]]:
         """Run greedy steps after the prompts; returns seconds, and the ids of the first one."""
@@ -153,10 +154,10 @@ class StandIn:
     tier = "stand-in"
 
     def __init__(self, config: MobileLLMConfig, weights: Weights) -> None:
-        self.config, self._weights = config, weights
+        self.config, self.weights = config, StandInWeights(weights)
 
     def new_cache(self) -> "StandInCache":
-        return StandInCache(PlainModel(self.config, self._weights, STAND_IN_TOKENS))
+        return StandInCache(PlainModel(self.config, self.weights.by_name, STAND_IN_TOKENS))
 
     def forward(self, token_ids: Sequence[int], cache, all_logits: bool = False) -> np.ndarray:
         model, end = cache.model, cache.length + len(token_ids)
@@ -175,6 +176,15 @@ class StandIn:
     def decode_batch(self, caches, token_ids: Sequence[int], count: int) -> np.ndarray:
         pairs = zip(caches, token_ids, strict=True)
         return np.array([self.decode(cache, token_id, count)[0] for cache, token_id in pairs])
+
+
+@dataclass
+class StandInWeights:
+    by_name: Weights
+
+    @property
+    def device(self) -> torch.device:
+        return self.by_name["model.norm.weight"].device
 
 
 class StandInCache:
