@@ -64,7 +64,8 @@ def described(*matrices: Tensor) -> bool:
 def _has_copy_engine(device: torch.device) -> bool:
     if device.type == "cpu":
         return True  # interpreted
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    # Hopper and Blackwell of data centers; others have it, but half of the shared memory
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def tile_of(matrix: Tensor, rows: int, cols: int, tma: bool) -> Tensor | TensorDescriptor:

@@ -171,7 +171,8 @@ def int8_gemm(
         _expect_dtype(stem, FLOATS, bias=bias)
         _expect_shape(stem, "bias", bias, weight.shape[:1])
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise MobileLLMError(f"[{stem}] dtype must be float32, bfloat16 or float16, got {dtype}")
+        got = str(dtype).removeprefix("torch.")
+        raise MobileLLMError(f"[{stem}] dtype must be float32, bfloat16 or float16, got {got}")
 
 
 def weight_only_linear(x: Tensor, codes: Tensor, scales: Tensor | None = None) -> None:
