@@ -8,9 +8,12 @@ CUDA graph of many, on inputs that take turns so that decode reads more than the
 """
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,6 +35,9 @@ FORWARD_TILES = [
     *(Tile(64, 128, 4, 2, tma) for tma in (False, True)),
     *(Tile(64, 64, 4, stages, tma) for stages in (2, 3) for tma in (False, True)),
     *(Tile(128, 64, 4, 2, tma) for tma in (False, True)),
+]
+SPECIALIZED_TILES = [
+    Tile(128, *sizes, True, True) for sizes in ((128, 8, 2), (128, 8, 3), (64, 8, 4))
 ]
 CUTS = [
     *(Cut(128, splits, warps, 2) for splits in (32, 16) for warps in (4, 8)),
@@ -92,7 +98,7 @@ def sweep_prefill(heads: int, kv_heads: int, batch: int, seq: int) -> dict[str, 
 
     sets = [(rows(heads), rows(kv_heads), rows(kv_heads)) for _ in range(4)]
     want = reference.gqa_attention(*(t[:1] for t in sets[0]))
-    tiles = FORWARD_TILES
+    tiles = [*FORWARD_TILES, *(SPECIALIZED_TILES if specialized_works() else [])]
     warm([lambda tile=tile: gqa_attention.forward(*sets[0], 0.125, tile) for tile in tiles])
     flops = 4 * batch * heads * 64 * seq * (seq + 1) / 2
     found = {}
@@ -131,6 +137,37 @@ def sweep_prefill(heads: int, kv_heads: int, batch: int, seq: int) -> dict[str, 
             ]
             note(f"{backend.name} {name}", calls)
     return found
+
+
+@functools.cache
+def specialized_works() -> bool:
+    """Try the kernel whose warps wait for each other, in a process that can be ended."""
+    try:
+        done = subprocess.run(
+            [sys.executable, __file__, "--try-specialized"],
+            timeout=90, capture_output=True, text=True,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        print("  specialized: hangs")
+        return False
+    print("  specialized:", done.stdout.strip() or "fails: " + done.stderr.strip()[-600:])
+    return done.returncode == 0
+
+
+def try_specialized() -> None:
+    """Compare the specialized kernel with the reference where tiles are whole and where not."""
+    for tile in SPECIALIZED_TILES:
+        for seq, kv_seq, heads, kv_heads in ((1, 1, 3, 1), (129, 300, 15, 5), (384, 384, 4, 4)):
+            q, k, v = (
+                torch.randn(2, *shape, 64, device="cuda", dtype=torch.bfloat16)
+                for shape in ((seq, heads), (kv_seq, kv_heads), (kv_seq, kv_heads))
+            )
+            out, lse = gqa_attention.forward(q, k, v, 0.125, tile)
+            want, want_lse = gqa_attention.forward(q, k, v, 0.125)
+            torch.testing.assert_close(out, reference.gqa_attention(q, k, v), rtol=0.02, atol=0.02)
+            torch.testing.assert_close(out, want, rtol=0.02, atol=0.01)
+            torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
+    print("works")
 
 
 def sweep_decode(heads: int, kv_heads: int, batch: int, tokens: int) -> dict[str, float]:
@@ -183,8 +220,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=("prefill", "decode"))
     parser.add_argument("--json", help="also write the times, in microseconds, to this file")
+    parser.add_argument("--try-specialized", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.manual_seed(0)
+    if options.try_specialized:
+        return try_specialized()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     found = {}
     for kind, sizes, sweep in (

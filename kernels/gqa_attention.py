@@ -11,6 +11,7 @@ values have one program per tile of keys, that of queries one per tile of rows, 
 same bits in every run.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ class Tile(NamedTuple):
         warps: of a program.
         stages: tiles in flight.
         descriptors: load keys and values through tensor descriptors (TMA on Hopper).
+        specialized: use the kernel of `gqa_attention_hopper`, where it can run.
     """
 
     rows: int
@@ -41,6 +43,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     descriptors: bool = False
+    specialized: bool = False
 
 
 # For heads of up to 64, and of up to 128: the largest that no compiler spills, in 100 KB of shared
@@ -364,8 +367,15 @@ def forward(
     if out.numel():
         tile = tile or tile_of("forward", head_dim, q.dtype)
         group = heads // kv_heads
-        grid = (batch * kv_heads * triton.cdiv(seq * group, tile.rows),)
         descriptors = tile.descriptors and _describable(k) and _describable(v)
+        if tile.specialized and descriptors and _on_hopper(q.device):
+            from . import gqa_attention_hopper
+
+            gqa_attention_hopper.launch(
+                q, k, v, scale * LOG2_E.value, out, lse, _chunk(k), tile.keys, tile.stages
+            )
+            return out, lse
+        grid = (batch * kv_heads * triton.cdiv(seq * group, tile.rows),)
         k_in, v_in = (_describe(t, tile.keys) if descriptors else t for t in (k, v))
         _forward[grid](
             q, k_in, v_in, out, lse, scale * LOG2_E.value, *q.stride()[:3], *k.stride()[:3],
@@ -428,6 +438,12 @@ def _rows(x: Tensor) -> Tensor:
     The offsets within a tile are 32-bit.
     """
     return x if x.stride(-1) == 1 and 0 <= x.stride(1) < 2**23 else x.contiguous()
+
+
+@functools.cache
+def _on_hopper(device: torch.device) -> bool:
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _describable(x: Tensor) -> bool:
