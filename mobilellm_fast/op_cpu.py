@@ -5,6 +5,7 @@ Tensors are contiguous, the floating ones float32.
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from . import _C, quant, reference
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x)
-    _C.rms_norm(_rows(x), weight.numpy(), eps, _rows(out))
+    _C.rms_norm(_rows(x), _parameter(weight), eps, _rows(out))
     return out
 
 
@@ -35,7 +36,7 @@ def gqa_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -
 
 def swiglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
     out = x.new_empty(*x.shape[:-1], gate_weight.shape[0])
-    gate, up = (("fp32", *w.shape, w.numpy()) for w in (gate_weight, up_weight))
+    gate, up = (("fp32", *w.shape, _parameter(w)) for w in (gate_weight, up_weight))
     _C.swiglu(_rows(x), gate, up, _rows(out), "float", threads=torch.get_num_threads())
     return out
 
@@ -55,6 +56,11 @@ def linear(
     weight = (kind, rows, cols, packed.numpy())
     _C.linear(_rows(x), weight, _rows(out), activation, threads=torch.get_num_threads())
     return out
+
+
+def _parameter(weight: Tensor) -> Any:
+    """View a parameter as an array; `numpy()` would forbid FSDP to free its memory ever after."""
+    return np.from_dlpack(weight)
 
 
 def _rows(x: Tensor) -> Any:
