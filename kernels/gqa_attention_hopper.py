@@ -22,6 +22,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 ROWS = 64  # of a group of warps: the height of its matrix products
 GROUPS = 2
+STEPS = 2  # tiles per turn of the loop
 # Registers of a thread: two tiles of scores, one of sums, one of weights; the loading warp's.
 REGISTERS, LOADER_REGISTERS = 232, 24
 LN_2 = gl.constexpr(0.6931471805599453)
@@ -65,11 +66,44 @@ def _weigh(scores, total, peak, qk_scale, first, shared, position, KEYS: gl.cons
 
 
 @gluon.jit
+def _step(
+    tile, slot, phase, scores, sums, total, peak, q_tile, k_tiles, v_tiles, k_full, v_full,
+    k_free, v_free, qk_scale, shared, position, dtype: gl.constexpr, KEYS: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Start on the next tile's scores, then add this tile to the sums; not for the last tile."""
+    SUMS: gl.constexpr = sums.type.layout
+    HEAD_DIM: gl.constexpr = sums.shape[1]
+    next_slot = slot + 1
+    next_phase = phase
+    if next_slot == STAGES:
+        next_slot = 0
+        next_phase = phase ^ 1
+    mbarrier.wait(k_full.index(next_slot), next_phase)
+    k_tile = k_tiles.index(next_slot).reshape([KEYS, HEAD_DIM]).permute((1, 0))
+    nothing = gl.zeros_like(scores)
+    next_scores = warpgroup_mma(q_tile, k_tile, nothing, use_acc=False, is_async=True)
+    weights, total, peak, shrink = _weigh(
+        scores, total, peak, qk_scale, tile * KEYS, shared, position, KEYS
+    )
+    weights = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, SUMS, 2))
+    sums = sums * gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None]
+    mbarrier.wait(v_full.index(slot), phase)
+    v_tile = v_tiles.index(slot).reshape([KEYS, HEAD_DIM])
+    next_sums = warpgroup_mma(weights, v_tile, sums, is_async=True)
+    scores = warpgroup_mma_wait(1, [next_scores])
+    mbarrier.arrive(k_free.index(next_slot), count=1)
+    sums = warpgroup_mma_wait(0, [next_sums])
+    mbarrier.arrive(v_free.index(slot), count=1)
+    return scores, sums, total, peak, next_slot, next_phase
+
+
+@gluon.jit
 def _attend(
     q, out, lse, q_tile, k_tiles, v_tiles, k_full, v_full, k_free, v_free, qk_scale, q_stride_seq,
     q_stride_head, out_stride_seq, out_stride_head, start, seq, kv_seq, count,
     GROUP: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
+    STEPS: gl.constexpr, HEAD_DIM: gl.constexpr,
 ):  # fmt: skip
     """Attend with ROWS packed rows of one key/value head, of which q, out and lse are."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -104,29 +138,20 @@ def _attend(
     mbarrier.arrive(k_free.index(0), count=1)
     slot = 0
     phase = 0
-    for tile in range(count - 1):
-        next_slot = slot + 1
-        next_phase = phase
-        if next_slot == STAGES:
-            next_slot = 0
-            next_phase = phase ^ 1
-        mbarrier.wait(k_full.index(next_slot), next_phase)
-        k_tile = k_tiles.index(next_slot).reshape([KEYS, HEAD_DIM]).permute((1, 0))
-        next_scores = warpgroup_mma(q_tile, k_tile, nothing, use_acc=False, is_async=True)
-        weights, total, peak, shrink = _weigh(
-            scores, total, peak, qk_scale, tile * KEYS, shared, position, KEYS
-        )
-        weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
-        sums = sums * gl.convert_layout(shrink, PER_ROW)[:, None]
-        mbarrier.wait(v_full.index(slot), phase)
-        v_tile = v_tiles.index(slot).reshape([KEYS, HEAD_DIM])
-        next_sums = warpgroup_mma(weights, v_tile, sums, is_async=True)
-        scores = warpgroup_mma_wait(1, [next_scores])
-        mbarrier.arrive(k_free.index(next_slot), count=1)
-        sums = warpgroup_mma_wait(0, [next_sums])
-        mbarrier.arrive(v_free.index(slot), count=1)
-        slot = next_slot
-        phase = next_phase
+    # Several steps at a time: what one step reads scores from, the next one writes them to, where
+    # otherwise they would be moved.
+    for some in range((count - 1) // STEPS):
+        for i in gl.static_range(STEPS):
+            scores, sums, total, peak, slot, phase = _step(
+                STEPS * some + i, slot, phase, scores, sums, total, peak, q_tile, k_tiles, v_tiles,
+                k_full, v_full, k_free, v_free, qk_scale, shared, position, dtype, KEYS, STAGES,
+            )  # fmt: skip
+    if STEPS > 1:
+        for tile in range((count - 1) // STEPS * STEPS, count - 1):
+            scores, sums, total, peak, slot, phase = _step(
+                tile, slot, phase, scores, sums, total, peak, q_tile, k_tiles, v_tiles, k_full,
+                v_full, k_free, v_free, qk_scale, shared, position, dtype, KEYS, STAGES,
+            )  # fmt: skip
     weights, total, peak, shrink = _weigh(
         scores, total, peak, qk_scale, (count - 1) * KEYS, shared, position, KEYS
     )
@@ -149,7 +174,8 @@ def _forward(
     q, k, v, out, lse, qk_scale, q_stride_batch, q_stride_seq, q_stride_head, out_stride_batch,
     out_stride_seq, out_stride_head, seq, kv_seq, kv_heads, batch_heads, chunk,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, STEPS: gl.constexpr, REGISTERS: gl.constexpr,
+    LOADER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     # batch, key/value head and rows of this program, as in `gqa_attention._program`
     tiles = gl.cdiv(seq * GROUP, 2 * ROWS)
@@ -189,7 +215,7 @@ def _forward(
                 (
                     q, out, lse, q_first, k_tiles, v_tiles, k_full, v_full, k_free, v_free,
                     qk_scale, q_stride_seq, q_stride_head, out_stride_seq, out_stride_head, start,
-                    seq, kv_seq, count, GROUP, ROWS, KEYS, STAGES, HEAD_DIM,
+                    seq, kv_seq, count, GROUP, ROWS, KEYS, STAGES, STEPS, HEAD_DIM,
                 ),
             ),
             (
@@ -197,7 +223,7 @@ def _forward(
                 (
                     q, out, lse, q_second, k_tiles, v_tiles, k_full, v_full, k_free, v_free,
                     qk_scale, q_stride_seq, q_stride_head, out_stride_seq, out_stride_head,
-                    start + ROWS, seq, kv_seq, count, GROUP, ROWS, KEYS, STAGES, HEAD_DIM,
+                    start + ROWS, seq, kv_seq, count, GROUP, ROWS, KEYS, STAGES, STEPS, HEAD_DIM,
                 ),
             ),
             (
@@ -221,6 +247,7 @@ def constants(head_dim: int, group: int, keys: int, stages: int) -> dict[str, in
         ROWS=ROWS,
         KEYS=keys,
         STAGES=stages,
+        STEPS=STEPS,
         REGISTERS=REGISTERS,
         LOADER_REGISTERS=LOADER_REGISTERS,
     )

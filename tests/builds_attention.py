@@ -83,6 +83,28 @@ def _attention(
     )
 
 
+def _specialized(dtype="bf16", head_dim=64, group=3, **options):
+    from triton.experimental.gluon import language as gl
+
+    from mobilellm_fast.kernels import gqa_attention_hopper
+
+    keys, stages = 128 if head_dim <= 64 else 64, 2
+    strides = _strides("q", "out")
+    names = ["q", "k", "v", "out", "lse", "qk_scale", *strides, *SIZES]
+    layout = gl.NVMMASharedLayout(128, 16, 4)
+    block = f"tensordesc<{dtype}[1, {keys}, 1, {head_dim}],{layout!r}>"
+    return Build(
+        f"gqa_attention-specialized-{dtype}-{head_dim}-{group}",
+        "gqa_attention_hopper:_forward",
+        _types(names, dtype, SIZES, k=block, v=block),
+        gqa_attention_hopper.constants(head_dim, group, keys, stages),
+        registers=168,  # 12 warps: what two groups of 4 leave is taken from the others
+        needs={"sm_90": ("HGMMA", "UTMALDG.4D", "USETMAXREG", "STG.E.128")},
+        arches=("sm_90",),
+        **options,
+    )
+
+
 def _delta():
     return Build(
         "gqa_attention-delta",
@@ -91,7 +113,6 @@ def _delta():
         dict(HEAD_DIM=64, COLUMNS=64, ROWS=64),
         registers=64,
         needs=dict.fromkeys(("sm_80", "sm_90"), ("LDG.E.128",)),
-        quick=True,
     )
 
 
@@ -122,7 +143,7 @@ def _builds():
     for kernel in ("forward", "backward_queries", "backward_keys"):
         # 128 registers: two programs of 8 warps on an SM, one computes while the other waits
         options = dict(registers=128, arches=("sm_90",)) if kernel == "forward" else {}
-        yield _attention(kernel, quick=True, **options)
+        yield _attention(kernel, quick=kernel != "backward_queries", **options)
         yield from (_attention(kernel, group=group, **options) for group in (1, 5))
         yield _attention(kernel, "fp16", **options)
         yield from (_attention(kernel, head_dim=head_dim) for head_dim in (80, 128))
@@ -130,6 +151,9 @@ def _builds():
         yield from (_attention(kernel, head_dim=dim, backend="hip") for dim in (64, 80, 128))
     yield _attention("forward", group=4, arches=("sm_80",))
     yield _attention("forward", descriptors=True, registers=128, arches=("sm_90",))
+    yield _specialized(quick=True)
+    yield _specialized("fp16", group=5)
+    yield _specialized(head_dim=128)
     yield _delta()
     yield _decode(quick=True, registers=128)
     yield from (_decode(group=group, registers=168) for group in (1, 4, 5))

@@ -30,7 +30,8 @@ class Build:
         name: of the build, unique; begins with that of the kernel.
         kernel: "module:function" in `mobilellm_fast.kernels`.
         types: of the arguments that are no constants: "*bf16", "i32", "fp32",
-            "tensordesc<bf16[128,64]>"; ":16" behind one says that it is divisible by 16.
+            "tensordesc<bf16[128,64]>", of a Gluon kernel with the layout behind the shape;
+            ":16" behind one says that it is divisible by 16.
         constants: values of `tl.constexpr` parameters, and of those that are 1 or None.
         warps, stages: options of the launch.
         registers: the most that a thread may use on an NVIDIA GPU.
@@ -99,9 +100,11 @@ def compile_build(build: Build, arch: str) -> Code:
     types = {name: kind.removesuffix(":16") for name, kind in build.types.items()}
     signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
     divisible = [kernel.arg_names.index(n) for n, k in build.types.items() if k.endswith(":16")]
-    source = ASTSource(
-        kernel, signature, build.constants, {(i,): [["tt.divisibility", 16]] for i in divisible}
-    )
+    source = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as source
+    attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}
+    source = source(kernel, signature, build.constants, attributes)
     target = GPUTarget(*ARCHES[arch])
     options = {"num_warps": build.warps, "num_stages": build.stages, **build.options}
     compiled = triton.compile(source, target=target, options=options)
