@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import attention_bounds as bounds
@@ -73,8 +74,8 @@ EACH_DECODE = pytest.mark.parametrize(("case", "dtype"), DECODE, ids=str)
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
-    """On a GPU, compile what the tests launch, many kernels at a time."""
-    if not HAS_GPU:
+    """On a GPU, compile what the tests launch, many kernels at a time, unless xdist does so."""
+    if not HAS_GPU or "PYTEST_XDIST_WORKER" in os.environ:
         return
     calls = [functools.partial(attend, *run, tile) for run in ATTENTION for tile in tiles(*run)]
     calls += [functools.partial(differentiate, *run) for run in ATTENTION]
