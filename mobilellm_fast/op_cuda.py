@@ -3,7 +3,6 @@
 Tensors are contiguous, on one GPU, which is the current one. Triton is imported by the first call.
 """
 
-import functools
 import importlib.util
 
 import torch
@@ -12,14 +11,12 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # a constant, for torch.compile
 
 
 def takes_floats(tensors: list[Tensor]) -> bool:
     """Whether kernels take these: dtypes may differ, everything is computed in float32."""
-    return has_triton() and all(t.dtype in FLOATS for t in tensors)
+    return HAS_TRITON and all(t.dtype in FLOATS for t in tensors)
 
 
 def takes_one_dtype(tensors: list[Tensor]) -> bool:
