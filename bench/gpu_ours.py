@@ -162,7 +162,7 @@ class StandIn:
     def forward(self, token_ids: Sequence[int], cache, all_logits: bool = False) -> np.ndarray:
         model, end = cache.model, cache.length + len(token_ids)
         tokens = torch.tensor([list(token_ids)])
-        logits = model.forward(tokens, model.slots[cache.length : end])[0].float().numpy()
+        logits = model.forward(tokens, model.places[cache.length : end])[0].float().numpy()
         cache.length = end
         return logits if all_logits else logits[-1:]
 

@@ -7,6 +7,7 @@ In float32 it is the reference of the gates.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from mobilellm_fast.config import MobileLLMConfig, expected_shapes
 from mobilellm_fast.rope import cos_sin
@@ -40,8 +41,35 @@ def random_ids(config: MobileLLMConfig, count: int, seed: int = 0) -> list[int]:
     return torch.randint(config.vocab_size, (count,), generator=generator).tolist()
 
 
-class PlainModel:
+class Block(torch.nn.Module):
+    """The weights of one block, projections of the same input fused."""
+
+    def __init__(self, weights: Weights, index: int) -> None:
+        super().__init__()
+
+        def get(*names: str) -> Parameter:
+            parts = [weights[f"model.layers.{index}.{name}.weight"] for name in names]
+            return Parameter(torch.cat(parts) if len(parts) > 1 else parts[0], requires_grad=False)
+
+        self.attention_norm, self.ffn_norm = get("input_layernorm"), get("post_attention_layernorm")
+        self.qkv = get("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self.out, self.down = get("self_attn.o_proj"), get("mlp.down_proj")
+        self.gate_up = get("mlp.gate_proj", "mlp.up_proj")
+
+
+class Slot(torch.nn.Module):
+    """Keys and values of one position of the schedule."""
+
+    def __init__(self, *size: int, like: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("keys", like.new_zeros(size))
+        self.register_buffer("values", like.new_zeros(size))
+
+
+class PlainModel(torch.nn.Module):
     """A Llama over the whole schedule, with fused projections and one KV cache of fixed size.
+
+    All of it are parameters and buffers: what a compiler takes for fixed places in memory.
 
     Args:
         config: the architecture, layer sharing included.
@@ -53,36 +81,24 @@ class PlainModel:
     def __init__(
         self, config: MobileLLMConfig, weights: Weights, capacity: int, batch: int = 1
     ) -> None:
+        super().__init__()
         self.config = config
         embedding = weights["model.embed_tokens.weight"]
         self.device, self.dtype = embedding.device, embedding.dtype
-        self.embedding, self.final_norm = embedding, weights["model.norm.weight"]
-        self.head = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
-        self.blocks = [self._block(weights, i) for i in range(config.num_hidden_layers)]
+        self.embedding = Parameter(embedding, requires_grad=False)
+        self.final_norm = Parameter(weights["model.norm.weight"], requires_grad=False)
+        head = embedding if config.tie_word_embeddings else weights["lm_head.weight"]
+        self.head = Parameter(head, requires_grad=False)
+        blocks = range(config.num_hidden_layers)
+        self.blocks = torch.nn.ModuleList(Block(weights, index) for index in blocks)
         rotary = cos_sin(config, torch.arange(capacity).numpy())
         cos, sin = (torch.as_tensor(part).to(self.device) for part in rotary)
-        self.cos = torch.cat((cos, cos), -1).to(self.dtype)[:, None]  # (capacity, 1, head_dim)
-        self.sin = torch.cat((-sin, sin), -1).to(self.dtype)[:, None]
+        # (capacity, 1, head_dim)
+        self.register_buffer("cos", torch.cat((cos, cos), -1).to(self.dtype)[:, None])
+        self.register_buffer("sin", torch.cat((-sin, sin), -1).to(self.dtype)[:, None])
         size = (batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.cache = [
-            tuple(torch.zeros(size, dtype=self.dtype, device=self.device) for _ in range(2))
-            for _ in config.schedule
-        ]
-        self.slots = torch.arange(capacity, device=self.device)
-
-    @staticmethod
-    def _block(weights: Weights, index: int) -> tuple[Tensor, ...]:
-        def get(name: str) -> Tensor:
-            return weights[f"model.layers.{index}.{name}.weight"]
-
-        return (
-            get("input_layernorm"),
-            torch.cat([get(f"self_attn.{name}_proj") for name in "qkv"]),
-            get("self_attn.o_proj"),
-            get("post_attention_layernorm"),
-            torch.cat([get(f"mlp.{name}_proj") for name in ("gate", "up")]),
-            get("mlp.down_proj"),
-        )
+        self.cache = torch.nn.ModuleList(Slot(*size, like=embedding) for _ in config.schedule)
+        self.register_buffer("places", torch.arange(capacity, device=self.device))
 
     def forward(self, ids: Tensor, positions: Tensor, visible: int | None = None) -> Tensor:
         """Append tokens to the cache and return the logits of each, (batch, tokens, vocabulary).
@@ -94,22 +110,21 @@ class PlainModel:
         """
         hidden = F.embedding(ids, self.embedding)
         cos, sin = self.cos[positions], self.sin[positions]
-        mask = None if visible else self.slots[None] <= positions[:, None]
-        for index, (keys, values) in zip(self.config.schedule, self.cache, strict=True):
-            norm, qkv, out, ffn_norm, gate_up, down = self.blocks[index]
-            normed = self._norm(hidden, norm)
-            mixed = self._attend(
-                F.linear(normed, qkv), keys, values, positions, cos, sin, visible, mask
-            )
-            hidden = hidden + F.linear(mixed, out)
-            gate, up = F.linear(self._norm(hidden, ffn_norm), gate_up).chunk(2, -1)
-            hidden = hidden + F.linear(F.silu(gate) * up, down)
+        mask = None if visible else self.places[None] <= positions[:, None]
+        for index, slot in zip(self.config.schedule, self.cache, strict=True):
+            block = self.blocks[index]
+            qkv = F.linear(self._norm(hidden, block.attention_norm), block.qkv)
+            mixed = self._attend(qkv, slot, positions, cos, sin, visible, mask)
+            hidden = hidden + F.linear(mixed, block.out)
+            normed = self._norm(hidden, block.ffn_norm)
+            gate, up = F.linear(normed, block.gate_up).chunk(2, -1)
+            hidden = hidden + F.linear(F.silu(gate) * up, block.down)
         return F.linear(self._norm(hidden, self.final_norm), self.head)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.config.rms_norm_eps)
 
-    def _attend(self, qkv, keys, values, positions, cos, sin, visible, mask) -> Tensor:
+    def _attend(self, qkv, slot, positions, cos, sin, visible, mask) -> Tensor:
         config = self.config
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         batch, tokens = qkv.shape[:2]
@@ -117,12 +132,12 @@ class PlainModel:
         rotated, value = qkv.split((heads + kv_heads, kv_heads), 2)
         rotated = rotated * cos + rotated.roll(config.head_dim // 2, -1) * sin
         query, key = rotated.split((heads, kv_heads), 2)
-        keys.index_copy_(2, positions, key.transpose(1, 2))
-        values.index_copy_(2, positions, value.transpose(1, 2))
+        slot.keys.index_copy_(2, positions, key.transpose(1, 2))
+        slot.values.index_copy_(2, positions, value.transpose(1, 2))
         mixed = F.scaled_dot_product_attention(
             query.transpose(1, 2),
-            keys[:, :, :visible],
-            values[:, :, :visible],
+            slot.keys[:, :, :visible],
+            slot.values[:, :, :visible],
             attn_mask=mask,
             enable_gqa=True,
         )
@@ -137,7 +152,7 @@ class PlainModel:
     def logits(self, ids: list[int]) -> Tensor:
         """Return the logits of every token of a sequence, float32 (tokens, vocabulary)."""
         tokens = torch.tensor([ids], device=self.device)
-        return self.forward(tokens, self.slots[: len(ids)])[0].float()
+        return self.forward(tokens, self.places[: len(ids)])[0].float()
 
 
 class Step:

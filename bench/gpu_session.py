@@ -278,8 +278,7 @@ class Session:
         for name in case.workers:
             try:
                 worker = self.worker(name, preset)
-                facts = {"versions": worker.about["versions"], "ready": worker.about["ready"]}
-                add(name, lambda n, w=worker: tuple(w.decode(n).values()), **facts)
+                add(name, lambda n, w=worker: tuple(w.decode(n).values()), **worker.about)
             except Exception as error:
                 faults[name] = describe(error)
         return works, faults, "; ".join(red)

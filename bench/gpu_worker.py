@@ -136,6 +136,17 @@ def make(name: str, preset: str, context: int, dry: bool):
     return peer
 
 
+def compiler_facts() -> dict:
+    """Say whether a compiled peer is whole: its graphs, and those that got no CUDA graph."""
+    from torch._dynamo.utils import counters
+
+    return {
+        "graphs": counters["stats"]["unique_graphs"],
+        "graph_breaks": dict(counters["graph_break"]),
+        "without_cuda_graph": counters["inductor"]["cudagraph_skips"],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("peer")
@@ -156,7 +167,8 @@ def main() -> None:
         from gpu_timing import describe
 
         peer = make(args.peer, args.preset, args.context, args.dry)
-        answer(ready=perf_counter() - started, versions=peer.versions if peer else {})
+        about = {"versions": peer.versions, "compiler": compiler_facts()} if peer else {}
+        answer(ready=perf_counter() - started, **about)
     except Exception as error:
         traceback.print_exc()
         answer(error=f"{type(error).__name__}: {error}"[:600])

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -253,3 +254,27 @@ def test_the_report_has_every_figure_and_fault(results, tmp_path):
     assert "1.5 (1.0 … 2.0)" in text and "A dry run" in text
     page.with_suffix(".json").write_text("[]")
     assert report_gpu.main([str(page.with_suffix(".json")), "--page", str(page)]) == 1
+
+
+@pytest.mark.parametrize(("kind", "step"), [("bf16", 0), ("int8", 0.5), ("int4", 0.55)])
+def test_executors_get_the_weights_that_peers_have(kind, step):
+    """The exact values, or each within half a step (and the rounding of scales) of its grid."""
+    pytest.importorskip("triton")
+    from mobilellm_fast.cuda.executor import CudaExecutor
+
+    config = replace(gpu_models.shape("1.5B", True), hidden_size=64, intermediate_size=96)
+    weights = gpu_plain.random_weights(config, CPU, torch.bfloat16)
+    made = CudaExecutor(config, gpu_ours.cuda_weights(config, weights, kind), tier="graph")
+    stored = gpu_ours.plain_weights(made, weights)
+    assert stored.keys() == weights.keys()
+    for name, weight in weights.items():
+        wide = weight.float()
+        if wide.ndim == 1 or kind == "bf16":
+            assert torch.equal(stored[name], wide)
+            continue
+        if kind == "int8" or name in ("model.embed_tokens.weight", "lm_head.weight"):
+            steps = wide.abs().amax(-1, keepdim=True) / 127
+        else:
+            low, high = wide.unflatten(-1, (-1, 32)).aminmax(dim=-1)
+            steps = ((high - low) / 15).repeat_interleave(32, -1)
+        assert ((stored[name] - wide).abs() <= step * steps + 1e-3 * steps).all(), name
