@@ -262,7 +262,9 @@ def test_executors_get_the_weights_that_peers_have(kind, step):
     pytest.importorskip("triton")
     from mobilellm_fast.cuda.executor import CudaExecutor
 
-    config = replace(gpu_models.shape("1.5B", True), hidden_size=64, intermediate_size=96)
+    config = replace(
+        gpu_models.shape("1.5B", True), hidden_size=64, intermediate_size=96, head_dim=16
+    )
     weights = gpu_plain.random_weights(config, CPU, torch.bfloat16)
     made = CudaExecutor(config, gpu_ours.cuda_weights(config, weights, kind), tier="graph")
     stored = gpu_ours.plain_weights(made, weights)
