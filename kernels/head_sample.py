@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tiles import depth
 from .weight_rows import kind_of, times_matrix, times_vector, vector_shape
 
 NOBODY = tl.constexpr(2147483647)  # no row; the smallest row wins a tie
@@ -78,7 +79,7 @@ def head_sample(
             GROUPS=2,
             SAMPLE=temperature > 0,
             num_warps=4,
-            num_stages=4,
+            num_stages=depth(4),
         )
     _join_shares[(tokens,)](found, best, ids, logprobs, shares, vocab, BLOCK=BLOCK)
     return ids, logprobs

@@ -13,6 +13,7 @@ from .tiles import (
     BAND,
     Tiling,
     choose,
+    depth,
     described,
     load_tile,
     processors,
@@ -82,7 +83,7 @@ def int8_gemm(
         TMA=tma,
         STORE_TMA=store_tma,
         num_warps=t.warps,
-        num_stages=t.stages,
+        num_stages=depth(t.stages),
         enable_fp_fusion=False,
     )
     return out

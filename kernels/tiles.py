@@ -81,6 +81,11 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def depth(stages: int) -> int:
+    """Stages as this machine's compiler takes them: AMD's makes no more than 2 of some loops."""
+    return min(stages, 2) if torch.version.hip else stages
+
+
 @triton.jit
 def load_tile(
     matrix, row, col, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import processors
+from .tiles import depth, processors
 from .weight_rows import kind_of, times_matrix, times_vector, vector_shape
 
 FEW_TOKENS = 64  # up to these, memory is the limit; above, float weights are the BLAS library's
@@ -90,7 +90,7 @@ def _by_tiles(x, codes, scales, kind, out, tokens, shape: Shape) -> Tensor:
         TOKENS=shape.tokens,
         GROUPS=shape.groups,
         num_warps=shape.warps,
-        num_stages=shape.stages,
+        num_stages=depth(shape.stages),
     )
     if split:
         count = out.numel()

@@ -1,5 +1,7 @@
 """Builds of the stand-alone ops' kernels (see `compile_ahead`): what MobileLLM's widths launch."""
 
+from dataclasses import replace
+
 import torch
 from compile_ahead import Build
 
@@ -48,7 +50,7 @@ def _product(name, kernel, tiling, arch, matrices, others, constants, needs=(), 
         types | others,
         constants | {"BAND": BAND, "TMA": tma, "STORE_TMA": tma},
         warps=tiling.warps,
-        stages=tiling.stages,
+        stages=tiling.stages if arch != "gfx942" else min(tiling.stages, 2),
         registers=65536 // (32 * tiling.warps * tiling.programs),
         shared=227 * 1024 // tiling.programs,
         needs={arch: needs},
@@ -101,6 +103,12 @@ SCALES = {"float": "*bf16:16", "int8": "*fp32:16", "int8_g32": "*fp16:16", "int4
 
 def _weights(kind, out="*bf16:16"):
     return {"x": "*bf16:16", "codes": CODES[kind], "scales": SCALES[kind], "out": out}
+
+
+def _everywhere(build):
+    """Launchers take no more than two stages on an AMD GPU."""
+    amd = replace(build, name=f"{build.name}-gfx942", arches=("gfx942",), stages=2, quick=False)
+    return replace(build, arches=("sm_80", "sm_90")), amd
 
 
 def _vector_shape(kind, outputs, cols):
@@ -213,7 +221,7 @@ BUILDS = [
             ("gfx942", ()),
         )
         for name, tiling, save in (
-            ("medium", swiglu.MEDIUM, False),
+            ("plain", swiglu.PLAIN, False),
             ("small", swiglu.SMALL, True),
             ("few", swiglu.FEW, False),
         )
@@ -231,16 +239,27 @@ BUILDS = [
     *(_weight_vector(kind, 576, quick=kind == "int4_g32") for kind in CODES),
     *(_weight_vector(kind, 4352) for kind in CODES),
     *(
-        _weight_tiles(kind, outputs, 16, (product,), quick=(kind, outputs) == ("int4_g32", 576))
+        build
         for kind in CODES
         for outputs, product in ((576, "HMMA.16816.F32.BF16"), (49152, "HGMMA"))
+        for build in _everywhere(
+            _weight_tiles(kind, outputs, 16, (product,), quick=(kind, outputs) == ("int4_g32", 576))
+        )
     ),
-    *(_weight_tiles(kind, 1536, 512, ("HGMMA",)) for kind in CODES if kind != "float"),
     *(
-        _head(kind, sample, tokens, quick=(kind, sample, tokens) == ("float", True, 1))
+        build
+        for kind in CODES
+        if kind != "float"
+        for build in _everywhere(_weight_tiles(kind, 1536, 512, ("HGMMA",)))
+    ),
+    *(
+        build
         for kind in ("float", "int4_g32")
         for sample in (False, True)
         for tokens in (1, 16)
+        for build in _everywhere(
+            _head(kind, sample, tokens, quick=(kind, sample, tokens) == ("float", True, 1))
+        )
     ),
     Build(
         "head_sample-join",
