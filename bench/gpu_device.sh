@@ -5,7 +5,8 @@
 #   bench/gpu_device.sh OUT       there: builds, tests, measures; logs and results go to OUT
 #
 # Each part has a limit in seconds, 0 leaves it out; what a part did not reach is in its log.
-#   BUILD_SECONDS=120  TESTS_SECONDS=120  BENCH_SECONDS=240  SANITIZE_SECONDS=0
+#   BUILD_SECONDS=120  TESTS_SECONDS=120  BENCH_SECONDS=240  SANITIZE_SECONDS=0  SWEEP_SECONDS=0
+# SWEEPS="ops attention" says which tilings are timed, each with SWEEP_SECONDS.
 # TESTS_ARGS, BENCH_ARGS and SANITIZE_ARGS go to pytest (BENCH_ARGS="-k 125M-128 --ungated").
 # DRY=1 runs the benchmark on tiny models, to try this script out without a GPU.
 set -uo pipefail
@@ -62,6 +63,16 @@ if [ "${SANITIZE_SECONDS:-0}" != 0 ]; then
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited "$SANITIZE_SECONDS" compute-sanitizer --error-exitcode 9 \
     "$python" -m pytest tests -m gpu -p no:xdist ${SANITIZE_ARGS:--k persistent} >"$out/sanitizer.log" 2>&1
   say "compute-sanitizer ended with status $?: $(tail -1 "$out/sanitizer.log")"
+fi
+
+if [ "${SWEEP_SECONDS:-0}" != 0 ]; then
+  for sweep in ${SWEEPS:-ops attention}; do
+    say "sweep of $sweep"
+    limited "$SWEEP_SECONDS" "$python" "bench/sweep_$sweep.py" --json "$out/sweep_$sweep.json" \
+      >"$out/sweep_$sweep.log" 2>&1
+    say "sweep of $sweep ended with status $?"
+    grep -E "chosen|cuBLAS|compiled|^[a-z]" "$out/sweep_$sweep.log" | cut -c1-120
+  done
 fi
 
 if [ "${BENCH_SECONDS:-240}" != 0 ]; then
