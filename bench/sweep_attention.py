@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mobilellm_fast import reference
-from mobilellm_fast.kernels import gqa_attention, gqa_attention_hopper, gqa_decode
+from mobilellm_fast.kernels import gqa_attention, gqa_decode
 from mobilellm_fast.kernels.gqa_attention import Tile
 from mobilellm_fast.kernels.gqa_decode import Cut
 
@@ -37,7 +37,8 @@ FORWARD_TILES = [
     *(Tile(128, 64, 4, 2, tma) for tma in (False, True)),
 ]
 SPECIALIZED_TILES = [
-    Tile(128, *sizes, True, True) for sizes in ((128, 8, 2), (128, 8, 3), (64, 8, 4))
+    *(Tile(rows, 128, 8, stages, True, True) for rows in (128, 192) for stages in (2, 3)),
+    *(Tile(rows, 64, 8, 4, True, True) for rows in (128, 192)),
 ]
 CUTS = [
     *(Cut(128, splits, warps, 2) for splits in (32, 16) for warps in (4, 8)),
@@ -99,9 +100,7 @@ def sweep_prefill(heads: int, kv_heads: int, batch: int, seq: int) -> dict[str, 
     sets = [(rows(heads), rows(kv_heads), rows(kv_heads)) for _ in range(4)]
     want = reference.gqa_attention(*(t[:1] for t in sets[0]))
     warm([lambda tile=tile: gqa_attention.forward(*sets[0], 0.125, tile) for tile in FORWARD_TILES])
-    candidates = [(tile, 1) for tile in FORWARD_TILES]
-    if specialized_works():
-        candidates += itertools.product(SPECIALIZED_TILES, (1, 2))
+    tiles = [*FORWARD_TILES, *(SPECIALIZED_TILES if specialized_works() else [])]
     flops = 4 * batch * heads * 64 * seq * (seq + 1) / 2
     found = {}
 
@@ -112,8 +111,7 @@ def sweep_prefill(heads: int, kv_heads: int, batch: int, seq: int) -> dict[str, 
         )
 
     print(f"prefill {heads}/{kv_heads} heads, batch {batch}, {seq} tokens")
-    for tile, steps in candidates:
-        gqa_attention_hopper.STEPS = steps
+    for tile in tiles:
         try:
             out = gqa_attention.forward(*sets[0], 0.125, tile)[0]
         except Exception as error:
@@ -124,7 +122,7 @@ def sweep_prefill(heads: int, kv_heads: int, batch: int, seq: int) -> dict[str, 
             lambda s=s, tile=tile: gqa_attention.forward(*s, 0.125, tile)
             for s in itertools.islice(itertools.cycle(sets), 16)
         ]
-        note(f"{tuple(tile)} {steps}", calls)
+        note(f"{tuple(tile)}", calls)
     first = [tuple(t.transpose(1, 2).contiguous() for t in s) for s in sets]
     whole = [(q, *(t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))) for q, k, v in first]
     backends = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
@@ -159,8 +157,7 @@ def specialized_works() -> bool:
 
 def try_specialized() -> None:
     """Compare the specialized kernel with the reference where tiles are whole and where not."""
-    for tile, steps in itertools.product(SPECIALIZED_TILES, (1, 2)):
-        gqa_attention_hopper.STEPS = steps
+    for tile in SPECIALIZED_TILES:
         for seq, kv_seq, heads, kv_heads in ((1, 1, 3, 1), (129, 300, 15, 5), (384, 384, 4, 4)):
             q, k, v = (
                 torch.randn(2, *shape, 64, device="cuda", dtype=torch.bfloat16)

@@ -368,12 +368,12 @@ def forward(
         tile = tile or tile_of("forward", head_dim, q.dtype)
         group = heads // kv_heads
         descriptors = tile.descriptors and _describable(k) and _describable(v)
-        if tile.specialized and descriptors and _on_hopper(q.device):
+        fits = head_dim in (64, 128) and q.dtype != torch.float32
+        if tile.specialized and fits and descriptors and _on_hopper(q.device):
             from . import gqa_attention_hopper
 
-            gqa_attention_hopper.launch(
-                q, k, v, scale * LOG2_E.value, out, lse, _chunk(k), tile.keys, tile.stages
-            )
+            sizes = tile.rows, tile.keys, tile.stages
+            gqa_attention_hopper.launch(q, k, v, scale * LOG2_E.value, out, lse, _chunk(k), *sizes)
             return out, lse
         grid = (batch * kv_heads * triton.cdiv(seq * group, tile.rows),)
         k_in, v_in = (_describe(t, tile.keys) if descriptors else t for t in (k, v))

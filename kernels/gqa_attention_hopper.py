@@ -1,10 +1,11 @@
 """The forward kernel of `gqa_attention` for Hopper, with a job for each group of warps.
 
-A warp loads keys and values through the copy engine. Two groups of four warps, 64 rows each, attend
-to them, out of step, so that one's matrix products run during the other's softmax; within each, the
-scores of the next tile are computed during the softmax of this one. That is the order of work of
-Shah et al., https://arxiv.org/abs/2407.08608. It needs Gluon, in which layouts and barriers are
-explicit, and is neither interpreted nor run on other GPUs: it must equal `gqa_attention`.
+One warp loads keys and values through the copy engine. Two or three groups of four warps, 64 rows
+each, attend to them, out of step, so that matrix products of one run during the softmax of another;
+within a group, a tile's values are weighed and added during the softmax of the next one. That is
+the order of work of Shah et al., https://arxiv.org/abs/2407.08608. It needs Gluon, in which layouts
+and barriers are explicit, and is neither interpreted nor run on other GPUs: it must equal
+`gqa_attention`.
 """
 
 import triton
@@ -21,19 +22,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 ROWS = 64  # of a group of warps: the height of its matrix products
-GROUPS = 2
-STEPS = 2  # tiles per turn of the loop
-# Registers of a thread: two tiles of scores, one of sums, one of weights; the loading warp's.
-REGISTERS, LOADER_REGISTERS = 232, 24
+# Registers of a thread, by the number of groups. The loading warp needs few.
+REGISTERS = {2: 232, 3: 160}
+LOADER_REGISTERS = 24
 LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def _load(
-    k, v, k_tiles, v_tiles, k_full, v_full, k_free, v_free, batch, head, count,
-    KEYS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _load(k, v, tiles, batch, head, count, KEYS: gl.constexpr, STAGES: gl.constexpr):
     """Fill tiles as they become free."""
+    k_tiles, v_tiles, k_full, v_full, k_free, v_free = tiles
     slot = 0
     phase = 1  # what has not been filled yet is free
     for tile in range(count):
@@ -67,11 +65,11 @@ def _weigh(scores, total, peak, qk_scale, first, shared, position, KEYS: gl.cons
 
 @gluon.jit
 def _step(
-    tile, slot, phase, scores, sums, total, peak, q_tile, k_tiles, v_tiles, k_full, v_full,
-    k_free, v_free, qk_scale, shared, position, dtype: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr,
+    tile, slot, phase, weights, sums, total, peak, q_tile, tiles, qk_scale, shared, position,
+    scores_layout: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Start on the next tile's scores, then add this tile to the sums; not for the last tile."""
+    """Add a tile, of which weights are, to the sums, and weigh the next one meanwhile."""
+    k_tiles, v_tiles, k_full, v_full, k_free, v_free = tiles
     SUMS: gl.constexpr = sums.type.layout
     HEAD_DIM: gl.constexpr = sums.shape[1]
     next_slot = slot + 1
@@ -81,31 +79,32 @@ def _step(
         next_phase = phase ^ 1
     mbarrier.wait(k_full.index(next_slot), next_phase)
     k_tile = k_tiles.index(next_slot).reshape([KEYS, HEAD_DIM]).permute((1, 0))
-    nothing = gl.zeros_like(scores)
-    next_scores = warpgroup_mma(q_tile, k_tile, nothing, use_acc=False, is_async=True)
-    weights, total, peak, shrink = _weigh(
-        scores, total, peak, qk_scale, tile * KEYS, shared, position, KEYS
-    )
-    weights = gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, SUMS, 2))
-    sums = sums * gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None]
+    nothing = gl.zeros([sums.shape[0], KEYS], gl.float32, scores_layout)
+    scores = warpgroup_mma(q_tile, k_tile, nothing, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(slot), phase)
     v_tile = v_tiles.index(slot).reshape([KEYS, HEAD_DIM])
     next_sums = warpgroup_mma(weights, v_tile, sums, is_async=True)
-    scores = warpgroup_mma_wait(1, [next_scores])
+    scores = warpgroup_mma_wait(1, [scores])
     mbarrier.arrive(k_free.index(next_slot), count=1)
+    next_weights, total, peak, shrink = _weigh(
+        scores, total, peak, qk_scale, tile * KEYS + KEYS, shared, position, KEYS
+    )
     sums = warpgroup_mma_wait(0, [next_sums])
     mbarrier.arrive(v_free.index(slot), count=1)
-    return scores, sums, total, peak, next_slot, next_phase
+    sums = sums * gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None]
+    weights = gl.convert_layout(next_weights.to(weights.dtype), gl.DotOperandLayout(0, SUMS, 2))
+    return weights, sums, total, peak, next_slot, next_phase
 
 
 @gluon.jit
 def _attend(
-    q, out, lse, q_tile, k_tiles, v_tiles, k_full, v_full, k_free, v_free, qk_scale, q_stride_seq,
-    q_stride_head, out_stride_seq, out_stride_head, start, seq, kv_seq, count,
-    GROUP: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-    STEPS: gl.constexpr, HEAD_DIM: gl.constexpr,
+    q_tile, start, work, GROUP: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
+    STAGES: gl.constexpr, HEAD_DIM: gl.constexpr,
 ):  # fmt: skip
     """Attend with ROWS packed rows of one key/value head, of which q, out and lse are."""
+    q, out, lse, tiles, strides, qk_scale, seq, kv_seq, count = work
+    k_tiles, v_tiles, k_full, v_full, k_free, _ = tiles
+    q_stride_seq, q_stride_head, out_stride_seq, out_stride_head = strides
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
@@ -138,25 +137,13 @@ def _attend(
     mbarrier.arrive(k_free.index(0), count=1)
     slot = 0
     phase = 0
-    # Several steps at a time: what one step reads scores from, the next one writes them to, where
-    # otherwise they would be moved.
-    for some in range((count - 1) // STEPS):
-        for i in gl.static_range(STEPS):
-            scores, sums, total, peak, slot, phase = _step(
-                STEPS * some + i, slot, phase, scores, sums, total, peak, q_tile, k_tiles, v_tiles,
-                k_full, v_full, k_free, v_free, qk_scale, shared, position, dtype, KEYS, STAGES,
-            )  # fmt: skip
-    if STEPS > 1:
-        for tile in range((count - 1) // STEPS * STEPS, count - 1):
-            scores, sums, total, peak, slot, phase = _step(
-                tile, slot, phase, scores, sums, total, peak, q_tile, k_tiles, v_tiles, k_full,
-                v_full, k_free, v_free, qk_scale, shared, position, dtype, KEYS, STAGES,
-            )  # fmt: skip
-    weights, total, peak, shrink = _weigh(
-        scores, total, peak, qk_scale, (count - 1) * KEYS, shared, position, KEYS
-    )
+    weights, total, peak, _ = _weigh(scores, total, peak, qk_scale, 0, shared, position, KEYS)
     weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
-    sums = sums * gl.convert_layout(shrink, PER_ROW)[:, None]
+    for tile in range(count - 1):
+        weights, sums, total, peak, slot, phase = _step(
+            tile, slot, phase, weights, sums, total, peak, q_tile, tiles, qk_scale, shared,
+            position, SCORES, KEYS, STAGES,
+        )  # fmt: skip
     mbarrier.wait(v_full.index(slot), phase)
     v_tile = v_tiles.index(slot).reshape([KEYS, HEAD_DIM])
     next_sums = warpgroup_mma(weights, v_tile, sums, is_async=True)
@@ -174,29 +161,28 @@ def _forward(
     q, k, v, out, lse, qk_scale, q_stride_batch, q_stride_seq, q_stride_head, out_stride_batch,
     out_stride_seq, out_stride_head, seq, kv_seq, kv_heads, batch_heads, chunk,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr,
-    STAGES: gl.constexpr, STEPS: gl.constexpr, REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, GROUPS: gl.constexpr, REGISTERS: gl.constexpr,
     LOADER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     # batch, key/value head and rows of this program, as in `gqa_attention._program`
-    tiles = gl.cdiv(seq * GROUP, 2 * ROWS)
+    height = gl.cdiv(seq * GROUP, GROUPS * ROWS)  # in tiles
     program = gl.program_id(0)
-    first = program // (chunk * tiles) * chunk
+    first = program // (chunk * height) * chunk
     size = gl.minimum(chunk, batch_heads - first)
-    within = program - first * tiles
+    within = program - first * height
     batch_head = first + within % size
     batch, head = batch_head // kv_heads, batch_head % kv_heads
-    start = (tiles - 1 - within // size) * (2 * ROWS)
-    seen = gl.minimum(kv_seq - seq + (start + 2 * ROWS - 1) // GROUP + 1, kv_seq)
+    start = (height - 1 - within // size) * (GROUPS * ROWS)
+    seen = gl.minimum(kv_seq - seq + (start + GROUPS * ROWS - 1) // GROUP + 1, kv_seq)
     count = gl.cdiv(seen, KEYS)
     q += batch.to(gl.int64) * q_stride_batch + head.to(gl.int64) * GROUP * q_stride_head
     out += batch.to(gl.int64) * out_stride_batch + head.to(gl.int64) * GROUP * out_stride_head
     lse += batch_head.to(gl.int64) * GROUP * seq
 
     dtype: gl.constexpr = q.dtype.element_ty
-    Q_TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q_first = gl.allocate_shared_memory(dtype, [ROWS, HEAD_DIM], Q_TILE)
-    q_second = gl.allocate_shared_memory(dtype, [ROWS, HEAD_DIM], Q_TILE)
+    Q_TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    q_tiles = gl.allocate_shared_memory(dtype, [GROUPS, ROWS, HEAD_DIM], Q_TILE)
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, KEYS, 1, HEAD_DIM], k.layout)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, KEYS, 1, HEAD_DIM], v.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -206,64 +192,62 @@ def _forward(
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=2)  # both groups are done with it
-        mbarrier.init(v_free.index(i), count=2)
-    gl.warp_specialize(
-        [
-            (
-                _attend,
-                (
-                    q, out, lse, q_first, k_tiles, v_tiles, k_full, v_full, k_free, v_free,
-                    qk_scale, q_stride_seq, q_stride_head, out_stride_seq, out_stride_head, start,
-                    seq, kv_seq, count, GROUP, ROWS, KEYS, STAGES, STEPS, HEAD_DIM,
-                ),
-            ),
-            (
-                _attend,
-                (
-                    q, out, lse, q_second, k_tiles, v_tiles, k_full, v_full, k_free, v_free,
-                    qk_scale, q_stride_seq, q_stride_head, out_stride_seq, out_stride_head,
-                    start + ROWS, seq, kv_seq, count, GROUP, ROWS, KEYS, STAGES, STEPS, HEAD_DIM,
-                ),
-            ),
-            (
-                _load,
-                (
-                    k, v, k_tiles, v_tiles, k_full, v_full, k_free, v_free, batch, head, count,
-                    KEYS, STAGES,
-                ),
-            ),
-        ],
-        [4, 1],
-        [REGISTERS, LOADER_REGISTERS],
-    )  # fmt: skip
+        mbarrier.init(k_free.index(i), count=GROUPS)  # all groups are done with it
+        mbarrier.init(v_free.index(i), count=GROUPS)
+    tiles = (k_tiles, v_tiles, k_full, v_full, k_free, v_free)
+    strides = (q_stride_seq, q_stride_head, out_stride_seq, out_stride_head)
+    work = (q, out, lse, tiles, strides, qk_scale, seq, kv_seq, count)
+    second = start + ROWS
+    third = start + 2 * ROWS
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_attend, (q_tiles.index(0), start, work, GROUP, ROWS, KEYS, STAGES, HEAD_DIM)),
+                (_attend, (q_tiles.index(1), second, work, GROUP, ROWS, KEYS, STAGES, HEAD_DIM)),
+                (_load, (k, v, tiles, batch, head, count, KEYS, STAGES)),
+            ],
+            [4, 1],
+            [REGISTERS, LOADER_REGISTERS],
+        )
+    else:
+        gl.static_assert(GROUPS == 3)
+        gl.warp_specialize(
+            [
+                (_attend, (q_tiles.index(0), start, work, GROUP, ROWS, KEYS, STAGES, HEAD_DIM)),
+                (_attend, (q_tiles.index(1), second, work, GROUP, ROWS, KEYS, STAGES, HEAD_DIM)),
+                (_attend, (q_tiles.index(2), third, work, GROUP, ROWS, KEYS, STAGES, HEAD_DIM)),
+                (_load, (k, v, tiles, batch, head, count, KEYS, STAGES)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, LOADER_REGISTERS],
+        )
 
 
-def constants(head_dim: int, group: int, keys: int, stages: int) -> dict[str, int]:
-    """Return the constants of a launch."""
+def constants(head_dim: int, group: int, rows: int, keys: int, stages: int) -> dict[str, int]:
+    """Return the constants of a launch; rows is 128 or 192."""
     return dict(
         GROUP=group,
         HEAD_DIM=head_dim,
         ROWS=ROWS,
         KEYS=keys,
         STAGES=stages,
-        STEPS=STEPS,
-        REGISTERS=REGISTERS,
+        GROUPS=rows // ROWS,
+        REGISTERS=REGISTERS[rows // ROWS],
         LOADER_REGISTERS=LOADER_REGISTERS,
     )
 
 
 def launch(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor, chunk: int,
+    q: Tensor, k: Tensor, v: Tensor, scale: float, out: Tensor, lse: Tensor, chunk: int, rows: int,
     keys: int, stages: int,
 ) -> None:  # fmt: skip
     """Compute `out` and `lse` as `gqa_attention.forward` does.
 
     Args:
-        q, k, v: as there; keys and values such that tensor descriptors can point to them.
+        q, k, v: as there, 16-bit, heads of 64 or 128; tensor descriptors can point to k and v.
         scale: as there, times log2(e).
         chunk: heads that run at once.
-        keys, stages: of a tile, and tiles in flight.
+        rows, keys, stages: of a tile (128 or 192 rows), and tiles in flight.
     """
     batch, seq, heads, head_dim = q.shape
     kv_seq, kv_heads = k.shape[1:3]
@@ -273,7 +257,7 @@ def launch(
         TensorDescriptor(t, list(t.shape), list(t.stride()), [1, keys, 1, head_dim], layout)
         for t in (k, v)
     )
-    _forward[(pairs * triton.cdiv(seq * group, GROUPS * ROWS),)](
+    _forward[(pairs * triton.cdiv(seq * group, rows),)](
         q, *described, out, lse, scale, *q.stride()[:3], *out.stride()[:3], seq, kv_seq, kv_heads,
-        pairs, chunk, **constants(head_dim, group, keys, stages), num_warps=4,
+        pairs, chunk, **constants(head_dim, group, rows, keys, stages), num_warps=4,
     )  # fmt: skip

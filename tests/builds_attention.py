@@ -97,7 +97,7 @@ def _specialized(dtype="bf16", head_dim=64, group=3, **options):
         f"gqa_attention-specialized-{dtype}-{head_dim}-{group}",
         "gqa_attention_hopper:_forward",
         _types(names, dtype, SIZES, k=block, v=block),
-        gqa_attention_hopper.constants(head_dim, group, keys, stages),
+        gqa_attention_hopper.constants(head_dim, group, 128, keys, stages),
         registers=168,  # 12 warps: what two groups of 4 leave is taken from the others
         needs={"sm_90": ("HGMMA", "UTMALDG.4D", "USETMAXREG", "STG.E.128")},
         arches=("sm_90",),
