@@ -6,8 +6,9 @@
 #
 # Each part has a limit in seconds, 0 leaves it out; what a part did not reach is in its log.
 #   BUILD_SECONDS=120  TESTS_SECONDS=120  BENCH_SECONDS=240  SANITIZE_SECONDS=0  SWEEP_SECONDS=0
+# Without a build, the extension of the tree is used, which must be of the same Python.
 # SWEEPS="ops attention" says which tilings are timed, each with SWEEP_SECONDS.
-# TESTS_ARGS, BENCH_ARGS and SANITIZE_ARGS go to pytest (BENCH_ARGS="-k 125M-128 --ungated").
+# TESTS_ARGS, BENCH_ARGS and SANITIZE_ARGS go to pytest: BENCH_ARGS="-k 'not peer' --ungated".
 # DRY=1 runs the benchmark on tiny models, to try this script out without a GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -19,6 +20,7 @@ site=$(mktemp -d)
 export PYTHONPATH=$site PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PATH=$("$python" -c 'import os, sys; print(os.path.dirname(sys.executable))'):$PATH
 [ -f .gpu/commit ] && MLF_COMMIT=$(cat .gpu/commit) && export MLF_COMMIT
+eval "tests_args=(${TESTS_ARGS:-}) bench_args=(${BENCH_ARGS:-}) sanitize_args=(${SANITIZE_ARGS:--k persistent})"
 limited() { timeout --signal=INT --kill-after=10 "$@"; }
 say() { printf '\n== %ds: %s\n' "$SECONDS" "$*" | tee -a "$out/summary.txt"; }
 
@@ -27,7 +29,6 @@ for wheel in .gpu/wheels/*.whl; do
   [ -f "$wheel" ] && "$python" -m zipfile -e "$wheel" "$site"
 done
 cp -r mobilellm_fast "$site/"
-rm -f "$site"/mobilellm_fast/_C*.so
 cp -r kernels "$site/mobilellm_fast/"
 
 # Inductor keeps what it compiled: the peers, which take a minute, are then ready sooner.
@@ -39,7 +40,6 @@ if [ "${BENCH_SECONDS:-240}" != 0 ] && [[ ${BENCH_ARGS:-} != *-k* ]]; then
   done
 fi
 
-say "build"
 build() {
   cmake -S . -B "$site/build" -GNinja -DMLF_ONLY_ISAS="${ISAS:-scalar}" \
     -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$site/mobilellm_fast" -DPython_EXECUTABLE="$(command -v "$python")" \
@@ -47,12 +47,16 @@ build() {
 }
 export -f build
 export site python
-limited "${BUILD_SECONDS:-120}" bash -c build >"$out/build.log" 2>&1 || { tail -20 "$out/build.log"; }
+if [ "${BUILD_SECONDS:-120}" != 0 ]; then
+  say "build"
+  rm -f "$site"/mobilellm_fast/_C*.so
+  limited "${BUILD_SECONDS:-120}" bash -c build >"$out/build.log" 2>&1 || tail -20 "$out/build.log"
+fi
 say "built: $(cd "$site" && "$python" -c 'import mobilellm_fast._C as c; print(c.__file__, c.supported_isas())' 2>&1 | tail -1)"
 
 if [ "${TESTS_SECONDS:-120}" != 0 ]; then
   say "tests"
-  limited "${TESTS_SECONDS:-120}" "$python" -m pytest tests -m gpu -n 8 --durations=10 ${TESTS_ARGS:-} \
+  limited "${TESTS_SECONDS:-120}" "$python" -m pytest tests -m gpu -n 8 -v --durations=10 "${tests_args[@]}" \
     >"$out/tests.log" 2>&1
   say "tests ended with status $?: $(tail -1 "$out/tests.log")"
   grep -E '^(FAILED|ERROR)' "$out/tests.log" | cut -c1-200 | head -40
@@ -61,7 +65,7 @@ fi
 if [ "${SANITIZE_SECONDS:-0}" != 0 ]; then
   say "compute-sanitizer"
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited "$SANITIZE_SECONDS" compute-sanitizer --error-exitcode 9 \
-    "$python" -m pytest tests -m gpu -p no:xdist ${SANITIZE_ARGS:--k persistent} >"$out/sanitizer.log" 2>&1
+    "$python" -m pytest tests -m gpu -p no:xdist "${sanitize_args[@]}" >"$out/sanitizer.log" 2>&1
   say "compute-sanitizer ended with status $?: $(tail -1 "$out/sanitizer.log")"
 fi
 
@@ -88,7 +92,7 @@ if [ "${BENCH_SECONDS:-240}" != 0 ]; then
     [ $left -lt 20 ] && break
     say "benchmark, try $try, $left s"
     limited $left "$python" -m pytest bench/bench_gpu.py --benchmark-only -m gpu -p no:xdist \
-      --tb=short --show-capture=no --gpu-results "$out" ${DRY:+--dry} "${again[@]}" ${BENCH_ARGS:-} >"$site/bench.log" 2>&1
+      --tb=short --show-capture=no --gpu-results "$out" ${DRY:+--dry} "${again[@]}" "${bench_args[@]}" >"$site/bench.log" 2>&1
     say "benchmark ended with status $?"
     sed 's/^/  /' "$site/bench.log" >>"$out/bench.log"
     sed -n '/goals of the GPU/,/^$/p' "$site/bench.log"
@@ -97,4 +101,7 @@ if [ "${BENCH_SECONDS:-240}" != 0 ]; then
   done
 fi
 rm -rf "$site"
+if [ "$(find "$out" -type f | wc -l)" -gt 8 ]; then # more may not be wanted back
+  (cd "$out" && tar czf logs.tar.gz -- *.log && rm -- *.log)
+fi
 say "done"

@@ -11,6 +11,7 @@ from time import perf_counter
 import torch
 from gpu_plain import PlainModel, Step, Weights
 from gpu_timing import graph, synchronize
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mobilellm_fast.config import MobileLLMConfig
 
@@ -126,7 +127,8 @@ class GptFast(Peer):
         self.token = self.first
 
     def step(self) -> None:
-        token, position = self.compiled(self.token, self.position)
+        with sdpa_kernel(SDPBackend.MATH):  # lets Inductor write attention, as gpt-fast does
+            token, position = self.compiled(self.token, self.position)
         # out of the memory that the next replay writes
         self.token, self.position = token.clone(), position.clone()
 

@@ -20,6 +20,7 @@ from gpu_goals import GOALS
 from timing import Work, ratios
 
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "torchao", "numpy")
+L2_NBYTES = 64 << 20  # where torch does not say
 LOST = "the GPU was lost"  # to an earlier measurement: how the fault of what could not run begins
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,7 +42,7 @@ def facts(device: torch.device) -> dict:
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "memory_nbytes": properties.total_memory,
-            "l2_nbytes": properties.L2_cache_size,
+            "l2_nbytes": getattr(properties, "L2_cache_size", L2_NBYTES),
         }
     return found
 
