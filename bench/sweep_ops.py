@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import astuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from mobilellm_fast.kernels import head_sample as head_kernels
 from mobilellm_fast.kernels import int8_gemm as int8_kernels
 from mobilellm_fast.kernels import swiglu as swiglu_kernels
 from mobilellm_fast.kernels.tiles import Tiling, choose, processors
+from mobilellm_fast.kernels.weight_rows import VectorShape
 
 # tokens, outputs, inputs
 SWIGLU = [(2048, 1536, 576), (8192, 1536, 576), (2048, 4352, 1600), (4096, 3072, 1152)]
@@ -47,7 +49,16 @@ INT8_TILINGS = [
     Tiling(64, 256, 128, 4, 2, 2, 1),
     Tiling(64, 128, 128, 4, 4, 1, 1),
 ]
-SHAPES = [(rows, warps) for rows in (8, 16, 32, 64) for warps in (2, 4, 8) if rows >= 4 * warps / 2]
+SHAPES = [
+    (4, 1, 16),
+    (8, 2, 8),
+    (16, 4, 4),
+    (16, 4, 8),
+    (16, 4, 16),
+    (32, 8, 2),
+    (32, 8, 4),
+    (32, 4, 4),
+]
 
 
 def sweep(
@@ -60,7 +71,8 @@ def sweep(
 ) -> dict[str, float]:
     """Time calls on sets of inputs that take turns; print times, and `unit[0]` per microsecond."""
     print(name, flush=True)
-    warm([lambda call=call: call(*sets[0]) for call in candidates.values()])
+    if not name.startswith("head"):  # whose shapes are not arguments
+        warm([lambda call=call: call(*sets[0]) for call in candidates.values()])
     found = {}
     for label, call in (candidates | peers).items():
         try:
@@ -151,10 +163,9 @@ def sweep_head(vocab: int, cols: int) -> dict[str, float]:
     logits = F.linear(sets[0][0].float(), sets[0][1].float())
     original = head_kernels.vector_shape
 
-    def with_shape(shape: tuple[int, int]) -> Callable:
+    def with_shape(shape: VectorShape) -> Callable:
         def call(x, weight):
-            step = original(weight, "float", cols)[1]
-            head_kernels.vector_shape = lambda *args: (shape[0], step, shape[1])
+            head_kernels.vector_shape = lambda *args: shape
             try:
                 return head_kernels.head_sample(x, weight)
             finally:
@@ -163,12 +174,13 @@ def sweep_head(vocab: int, cols: int) -> dict[str, float]:
         return call
 
     chosen = original(sets[0][1], "float", cols)
+    shapes = [VectorShape(rows, chosen.groups, warps, programs) for rows, warps, programs in SHAPES]
     return sweep(
-        f"head {cols} -> {vocab}, {count} heads in turn, chosen {chosen}",
+        f"head {cols} -> {vocab}, {count} heads in turn",
         sets,
         {
-            "chosen": head_kernels.head_sample,
-            **{f"rows, warps {shape}": with_shape(shape) for shape in SHAPES},
+            f"rows, groups, warps, programs {astuple(s)}{' chosen' * (s == chosen)}": with_shape(s)
+            for s in dict.fromkeys([chosen, *shapes])
         },
         {"cuBLAS, argmax": lambda x, weight: F.linear(x, weight).argmax(-1)},
         lambda call: bool(logits.max() - logits[0, call(*sets[0])[0]] < 1e-2),

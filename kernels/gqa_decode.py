@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .counters import counters_of
+
 LOG2_E = 1.4426950408889634
-GRAPH_COUNTERS = 1 << 16  # counters that are set aside for captured graphs at once
 
 
 class Cut(NamedTuple):
@@ -246,7 +247,7 @@ def gqa_decode(
     spans = torch.empty(rows * (columns + 2), dtype=torch.float32, device=q.device)
     acc, peak, total = spans.split([rows * columns, rows, rows])
     sizes = _constants(head_dim, group, cut)
-    counters = _counters(q.device, pairs) if merge_last else lengths  # not used then
+    counters = counters_of(q.device, pairs) if merge_last else lengths  # not used then
     _decode[(pairs, grid_splits)](
         q, k_cache, v_cache, lengths, out, acc, peak, total, counters, scale * LOG2_E,
         *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], *out.stride()[:2], capacity,
@@ -278,32 +279,3 @@ def _columns(head_dim: int) -> int:
 def _unit_columns(x: Tensor) -> Tensor:
     """Return x with head_dim in one piece, and its rows at distances that fit into 32 bits."""
     return x if x.stride(-1) == 1 and 0 <= x.stride(-2) < 2**23 else x.contiguous()
-
-
-_eager_counters: dict[tuple[torch.device, int], Tensor] = {}
-_graph_counters: dict[torch.device, list[Tensor]] = {}
-
-
-def _counters(device: torch.device, count: int) -> Tensor:
-    """Return zeros that no other launch uses at the same time; each launch leaves zeros.
-
-    Launches on one stream take turns. Graphs may be replayed on any stream, so each launch that is
-    captured gets counters of its own, which are never given back.
-    """
-    if device.type != "cuda":
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    chunks = _graph_counters.setdefault(device, [])
-    if torch.cuda.is_current_stream_capturing():
-        if not chunks or len(chunks[-1]) < count:
-            return torch.zeros(count, dtype=torch.int32, device=device)  # a node of the graph
-        given, rest = chunks[-1].split([count, len(chunks[-1]) - count])
-        chunks[-1] = given
-        chunks.append(rest)
-        return given
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _eager_counters or len(_eager_counters[key]) < count:
-        _eager_counters[key] = torch.zeros(max(count, 512), dtype=torch.int32, device=device)
-    if not chunks or len(chunks[-1]) < count:
-        chunks.append(torch.zeros(GRAPH_COUNTERS, dtype=torch.int32, device=device))
-        torch.cuda.synchronize(device)  # a graph does not wait for this stream
-    return _eager_counters[key]

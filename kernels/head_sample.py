@@ -2,7 +2,8 @@
 
 Logits never go to memory. Each program keeps, of its share of the vocabulary and per token, the
 best row by logit (or, to sample, by logit / temperature + Gumbel noise, which draws from the
-softmax) and what the softmax's sum needs; a second kernel joins the shares.
+softmax) and what the softmax's sum needs. Of one token, the program that finishes last joins the
+shares; of more, a second kernel does.
 """
 
 import torch
@@ -10,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import depth
+from .counters import counters_of
+from .tiles import depth, processors
 from .weight_rows import kind_of, times_matrix, times_vector, vector_shape
 
 NOBODY = tl.constexpr(2147483647)  # no row; the smallest row wins a tie
@@ -47,26 +49,27 @@ def head_sample(
     """
     vocab, cols = codes.shape[0], x.shape[-1]
     kind = kind_of(codes, scales)
-    lead = x.shape[:-1]
-    ids = x.new_empty(lead, dtype=torch.int64)
-    logprobs = x.new_empty(lead, dtype=torch.float32)
+    ids = x.new_empty(x.shape[:-1], dtype=torch.int64)
+    logprobs = x.new_empty(x.shape[:-1], dtype=torch.float32)
     tokens = ids.numel()
     if tokens == 0:
         return ids, logprobs
     weights = (x, codes, codes if scales is None else scales)
     inverse = 1 / temperature if temperature > 0 else 0.0
     if tokens == 1:
-        rows, groups, warps = vector_shape(codes, kind, cols)
-        shares = triton.cdiv(vocab, rows)
+        shape = vector_shape(codes, kind, cols)
+        shares = min(triton.cdiv(vocab, shape.rows), processors(x.device) * shape.programs)
         found, best = _shares(x, shares, tokens)
         _head_vector[(shares,)](
-            *(*weights, found, best, vocab, inverse, seed),
+            *(*weights, found, best, counters_of(x.device, 1), ids, logprobs),
+            *(vocab, inverse, seed),
             COLS=cols,
             KIND=kind,
-            ROWS=rows,
-            GROUPS=groups,
+            ROWS=shape.rows,
+            GROUPS=shape.groups,
             SAMPLE=temperature > 0,
-            num_warps=warps,
+            BLOCK=BLOCK,
+            num_warps=shape.warps,
         )
     else:
         shares = triton.cdiv(vocab, ROWS)
@@ -81,7 +84,7 @@ def head_sample(
             num_warps=4,
             num_stages=depth(4),
         )
-    _join_shares[(tokens,)](found, best, ids, logprobs, shares, vocab, BLOCK=BLOCK)
+        _join_shares[(tokens,)](found, best, ids, logprobs, shares, vocab, BLOCK=BLOCK)
     return ids, logprobs
 
 
@@ -120,6 +123,29 @@ def _best_of(score, logit, row):  # along the first axis -> best score, its row,
 
 
 @triton.jit
+def _better(score, row, logit, other_score, other_row, other_logit):
+    """Lane by lane, the better of two candidates; the smaller row of equal ones."""
+    wins = (other_score > score) | ((other_score == score) & (other_row < row))
+    chosen = tl.where(wins, other_row, row)
+    return tl.where(wins, other_score, score), chosen, tl.where(wins, other_logit, logit)
+
+
+@triton.jit
+def _add_weights(top, weights, other_top, other_weights):
+    """Lane by lane, add sums of e^(logit - top) that are relative to different tops."""
+    new_top = tl.maximum(top, other_top, propagate_nan=tl.PropagateNan.ALL)
+    shift = tl.where(new_top == LOWEST, 0.0, new_top)  # a lane may have seen nothing yet
+    return new_top, weights * tl.exp(top - shift) + other_weights * tl.exp(other_top - shift)
+
+
+@triton.jit
+def _sum_weights(top, weights):  # (n,) each -> scalars
+    largest = tl.max(top, 0)
+    shift = tl.where(largest == LOWEST, 0.0, largest)
+    return largest, tl.sum(weights * tl.exp(top - shift), 0)
+
+
+@triton.jit
 def _store_share(found, best, token, shares, share, mask, score, row, logit, top, weights):
     place = token.to(tl.int64) * FIELDS * shares + share
     tl.store(found + place, score, mask=mask)
@@ -136,6 +162,9 @@ def _head_vector(
     scales,
     found,
     best,
+    counter,
+    ids,
+    logprobs,
     vocab,
     inverse,
     seed,
@@ -144,20 +173,38 @@ def _head_vector(
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
     SAMPLE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
+    """Every `tl.num_programs`-th tile of rows; the program that finishes last joins all shares."""
     share = tl.program_id(0)
-    row = share * ROWS + tl.arange(0, ROWS)
-    live = row < vocab
-    logit = times_vector(x, codes, scales, row, live, COLS, KIND, ROWS, GROUPS)
-    logit = tl.where(live, logit, LOWEST)
-    score = _score(logit, row, live, inverse, seed, SAMPLE)
-    top_score, chosen, its_logit = _best_of(score, logit, row)
-    top = tl.max(logit, 0)
-    weights = tl.sum(tl.exp(logit - top), 0)
+    shares = tl.num_programs(0)
+    score = tl.full((ROWS,), LOWEST, tl.float32)
+    row = tl.full((ROWS,), NOBODY, tl.int32)
+    logit = tl.full((ROWS,), LOWEST, tl.float32)
+    top = tl.full((ROWS,), LOWEST, tl.float32)
+    weights = tl.zeros((ROWS,), tl.float32)
+    for tile in range(share, tl.cdiv(vocab, ROWS), shares):
+        its_row = tile * ROWS + tl.arange(0, ROWS)
+        live = its_row < vocab
+        # x, but not for the compiler, which would keep all of it in registers between tiles
+        inputs = x + (tile >> 30) * 16
+        its_logit = times_vector(inputs, codes, scales, its_row, live, COLS, KIND, ROWS, GROUPS)
+        its_logit = tl.where(live, its_logit, LOWEST)
+        its_score = _score(its_logit, its_row, live, inverse, seed, SAMPLE)
+        score, row, logit = _better(score, row, logit, its_score, its_row, its_logit)
+        top, weights = _add_weights(top, weights, its_logit, tl.where(live, 1.0, 0.0))
+    best_score, best_row, best_logit = _best_of(score, logit, row)
+    top, weights = _sum_weights(top, weights)
+    place = share * 0
     _store_share(
-        *(found, best, share * 0, tl.num_programs(0), share, True),
-        *(top_score, chosen, its_logit, top, weights),
+        *(found, best, place, shares, share, True),
+        *(best_score, best_row, best_logit, top, weights),
     )
+    tl.debug_barrier()  # all threads have stored before one of them releases
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+    if arrived == shares - 1:
+        tl.store(counter, 0)  # for the next launch
+        _join(found, best, ids, logprobs, shares, vocab, BLOCK)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -207,8 +254,13 @@ def _head_tiles(
 @triton.jit
 def _join_shares(found, best, ids, logprobs, shares, vocab, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
-    fields = found + token * FIELDS * shares
-    best += token * shares
+    found += token * FIELDS * shares
+    _join(found, best + token * shares, ids + token, logprobs + token, shares, vocab, BLOCK)
+
+
+@triton.jit
+def _join(found, best, ids, logprobs, shares, vocab, BLOCK: tl.constexpr):
+    """Join the shares of one token."""
     lane = tl.arange(0, BLOCK)
     score = tl.full((BLOCK,), LOWEST, tl.float32)
     row = tl.full((BLOCK,), NOBODY, tl.int32)
@@ -218,22 +270,14 @@ def _join_shares(found, best, ids, logprobs, shares, vocab, BLOCK: tl.constexpr)
     for start in range(0, shares, BLOCK):
         share = start + lane
         live = share < shares
-        its_score = tl.load(fields + share, mask=live, other=LOWEST)
+        its_score = tl.load(found + share, mask=live, other=LOWEST)
         its_row = tl.load(best + share, mask=live, other=NOBODY)
-        # shares come in the order of their rows: a later one wins only if it is better
-        better = (its_score > score) | (row == NOBODY)
-        score = tl.where(better, its_score, score)
-        row = tl.where(better, its_row, row)
-        its_logit = tl.load(fields + shares + share, mask=live, other=LOWEST)
-        logit = tl.where(better, its_logit, logit)
-        its_top = tl.load(fields + 2 * shares + share, mask=live, other=LOWEST)
-        its_weights = tl.load(fields + 3 * shares + share, mask=live, other=0)
-        new_top = tl.maximum(top, its_top, propagate_nan=tl.PropagateNan.ALL)
-        shift = tl.where(new_top == LOWEST, 0.0, new_top)
-        weights = weights * tl.exp(top - shift) + its_weights * tl.exp(its_top - shift)
-        top = new_top
+        its_logit = tl.load(found + shares + share, mask=live, other=LOWEST)
+        score, row, logit = _better(score, row, logit, its_score, its_row, its_logit)
+        its_top = tl.load(found + 2 * shares + share, mask=live, other=LOWEST)
+        its_weights = tl.load(found + 3 * shares + share, mask=live, other=0)
+        top, weights = _add_weights(top, weights, its_top, its_weights)
     _, chosen, its_logit = _best_of(score, logit, row)
-    largest = tl.max(top, 0)
-    total = tl.sum(weights * tl.exp(top - largest), 0)
-    tl.store(ids + token, tl.minimum(chosen, vocab - 1).to(tl.int64))
-    tl.store(logprobs + token, its_logit - largest - tl.log(total))
+    largest, total = _sum_weights(top, weights)
+    tl.store(ids, tl.minimum(chosen, vocab - 1).to(tl.int64))
+    tl.store(logprobs, its_logit - largest - tl.log(total))

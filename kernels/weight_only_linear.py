@@ -58,14 +58,14 @@ def weight_only_linear(x: Tensor, codes: Tensor, scales: Tensor | None = None) -
         return out.zero_()
     tokens = x.numel() // cols
     if tokens == 1:
-        rows, groups, warps = vector_shape(codes, kind, cols)
-        _weight_vector[(triton.cdiv(outputs, rows),)](
+        shape = vector_shape(codes, kind, cols)
+        _weight_vector[(triton.cdiv(outputs, shape.rows),)](
             *(x, codes, codes if scales is None else scales, out, outputs),
             COLS=cols,
             KIND=kind,
-            ROWS=rows,
-            GROUPS=groups,
-            num_warps=warps,
+            ROWS=shape.rows,
+            GROUPS=shape.groups,
+            num_warps=shape.warps,
         )
         return out
     if kind == "float" and tokens > FEW_TOKENS:

@@ -16,6 +16,8 @@ kind          codes                                          scales
 with groups of 32 inputs, the last one padded with codes that scale and min make 0.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,8 @@ GROUP = tl.constexpr(32)
 HALF = tl.constexpr(16)  # bytes of a group of 4-bit codes
 
 MANY_ROWS = 16384
+# Programs of 4 warps for whose registers a multiprocessor has place, at MobileLLM's widths.
+RESIDENT = {"float": 5, "int8": 4, "int8_g32": 4, "int4_g32": 2}
 
 
 def kind_of(codes: Tensor, scales: Tensor | None) -> str:
@@ -36,20 +40,37 @@ def kind_of(codes: Tensor, scales: Tensor | None) -> str:
     return "int8" if scales.ndim == 1 else "int8_g32"
 
 
-def vector_shape(codes: Tensor, kind: str, cols: int) -> tuple[int, int, int]:
-    """Choose rows of a program, groups that it reads at a time, and its warps.
+@dataclass(frozen=True)
+class VectorShape:
+    """How rows are multiplied with a vector.
 
-    A thread's load is 16 bytes, and all loads of a row are in flight at once. Groups divide those
+    Args:
+        rows: of a tile.
+        groups: of each row that are read at a time.
+        warps: of a program.
+        programs: that a multiprocessor runs at a time, where each takes several tiles.
+    """
+
+    rows: int
+    groups: int
+    warps: int
+    programs: int
+
+
+def vector_shape(codes: Tensor, kind: str, cols: int) -> VectorShape:
+    """Choose a shape.
+
+    A thread's load is 16 bytes, and all loads of a tile are in flight at once. Groups divide those
     of a row, so that no lane idles. Few rows take a warp each program, so that all multiprocessors
-    have some; many take 32 rows.
+    have some.
     """
     groups = triton.cdiv(cols, 32)
     step = min(max(groups & -groups, 2), 16)
     per_thread = 32 if kind == "int4_g32" else 16 // codes.element_size()
     rows = max(per_thread // step, 1)
     warps = max(step // per_thread, 1)
-    many = 32 // rows if len(codes) >= MANY_ROWS else 1
-    return rows * many, step, min(warps * many, 8)
+    many = max(4 // warps, 1) if len(codes) >= MANY_ROWS else 1
+    return VectorShape(rows * many, step, warps * many, RESIDENT[kind])
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from compile_ahead import Build
 from mobilellm_fast.kernels import head_sample, int8_gemm, swiglu
 from mobilellm_fast.kernels.tiles import BAND
 from mobilellm_fast.kernels.weight_only_linear import choose_shape
-from mobilellm_fast.kernels.weight_rows import vector_shape
+from mobilellm_fast.kernels.weight_rows import RESIDENT, vector_shape
 
 WIDE = {"sm_80": ("LDG.E.128", "STG.E.128"), "sm_90": ("LDG.E.128", "STG.E.128")}
 HOPPER = ("UTMALDG", "HGMMA")
@@ -117,13 +117,13 @@ def _vector_shape(kind, outputs, cols):
 
 
 def _weight_vector(kind, cols, quick=False):
-    rows, groups, warps = _vector_shape(kind, 576, cols)
+    shape = _vector_shape(kind, 576, cols)
     return Build(
         f"weight_vector-{kind}-{cols}",
         "weight_only_linear:_weight_vector",
         _weights(kind) | {"outputs": "i32:16"},
-        {"COLS": cols, "KIND": kind, "ROWS": rows, "GROUPS": groups},
-        warps=warps,
+        {"COLS": cols, "KIND": kind, "ROWS": shape.rows, "GROUPS": shape.groups},
+        warps=shape.warps,
         registers=168,
         needs=dict.fromkeys(("sm_80", "sm_90"), ("LDG.E.128",)),
         quick=quick,
@@ -153,8 +153,11 @@ def _head(kind, sample, tokens, quick=False):
     types |= {"best": "*i32:16", "vocab": "i32:16", "inverse": "fp32", "seed": "i32"}
     constants = {"KIND": kind, "SAMPLE": sample, "GROUPS": 2}
     if tokens == 1:
-        rows, groups, warps = _vector_shape(kind, 49152, 576)
-        constants |= {"COLS": 576, "ROWS": rows, "GROUPS": groups}
+        shape = _vector_shape(kind, 49152, 576)
+        types |= {"counter": "*i32:16", "ids": "*i64:16", "logprobs": "*fp32:16"}
+        constants |= {"COLS": 576, "ROWS": shape.rows, "GROUPS": shape.groups}
+        constants |= {"BLOCK": head_sample.BLOCK}
+        warps = shape.warps
     else:
         types |= {"tokens": "i32", "cols": "i32:16"}
         constants |= {"ROWS": head_sample.ROWS, "TOKENS": head_sample.TOKENS}
@@ -166,7 +169,7 @@ def _head(kind, sample, tokens, quick=False):
         constants,
         warps=warps,
         stages=3 if tokens == 1 else 4,
-        registers=168,
+        registers=65536 // (128 * RESIDENT[kind]) if tokens == 1 else 128,
         serial=True,
         needs={"sm_90": ("LDG.E.128",) if tokens == 1 else ("HGMMA",)},
         quick=quick,
@@ -254,7 +257,7 @@ BUILDS = [
     ),
     *(
         build
-        for kind in ("float", "int4_g32")
+        for kind in CODES
         for sample in (False, True)
         for tokens in (1, 16)
         for build in _everywhere(
@@ -273,7 +276,7 @@ BUILDS = [
             "vocab": "i32:16",
         },
         {"BLOCK": head_sample.BLOCK},
-        registers=64,
+        registers=128,
         needs={"sm_90": ("LDG.E.128",)},
     ),
 ]
