@@ -13,7 +13,7 @@ program. The grid must be on the GPU all at once, hence the cooperative launch.
 import triton
 import triton.language as tl
 
-from .decode_stages import attend, embed, gate_up, output, project, split_plan
+from .decode_stages import attend, embed, gate_up, output, project, query, split_plan
 from .gemv import LANES, row_stride, share_of
 from .grid_sync import COPY_STRIDE, arrive, copies, prefetch, recomputed, wait_for_all
 from .next_token import candidate, choose
@@ -60,7 +60,7 @@ def persistent_kernel(
     state,  # int32: token, position, size of the KV cache in tokens
     schedule,
     length,  # of the schedule
-    address,
+    cache,
     tokens,
     logprobs,
     counter,
@@ -90,7 +90,6 @@ def persistent_kernel(
     temperature,
     seed,
     prefetch_limit,
-    KV: tl.constexpr,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
     VOCAB: tl.constexpr,
@@ -98,6 +97,7 @@ def persistent_kernel(
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
+    GROUP: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     QKV_KIND: tl.constexpr,
@@ -116,6 +116,7 @@ def persistent_kernel(
     """Run `steps` decode steps; tokens and logprobs (steps,) are what was chosen.
 
     Args:
+        cache: of one sequence, (length, 2, KV_HEADS, size of the cache in tokens, HEAD_DIM).
         counter: int32 (1,), zero; counts the arrivals at barriers.
         first_epoch: of this launch, which uses `steps * (5 * length + 1)` of them; none of these
             is in `vectors` yet.
@@ -140,7 +141,6 @@ def persistent_kernel(
     token = tl.load(state)
     position = tl.load(state + 1)
     size = tl.load(state + 2).to(tl.int64) * HEAD_DIM  # elements per KV head
-    cache = tl.load(address).to(tl.pointer_type(KV))
     epoch = first_epoch
     for step in range(steps):
         embed(
@@ -160,25 +160,30 @@ def persistent_kernel(
             program = recomputed(WAIT, program)
             block = tl.load(schedule + slot).to(tl.int64)
             following = tl.load(schedule + tl.minimum(slot + 1, length - 1)).to(tl.int64)
+            slot_cache = cache + 2 * slot * KV_HEADS * size
             output_matrix = output_codes + block * (HIDDEN * row_stride(QUERIES, OUTPUT_KIND))
             gate_up_matrix = gate_up_codes + block * (2 * INNER * row_stride(HIDDEN, GATE_UP_KIND))
             down_matrix = down_codes + block * (HIDDEN * row_stride(INNER, DOWN_KIND))
 
-            project(
+            query(
                 program,
                 qkv_codes + block * (QKV * row_stride(HIDDEN, QKV_KIND)),
                 qkv_scales + block * scale_count(QKV, HIDDEN, QKV_KIND),
                 x + mine,
                 attention_norms + block * HIDDEN,
                 eps,
-                x,
+                position,
+                cos,
+                sin,
+                slot_cache,
+                size,
                 qkv,
                 epoch + 1,
-                QKV,
+                HEADS,
+                KV_HEADS,
+                HEAD_DIM,
                 HIDDEN,
                 QKV_KIND,
-                True,
-                False,
                 ROWS,
                 PROGRAMS,
                 WAIT,
@@ -212,10 +217,8 @@ def persistent_kernel(
                     task // KV_HEADS,
                     qkv + mine,
                     position,
-                    cache + (2 * slot * KV_HEADS + kv_head) * size,
-                    cache + ((2 * slot + 1) * KV_HEADS + kv_head) * size,
-                    cos,
-                    sin,
+                    slot_cache + kv_head * size,
+                    slot_cache + (KV_HEADS + kv_head) * size,
                     scale,
                     partial,
                     attended,
@@ -224,6 +227,7 @@ def persistent_kernel(
                     KV_HEADS,
                     HEAD_DIM,
                     DIM,
+                    GROUP,
                     SPLITS,
                     BLOCK_KV,
                     ROWS * LANES,

@@ -1,8 +1,8 @@
 """The stages of a decode step for one token, as any program of a grid runs its share of them.
 
     embed      a row of the embedding                       -> x
-    project    norm + query, key and value projections      -> qkv
-    attend     rotate, store key and value, attend          -> attended, or partial results
+    query      norm + query, key and value, rotated; stores -> qkv, KV cache
+    attend     attention                                    -> attended, or partial results
     output     merge the parts, output projection, + x      -> middle
     gate_up    norm + gate and up projections, SiLU * up    -> inner
     project    down projection, + middle                    -> x
@@ -38,7 +38,6 @@ from .gemv import (
 from .grid_sync import current, publish, receive, wait_for_launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-QUERY_ROWS = tl.constexpr(32)  # query heads of a KV head, its new key and its new value, padded
 BIGGEST_HALF = tl.constexpr(65504.0)  # of float16
 MERGED = tl.constexpr(4)  # parts of the attention that are read together
 
@@ -169,6 +168,94 @@ def _project_rows(
 
 
 @triton.jit
+def query(
+    program,
+    codes,
+    scales,
+    x,
+    norm_weight,
+    eps,
+    positions,
+    cos,
+    sin,
+    cache,
+    size,
+    out,
+    epoch,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    COLS: tl.constexpr,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    WAIT: tl.constexpr,
+):
+    """out = rope(rms_norm(x) W^T); keys and values go to the cache, too, for later steps.
+
+    Rows are computed in the pairs that are rotated with each other.
+
+    Args:
+        cache: keys, then values of this slot: (2, KV_HEADS, size) in the dtype of the cache.
+    """
+    half: tl.constexpr = HEAD_DIM // 2
+    pairs: tl.constexpr = (HEADS + 2 * KV_HEADS) * half
+    pair, end = share_of(pairs, program, PROGRAMS)
+    pair = pair + tl.arange(0, ROWS)
+    row = pair // half * HEAD_DIM + pair % half
+    tile = load_tile(codes, scales, row, pair < end, COLS, KIND)
+    partner_tile = load_tile(codes, scales, row + half, pair < end, COLS, KIND)
+    norm = load_norm(norm_weight, ROWS, COLS, KIND)
+    wait_for_launch(WAIT)
+    position = current(WAIT, positions)
+    c, s = _rotation(pair, position, cos, sin, HEADS + KV_HEADS, HEAD_DIM)
+    inputs = receive_inputs(x, epoch - 1, COLS, ROWS, WAIT)
+    inputs, factor = deal_normed(inputs, norm, eps, ROWS, COLS, KIND)
+    for _ in range(tile_count(pairs, PROGRAMS, ROWS)):
+        live = pair < end
+        if tile_count(pairs, PROGRAMS, ROWS) > 1:
+            next_pair = pair + ROWS
+            next_row = next_pair // half * HEAD_DIM + next_pair % half
+            next_tile = load_tile(codes, scales, next_row, next_pair < end, COLS, KIND)
+            next_partner = load_tile(codes, scales, next_row + half, next_pair < end, COLS, KIND)
+            next_c, next_s = _rotation(next_pair, position, cos, sin, HEADS + KV_HEADS, HEAD_DIM)
+        first = multiply_tile(tile, inputs, ROWS, COLS, KIND) * factor
+        second = multiply_tile(partner_tile, inputs, ROWS, COLS, KIND) * factor
+        turned = first * c - second * s
+        second = second * c + first * s
+        publish(out, row, turned, live, epoch, WAIT)
+        publish(out, row + half, second, live, epoch, WAIT)
+        store_in_cache(cache, size, row - HEADS * HEAD_DIM, position, turned, live, HEAD_DIM)
+        store_in_cache(cache, size, row + half - HEADS * HEAD_DIM, position, second, live, HEAD_DIM)
+        if tile_count(pairs, PROGRAMS, ROWS) > 1:
+            pair = next_pair
+            row = next_row
+            tile, partner_tile = next_tile, next_partner
+            c, s = next_c, next_s
+
+
+@triton.jit
+def _rotation(pair, position, cos, sin, ROTATED: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Return the cosine and sine for pairs of rows; values, behind ROTATED heads, stay."""
+    half: tl.constexpr = HEAD_DIM // 2
+    place = position * half + pair % half
+    rotated = pair < ROTATED * half
+    c = tl.load(cos + place, mask=rotated, other=1)
+    s = tl.load(sin + place, mask=rotated, other=0)
+    return c, s
+
+
+@triton.jit
+def store_in_cache(cache, size, row, position, value, live, HEAD_DIM: tl.constexpr):
+    """Store rows (of all keys, then all values; negative ones are queries) of one token."""
+    KV: tl.constexpr = cache.dtype.element_ty
+    if KV == tl.float16:  # noqa: SIM300
+        value = tl.minimum(tl.maximum(value, -BIGGEST_HALF), BIGGEST_HALF)
+    place = (row // HEAD_DIM).to(tl.int64) * size + position.to(tl.int64) * HEAD_DIM
+    tl.store(cache + place + row % HEAD_DIM, value.to(KV), mask=live & (row >= 0))
+
+
+@triton.jit
 def gate_up(
     program,
     codes,
@@ -190,29 +277,42 @@ def gate_up(
     row = row + tl.arange(0, ROWS)
     gate_tile = load_tile(codes, scales, row, row < end, COLS, KIND)
     up_tile = load_tile(codes, scales, row + INNER, row < end, COLS, KIND)
+    # two tiles of a narrow matrix fit the registers: the second is requested before the wait, too
+    tiles: tl.constexpr = tile_count(INNER, PROGRAMS, ROWS)
+    both: tl.constexpr = tiles == 2 and piece_count(COLS) == 1
+    if both:
+        more = row + ROWS < end
+        next_gate = load_tile(codes, scales, row + ROWS, more, COLS, KIND)
+        next_up = load_tile(codes, scales, row + ROWS + INNER, more, COLS, KIND)
     norm = load_norm(norm_weight, ROWS, COLS, KIND)
     wait_for_launch(WAIT)
     inputs = receive_inputs(x, epoch - 1, COLS, ROWS, WAIT)
     inputs, factor = deal_normed(inputs, norm, eps, ROWS, COLS, KIND)
-    for _ in range(tile_count(INNER, PROGRAMS, ROWS)):
-        live = row < end
-        if tile_count(INNER, PROGRAMS, ROWS) > 1:
-            next_live = row + ROWS < end
-            next_gate = load_tile(codes, scales, row + ROWS, next_live, COLS, KIND)
-            next_up = load_tile(codes, scales, row + ROWS + INNER, next_live, COLS, KIND)
+    for _ in range(1 if both else tiles):
+        if tiles > 1 and not both:
+            more = row + ROWS < end
+            next_gate = load_tile(codes, scales, row + ROWS, more, COLS, KIND)
+            next_up = load_tile(codes, scales, row + ROWS + INNER, more, COLS, KIND)
         gate = multiply_tile(gate_tile, inputs, ROWS, COLS, KIND) * factor
         up = multiply_tile(up_tile, inputs, ROWS, COLS, KIND) * factor
-        publish(out, row, gate / (1 + tl.exp(-gate)) * up, live, epoch, WAIT)
-        if tile_count(INNER, PROGRAMS, ROWS) > 1:
+        publish(out, row, gate / (1 + tl.exp(-gate)) * up, row < end, epoch, WAIT)
+        if tiles > 1:
             row += ROWS
             gate_tile, up_tile = next_gate, next_up
+    if both:
+        gate = multiply_tile(gate_tile, inputs, ROWS, COLS, KIND) * factor
+        up = multiply_tile(up_tile, inputs, ROWS, COLS, KIND) * factor
+        publish(out, row, gate / (1 + tl.exp(-gate)) * up, row < end, epoch, WAIT)
 
 
 @triton.jit
 def split_plan(tokens, SPLITS: tl.constexpr, BLOCK_KV: tl.constexpr):  # -> count, length
-    """Cut the attention over `tokens` into up to SPLITS parts of whole blocks."""
+    """Cut the attention over `tokens` into up to SPLITS parts of whole blocks.
+
+    A part has at least 8 blocks: so many take less time than merging two parts.
+    """
     blocks = (tokens + BLOCK_KV - 1) // BLOCK_KV
-    length = (blocks + SPLITS - 1) // SPLITS * BLOCK_KV
+    length = tl.maximum((blocks + SPLITS - 1) // SPLITS, 8) * BLOCK_KV
     return (tokens + length - 1) // length, length
 
 
@@ -224,8 +324,6 @@ def attend(
     position,
     keys,
     values,
-    cos,
-    sin,
     scale,
     partial,
     attended,
@@ -234,6 +332,7 @@ def attend(
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
+    GROUP: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     THREADS: tl.constexpr,
@@ -241,101 +340,87 @@ def attend(
 ):
     """Attend with the query heads of one KV head to one part of the tokens.
 
-    The part that has the new token also stores its rotated key and its value, for later steps.
+    Every place in a block has a softmax of its own, over the tokens that come there; these are
+    joined at the end, so that threads wait for each other only then.
 
     Args:
-        qkv: (HEADS + 2 KV_HEADS, HEAD_DIM) of the new token, not rotated.
+        qkv: (HEADS + 2 KV_HEADS, HEAD_DIM) of the new token, rotated.
         position: of the new token; it sees the `position + 1` tokens up to itself.
-        keys, values: (capacity, HEAD_DIM) of this KV head, in the dtype of the cache.
+        keys, values: (capacity, HEAD_DIM) of this KV head, in the dtype of the cache; those of the
+            new token are taken from `qkv`.
         partial: (HEADS, SPLITS, HEAD_DIM + 1), if there are several parts: the result of each, and
             the base-2 logarithm of its sum of weights.
         attended: (HEADS, HEAD_DIM), if there is one.
-        DIM: HEAD_DIM, rounded up to a power of two of at least 16.
+        DIM: HEAD_DIM, rounded up to a power of two.
+        GROUP: a power of two, at least 2 and the query heads of a KV head.
         THREADS: of this program.
     """
     group: tl.constexpr = HEADS // KV_HEADS
-    half: tl.constexpr = DIM // 2
     KV: tl.constexpr = keys.dtype.element_ty
-    precision: tl.constexpr = "ieee" if KV == tl.float32 else "tf32"  # noqa: SIM300
     splits, length = split_plan(position + 1, SPLITS, BLOCK_KV)
     first = split * length
     end = tl.minimum(first + length, position)  # of the tokens in the cache
     has_new = (first <= position) & (position < first + length)
-
-    # the new token's rotation: the halves of a head are rotated with each other
-    pair = tl.arange(0, half)
-    c = tl.load(cos + position * (HEAD_DIM // 2) + pair, mask=pair < HEAD_DIM // 2, other=0)
-    s = tl.load(sin + position * (HEAD_DIM // 2) + pair, mask=pair < HEAD_DIM // 2, other=0)
     dim = tl.arange(0, DIM)
-    has_dim = dim % half < HEAD_DIM // 2
-    place = dim // half * (HEAD_DIM // 2) + dim % half  # of an element in memory
     token = tl.arange(0, BLOCK_KV)
-    k, v = _load_tokens(keys, values, first + token, end, place, has_dim, HEAD_DIM)
+    # two blocks on their way: a block is computed in a fraction of the memory's latency
+    k0, v0 = _load_tokens(keys, values, first + token, end, dim, HEAD_DIM)
+    k1, v1 = _load_tokens(keys, values, first + BLOCK_KV + token, end, dim, HEAD_DIM)
 
-    row = tl.arange(0, QUERY_ROWS)
-    is_query = row < group
-    head = tl.where(is_query, kv_head * group + row, HEADS + kv_head)  # then the key, the value
-    head += tl.where(row == group + 1, KV_HEADS, 0)
-    wanted = (row < group + 2)[:, None] & has_dim[None, :]
-    new = receive(
-        qkv,
-        head[:, None] * HEAD_DIM + place[None, :],
-        wanted,
-        epoch - 1,
-        QUERY_ROWS * DIM,
-        THREADS,
-        WAIT,
-    )
-    a, b = tl.split(tl.permute(tl.reshape(new, (QUERY_ROWS, 2, half)), (0, 2, 1)))
-    turned = tl.join(a * c[None, :] - b * s[None, :], b * c[None, :] + a * s[None, :])
-    turned = tl.reshape(tl.permute(turned, (0, 2, 1)), (QUERY_ROWS, DIM))
-    key = tl.sum(tl.where((row == group)[:, None], turned, 0.0), 0)
-    value = tl.sum(tl.where((row == group + 1)[:, None], new, 0.0), 0)
-    if KV == tl.float16:  # noqa: SIM300
-        key = tl.minimum(tl.maximum(key, -BIGGEST_HALF), BIGGEST_HALF)
-        value = tl.minimum(tl.maximum(value, -BIGGEST_HALF), BIGGEST_HALF)
-    key, value = key.to(KV), value.to(KV)
-    query = turned * (scale * LOG2_E)
+    # the queries; then, in as many rows, the new key and the new value
+    row = tl.arange(0, 2 * GROUP)
+    head = tl.where(row < GROUP, kv_head * group + row, HEADS + kv_head)
+    head += tl.where(row == GROUP + 1, KV_HEADS, 0)
+    wanted = (row < group) | (row == GROUP) | (row == GROUP + 1)
+    index = head[:, None] * HEAD_DIM + dim[None, :]
+    wanted = wanted[:, None] & (dim < HEAD_DIM)[None, :]
+    new = receive(qkv, index, wanted, epoch - 1, 2 * GROUP * DIM, THREADS, WAIT)
+    queries, rest = tl.split(tl.permute(tl.reshape(new, (2, GROUP, DIM)), (1, 2, 0)))
+    queries *= scale * LOG2_E  # (GROUP, DIM)
+    query_row = tl.arange(0, GROUP)[:, None]
+    key = tl.sum(tl.where(query_row == 0, rest, 0.0), 0).to(KV).to(tl.float32)
+    value = tl.sum(tl.where(query_row == 1, rest, 0.0), 0).to(KV).to(tl.float32)
 
-    # begin with the new token, where this part has it
-    score = tl.sum(query.to(KV).to(tl.float32) * key.to(tl.float32)[None, :], 1)
-    largest = tl.where(has_new, score, float("-inf"))
-    weight_sum = tl.where(has_new, 1.0, 0.0) + tl.zeros((QUERY_ROWS,), tl.float32)
-    out = tl.where(has_new, value.to(tl.float32), 0.0)[None, :]
-    out = out + tl.zeros((QUERY_ROWS, DIM), tl.float32)
+    largest = tl.full((GROUP, BLOCK_KV), float("-inf"), tl.float32)
+    weight_sum = tl.zeros((GROUP, BLOCK_KV), tl.float32)
+    out = tl.zeros((GROUP, BLOCK_KV, DIM), tl.float32)
     for start in range(first, end, BLOCK_KV):
-        seen = start + token < end
-        scores = tl.dot(query.to(KV), tl.trans(k), input_precision=precision)
-        scores = tl.where(seen[None, :], scores, float("-inf"))  # (QUERY_ROWS, BLOCK_KV)
-        new_largest = tl.maximum(largest, tl.max(scores, 1))
-        shrink = tl.exp2(largest - new_largest)
-        weights = tl.exp2(scores - new_largest[:, None])
-        weight_sum = weight_sum * shrink + tl.sum(weights, 1)
-        out = out * shrink[:, None]
-        out += tl.dot(weights.to(KV), v, input_precision=precision)
+        k2, v2 = _load_tokens(keys, values, start + 2 * BLOCK_KV + token, end, dim, HEAD_DIM)
+        scores = tl.sum(queries[:, None, :] * k0.to(tl.float32)[None, :, :], 2)
+        scores = tl.where((start + token < end)[None, :], scores, float("-inf"))
+        new_largest = tl.maximum(largest, scores)
+        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        shrink = tl.exp2(largest - base)
+        weights = tl.exp2(scores - base)
+        weight_sum = weight_sum * shrink + weights
+        out = out * shrink[:, :, None] + weights[:, :, None] * v0.to(tl.float32)[None, :, :]
         largest = new_largest
-        following = start + BLOCK_KV + token
-        k, v = _load_tokens(keys, values, following, end, place, has_dim, HEAD_DIM)
+        k0, k1 = k1, k2
+        v0, v1 = v1, v2
 
-    out = out / weight_sum[:, None]
-    mask = is_query[:, None] & has_dim[None, :]
+    score = tl.where(has_new, tl.sum(queries * key[None, :], 1), float("-inf"))  # (GROUP,)
+    top = tl.maximum(tl.max(largest, 1), score)
+    factor = tl.exp2(largest - top[:, None])
+    weight = tl.exp2(score - top)
+    total = tl.sum(weight_sum * factor, 1) + weight
+    out = tl.sum(out * factor[:, :, None], 1) + weight[:, None] * value[None, :]
+    out = out / total[:, None]
+    head = kv_head * group + tl.arange(0, GROUP)
+    is_head = tl.arange(0, GROUP) < group
+    mask = is_head[:, None] & (dim < HEAD_DIM)[None, :]
     if splits == 1:
-        publish(attended, head[:, None] * HEAD_DIM + place[None, :], out, mask, epoch, WAIT)
+        publish(attended, head[:, None] * HEAD_DIM + dim[None, :], out, mask, epoch, WAIT)
     else:
         part = (head * SPLITS + split) * (HEAD_DIM + 1)
-        publish(partial, part[:, None] + place[None, :], out, mask, epoch, WAIT)
-        publish(partial, part + HEAD_DIM, largest + tl.log2(weight_sum), is_query, epoch, WAIT)
-    if has_new:
-        offset = position.to(tl.int64) * HEAD_DIM + place
-        tl.store(keys + offset, key, mask=has_dim)
-        tl.store(values + offset, value, mask=has_dim)
+        publish(partial, part[:, None] + dim[None, :], out, mask, epoch, WAIT)
+        publish(partial, part + HEAD_DIM, top + tl.log2(total), is_head, epoch, WAIT)
 
 
 @triton.jit
-def _load_tokens(keys, values, token, end, place, has_dim, HEAD_DIM: tl.constexpr):
+def _load_tokens(keys, values, token, end, dim, HEAD_DIM: tl.constexpr):
     """Request the keys and values of the tokens before `end`: (tokens, DIM) each."""
-    offset = token.to(tl.int64)[:, None] * HEAD_DIM + place[None, :]
-    mask = (token < end)[:, None] & has_dim[None, :]
+    offset = token.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
+    mask = (token < end)[:, None] & (dim < HEAD_DIM)[None, :]
     return tl.load(keys + offset, mask=mask, other=0), tl.load(values + offset, mask=mask, other=0)
 
 

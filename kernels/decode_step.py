@@ -8,7 +8,17 @@ device memory, and `finish_kernel` writes those of the next step.
 import triton
 import triton.language as tl
 
-from .decode_stages import attend, embed, gate_up, merge, output, project, split_plan
+from .decode_stages import (
+    attend,
+    embed,
+    gate_up,
+    merge,
+    output,
+    project,
+    query,
+    split_plan,
+    store_in_cache,
+)
 from .gemv import LANES, PIECE, piece_count, piece_size
 from .grid_sync import allow_next, wait_for_launch
 from .next_token import candidate, choose
@@ -68,6 +78,107 @@ def project_kernel(
     )
 
 
+@triton.jit
+def slot_of(addresses, capacities, sequence, slot, KV: tl.constexpr, KV_HEADS, HEAD_DIM):
+    """Return the keys and values of a sequence and slot, and their elements per KV head."""
+    cache = tl.load(addresses + sequence).to(tl.pointer_type(KV))
+    cache = tl.multiple_of(cache, 16)  # as the allocator gives memory
+    size = tl.load(capacities + sequence).to(tl.int64) * HEAD_DIM
+    return cache + 2 * slot * KV_HEADS * size, size
+
+
+@triton.jit(do_not_specialize=["slot"])
+def query_kernel(
+    codes,
+    scales,
+    x,
+    norm_weight,
+    eps,
+    positions,
+    cos,
+    sin,
+    addresses,
+    capacities,
+    slot,
+    out,
+    KV: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    COLS: tl.constexpr,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    WAIT: tl.constexpr,
+):
+    allow_next(WAIT)
+    # where the cache is changes between launches alone: no need to wait for it
+    cache, size = slot_of(addresses, capacities, 0, slot, KV, KV_HEADS, HEAD_DIM)
+    query(
+        tl.program_id(0),
+        codes,
+        scales,
+        x,
+        norm_weight,
+        eps,
+        positions,
+        cos,
+        sin,
+        cache,
+        size,
+        out,
+        0,
+        HEADS,
+        KV_HEADS,
+        HEAD_DIM,
+        COLS,
+        KIND,
+        ROWS,
+        PROGRAMS,
+        WAIT,
+    )
+
+
+@triton.jit(do_not_specialize=["slot"])
+def rotate_kernel(
+    positions,
+    cos,
+    sin,
+    addresses,
+    capacities,
+    slot,
+    qkv,
+    KV: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Rotate and store a new token of each sequence, in place; grid (sequences, heads).
+
+    qkv is (sequences, HEADS + 2 KV_HEADS, HEAD_DIM); BLOCK is a power of two >= HEAD_DIM / 2.
+    """
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    position = tl.load(positions + sequence)
+    cache, size = slot_of(addresses, capacities, sequence, slot, KV, KV_HEADS, HEAD_DIM)
+    half: tl.constexpr = HEAD_DIM // 2
+    pair = tl.arange(0, BLOCK)
+    live = pair < half
+    qkv += (sequence * (HEADS + 2 * KV_HEADS) + head) * HEAD_DIM + pair
+    first = tl.load(qkv, mask=live, other=0)
+    second = tl.load(qkv + half, mask=live, other=0)
+    rotated = live & (head < HEADS + KV_HEADS)
+    c = tl.load(cos + position * half + pair, mask=rotated, other=1)
+    s = tl.load(sin + position * half + pair, mask=rotated, other=0)
+    turned = first * c - second * s
+    second = second * c + first * s
+    tl.store(qkv, turned, mask=live)
+    tl.store(qkv + half, second, mask=live)
+    row = (head - HEADS) * HEAD_DIM + pair
+    store_in_cache(cache, size, row, position, turned, live, HEAD_DIM)
+    store_in_cache(cache, size, row + half, position, second, live, HEAD_DIM)
+
+
 @triton.jit(do_not_specialize=["slot"])
 def attention_kernel(
     positions,
@@ -75,8 +186,6 @@ def attention_kernel(
     capacities,
     slot,
     qkv,
-    cos,
-    sin,
     scale,
     partial,
     attended,
@@ -85,6 +194,7 @@ def attention_kernel(
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
+    GROUP: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     WAIT: tl.constexpr,
@@ -97,17 +207,14 @@ def attention_kernel(
     position = tl.load(positions + sequence)
     splits, _ = split_plan(position + 1, SPLITS, BLOCK_KV)
     if split < splits:
-        cache = tl.load(addresses + sequence).to(tl.pointer_type(KV))
-        size = tl.load(capacities + sequence).to(tl.int64) * HEAD_DIM
+        cache, size = slot_of(addresses, capacities, sequence, slot, KV, KV_HEADS, HEAD_DIM)
         attend(
             kv_head,
             split,
             qkv + sequence * (HEADS + 2 * KV_HEADS) * HEAD_DIM,
             position,
-            cache + (2 * slot * KV_HEADS + kv_head) * size,
-            cache + ((2 * slot + 1) * KV_HEADS + kv_head) * size,
-            cos,
-            sin,
+            cache + kv_head * size,
+            cache + (KV_HEADS + kv_head) * size,
             scale,
             partial + sequence * HEADS * SPLITS * (HEAD_DIM + 1),
             attended + sequence * HEADS * HEAD_DIM,
@@ -116,6 +223,7 @@ def attention_kernel(
             KV_HEADS,
             HEAD_DIM,
             DIM,
+            GROUP,
             SPLITS,
             BLOCK_KV,
             LANES,

@@ -101,7 +101,8 @@ def _best(rank, token, logit, largest, total):
     top_token = tl.min(tl.where(rank == top_rank, token, 2147483647), 0)
     chosen = tl.max(tl.where(token == top_token, logit, float("-inf")), 0)
     top = tl.max(largest, 0)
-    weights = tl.sum(total * tl.exp(largest - top), 0)
+    # a program without rows has seen no logit
+    weights = tl.sum(total * tl.exp(largest - tl.where(top == float("-inf"), 0.0, top)), 0)
     return top_rank, top_token, chosen, top, weights
 
 

@@ -44,7 +44,7 @@ pytestmark = [pytest.mark.gpu] if HAS_GPU else []
 @pytest.fixture(autouse=True)
 def short_parts(monkeypatch):
     """Make attention split and merge at lengths that the interpreter has time for."""
-    monkeypatch.setattr(geometry, "BLOCK_KV", 16)
+    monkeypatch.setattr(geometry, "BLOCK_KV", 8)
     monkeypatch.setattr(geometry, "SPLITS", 5)  # read four at a time
     if not HAS_GPU:  # the interpreter's time goes by programs
         monkeypatch.setattr(steps, "STAGE_WARPS", 16)
@@ -100,9 +100,11 @@ def test_steps_equal_the_cpu(tier, sharing):
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("length", [17, 90])
+@pytest.mark.parametrize("length", [17, 90, 330])
 def test_attention_joins_its_parts(tier, length):
-    ours, oracle = executors(dataclasses.replace(TINY, num_hidden_layers=1), tier)
+    """One part, two, and more than are read together."""
+    config = dataclasses.replace(TINY, num_hidden_layers=1, max_position_embeddings=512)
+    ours, oracle = executors(config, tier)
     cache, expected = ours.new_cache(), oracle.new_cache()
     prompt = np.arange(length) * 5 % 61
     oracle.forward(prompt, expected)

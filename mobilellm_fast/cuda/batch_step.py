@@ -12,6 +12,7 @@ from ..kernels import decode_step
 from .cache import CudaCache
 from .geometry import Geometry, softmax_scale
 from .layers import hidden_states, logits
+from .steps import ATTENTION_WARPS
 from .weights import CudaWeights
 
 
@@ -65,18 +66,29 @@ class BatchStep:
     def _attention(self, slot: int, qkv: Tensor) -> Tensor:
         sizes = self._geometry.attention
         size = len(self._ids)
+        heads = sizes["HEADS"] + 2 * sizes["KV_HEADS"]
+        place = (self._addresses, self._capacities, slot)
+        decode_step.rotate_kernel[(size, heads)](
+            self._positions,
+            *self._rotary,
+            *place,
+            qkv,
+            KV=self._kv,
+            HEADS=sizes["HEADS"],
+            KV_HEADS=sizes["KV_HEADS"],
+            HEAD_DIM=sizes["HEAD_DIM"],
+            BLOCK=sizes["DIM"],
+        )
         decode_step.attention_kernel[(sizes["KV_HEADS"] * sizes["SPLITS"], size)](
             self._positions,
-            self._addresses,
-            self._capacities,
-            slot,
+            *place,
             qkv,
-            *self._rotary,
             softmax_scale(self._weights),
             self._partial,
             self._attended,
             KV=self._kv,
             WAIT="none",
+            num_warps=ATTENTION_WARPS,
             **sizes,
         )
         decode_step.merge_kernel[(size,)](

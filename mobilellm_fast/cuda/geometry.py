@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .weights import CudaWeights, Matrix
 
-BLOCK_KV = 128  # tokens of a tile of attention: two loads per thread of 16 warps
+BLOCK_KV = 32  # tokens of a block of attention: one load per thread of 8 warps
 SPLITS = 8  # most programs per KV head: more would cost more to merge than they save
 
 
@@ -32,7 +32,8 @@ class Geometry:
         return {
             **self.merging,
             "KV_HEADS": config.num_key_value_heads,
-            "DIM": max(power_of_two(config.head_dim), 16),
+            "DIM": power_of_two(config.head_dim),
+            "GROUP": self._group,
         }
 
     @property
@@ -45,6 +46,11 @@ class Geometry:
             "SPLITS": SPLITS,
             "BLOCK_KV": BLOCK_KV,
         }
+
+    @property
+    def _group(self) -> int:
+        config = self.weights.config
+        return power_of_two(max(config.num_attention_heads // config.num_key_value_heads, 2))
 
     @property
     def partial_size(self) -> int:

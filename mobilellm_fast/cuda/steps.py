@@ -26,6 +26,7 @@ from .weights import CudaWeights, Matrix
 
 MAX_STEPS = 64  # tokens of one call
 STAGE_WARPS = 4  # rows of a program of the tiers with one kernel per stage
+ATTENTION_WARPS = 8
 CANDIDATE_FIELDS = 5
 
 
@@ -39,7 +40,6 @@ class Steps:
         self.kv = _triton_dtype(kv_format)
         config, device = weights.config, weights.device
         self.schedule = torch.tensor(config.schedule, dtype=torch.int32, device=device)
-        self.address = torch.zeros(1, dtype=torch.int64, device=device)
         self.tokens = torch.zeros(MAX_STEPS, dtype=torch.int32, device=device)
         self.logprobs = torch.zeros(MAX_STEPS, device=device)
         self.logits = torch.zeros(config.vocab_size, device=device)
@@ -93,13 +93,14 @@ class StagedSteps(Steps):
         self._token, self._position, self._capacity, self._step = self._state.split(1)
         self._temperature = floats(1)
         self._seed = torch.zeros(1, dtype=torch.int64, device=device)
+        self._address = torch.zeros(1, dtype=torch.int64, device=device)
         self._graph: Any = None
 
     def _run(
         self, cache: CudaCache, token_id: int, count: int, temperature: float, seed: int
     ) -> None:
         self._state.copy_(torch.tensor([token_id, cache.length, cache.capacity, 0]))
-        self.address.fill_(cache.address)
+        self._address.fill_(cache.address)
         self._temperature.fill_(temperature)
         self._seed.fill_(seed)
         embedding = self.weights.embedding
@@ -142,22 +143,41 @@ class StagedSteps(Steps):
                 for matrix in (weights.qkv, weights.output, weights.gate_up, weights.down)
             )
             attention_norm, ffn_norm = weights.attention_norms[block], weights.ffn_norms[block]
-            self._project(qkv, self._x, attention_norm, None, self._qkv)
-            decode_step.attention_kernel[(attention["KV_HEADS"] * attention["SPLITS"], 1)](
+            cache_place = (self._address, self._capacity, slot)
+            programs = _programs(qkv.rows // 2)
+            decode_step.query_kernel[(programs,)](
+                qkv.codes,
+                scales_of(qkv),
+                self._x,
+                attention_norm,
+                eps,
                 self._position,
-                self.address,
-                self._capacity,
-                slot,
-                self._qkv,
                 self.cos,
                 self.sin,
+                *cache_place,
+                self._qkv,
+                KV=self.kv,
+                HEADS=attention["HEADS"],
+                KV_HEADS=attention["KV_HEADS"],
+                HEAD_DIM=attention["HEAD_DIM"],
+                COLS=hidden,
+                KIND=qkv.kind,
+                ROWS=STAGE_WARPS,
+                PROGRAMS=programs,
+                WAIT=self._wait,
+                **self._launch,
+            )
+            decode_step.attention_kernel[(attention["KV_HEADS"] * attention["SPLITS"], 1)](
+                self._position,
+                *cache_place,
+                self._qkv,
                 softmax_scale(weights),
                 self._partial,
                 self._attended,
                 KV=self.kv,
                 WAIT=self._wait,
                 **attention,
-                **self._launch,
+                **(self._launch | {"num_warps": ATTENTION_WARPS}),
             )
             decode_step.output_kernel[(self._output_programs,)](
                 output.codes,
@@ -321,7 +341,6 @@ class PersistentSteps(Steps):
     ) -> None:
         weights = self.weights
         self._state.copy_(torch.tensor([token_id, cache.length, cache.capacity]))
-        self.address.fill_(cache.address)
         self._counter.zero_()
         matrices = [
             getattr(weights, name)
@@ -333,7 +352,7 @@ class PersistentSteps(Steps):
             self._state,
             self.schedule,
             len(self.schedule),
-            self.address,
+            cache.data,
             self.tokens,
             self.logprobs,
             self._counter,
@@ -368,7 +387,6 @@ class PersistentSteps(Steps):
             "VOCAB": config.vocab_size,
             **self.geometry.attention,
             **{f"{name.upper()}_KIND": getattr(self.weights, name).kind for name in names},
-            "KV": self.kv,
             "ROWS": self.warps,
             "PROGRAMS": self.programs,
             "CANDIDATE_BLOCK": power_of_two(self.programs),
@@ -380,7 +398,7 @@ class PersistentSteps(Steps):
 
 def default_warps(weights: CudaWeights) -> int:
     """Warps of a persistent program: one row each, of as many as a program has to do at once."""
-    return 16 if weights.config.hidden_size < 1024 else 8
+    return 8
 
 
 def _programs(rows: int) -> int:
