@@ -3,6 +3,10 @@
 #include <stdexcept>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace mlf {
@@ -26,6 +30,24 @@ bool runs_avx512vnni() {
          __builtin_cpu_supports("avx512vnni");
 }
 bool runs_avx512vnni_ymm() { return runs_avx512vnni(); }
+#elif defined(__aarch64__)
+bool runs_neon() { return true; }  // part of Armv8-A
+#if defined(__linux__)
+// The bits of the kernel's interface, which older headers lack.
+bool runs_dotprod() { return getauxval(AT_HWCAP) >> 20 & 1; }                    // ASIMDDP
+bool runs_i8mm() { return runs_dotprod() && (getauxval(AT_HWCAP2) >> 13 & 1); }  // I8MM
+#elif defined(__APPLE__)
+bool has(const char* feature) {
+  int value = 0;
+  size_t size = sizeof value;
+  return sysctlbyname(feature, &value, &size, nullptr, 0) == 0 && value != 0;
+}
+bool runs_dotprod() { return has("hw.optional.arm.FEAT_DotProd"); }
+bool runs_i8mm() { return runs_dotprod() && has("hw.optional.arm.FEAT_I8MM"); }
+#else
+bool runs_dotprod() { return false; }
+bool runs_i8mm() { return false; }
+#endif
 #endif
 
 }  // namespace

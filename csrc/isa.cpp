@@ -6,6 +6,8 @@
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "kernels.h"
@@ -18,6 +20,7 @@ namespace {
 #include "kernels/rms_norm.h"
 #include "kernels/quantize.h"
 #include "kernels/tile_dot.h"
+#include "kernels/panel_dot.h"
 #include "kernels/linear.h"
 #include "kernels/embed.h"
 #include "kernels/rope.h"

@@ -1,12 +1,10 @@
 // The vector types of the ISA that this translation unit is compiled for, and what all ISAs share.
 #pragma once
 
-// vec_<isa>.h
 #define MLF_QUOTE_(text) #text
 #define MLF_QUOTE(text) MLF_QUOTE_(text)
 #define MLF_JOIN_(a, b) a##b
 #define MLF_JOIN(a, b) MLF_JOIN_(a, b)
-#include MLF_QUOTE(MLF_JOIN(vec_, MLF_ISA).h)
 
 // Loops over accumulators must be unrolled, or compilers keep them in memory.
 #if defined(__clang__)
@@ -14,6 +12,15 @@
 #else
 #define MLF_UNROLL _Pragma("GCC unroll 16")
 #endif
+
+// A number that templates can take as an argument.
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
+// vec_<isa>.h
+#include MLF_QUOTE(MLF_JOIN(vec_, MLF_ISA).h)
 
 // e^x, relative error below 2 ulp for x in [-87.3, 88.3]; clamped outside, so never 0, NaN or
 // infinite. x = n ln 2 + r, e^r by a polynomial on |r| <= ln 2 / 2 (Cephes' coefficients).
@@ -54,12 +61,6 @@ inline float half_value(uint16_t half) {
   store(lanes, load_half(halves));
   return lanes[0];
 }
-
-// A number that templates can take as an argument.
-template <int N>
-struct Constant {
-  static constexpr int value = N;
-};
 
 // Visit 0..n-1 in blocks of Max, then of Max / 2, Max / 4 ...: body(Constant<block>(), first).
 template <int Max, class Body>

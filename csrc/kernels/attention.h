@@ -33,8 +33,8 @@ template <class T>
 struct FloatPage {
   // Queries x kSpan tiles of 16 tokens fill the accumulator registers; likewise queries x kSpan
   // vectors of outputs.
-  static constexpr int kSpan = kVecRegisters >= 16 ? 4 : 2;
-  static constexpr int kQueries = kVecRegisters >= 16 ? 6 : 2;
+  static constexpr int kSpan = kVecRegisters >= 16 ? 4 : kVecRegisters >= 6 ? 1 : 2;
+  static constexpr int kQueries = kVecRegisters >= 6 ? 6 : 2;
 
   const PageView& page;
 

@@ -61,6 +61,16 @@ struct Panel {
   void dot(const TileRef (&tiles)[T], Use use) const {
     VecF low[kMaxRows * kBlockTiles];
     if (has_low_sums()) wide_dot<T>(x, wide_groups(), rows, tiles, low);
+#if defined(MLF_OWN_GROUP_DOT)
+    if constexpr (T == 1) {
+      if (rows >= kPanelRows && is_quantized(tiles[0].weight->kind)) {
+        VecF y[kMaxRows];
+        panel_dot<kMaxRows>(x, low, rows, tiles[0], y);
+        for (int64_t row = 0; row < rows; ++row) use(y + row, row, Constant<1>());
+        return;
+      }
+    }
+#endif
     TileRef again[T];  // what the first rows have fetched is there
     for (int t = 0; t < T; ++t) again[t] = {tiles[t].weight, tiles[t].tile, 0};
     for_each_row_block<T>(rows, [&](auto count, int64_t row) {

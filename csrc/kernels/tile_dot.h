@@ -23,6 +23,14 @@ struct TileReader {
     line += kStepBytes;
     return at;
   }
+  // Some lines at once.
+  const uint8_t* next_lines(int count) {
+    const uint8_t* at = line;
+    if (ahead)
+      for (int i = 0; i < count; ++i) __builtin_prefetch(at + ahead + i * kStepBytes, 0, 2);
+    line += count * kStepBytes;
+    return at;
+  }
 };
 
 // The wide groups of some rows, group by group: the rows that are wide in one share its weights.
@@ -70,9 +78,69 @@ struct CodeRows {
   }
 };
 
+#if defined(MLF_OWN_GROUP_DOT)
+
+// One group of T tiles times R rows of codes, exactly, added to acc[r * T + t]. The ISA has the
+// loops over steps.
+template <int R, int T>
+MLF_INLINE void group_dot(TileReader* tiles, const CodeRows<R>& rows, DotSum* acc) {
+  const uint8_t* lines[T];
+  MLF_UNROLL for (int t = 0; t < T; ++t) lines[t] = tiles[t].next_lines(kStepsPerGroup);
+  dot_group<R, T>(lines, rows.codes, acc);
+}
+template <int R, int T>
+MLF_INLINE void group_values(TileReader* tiles, const CodeRows<R>& rows, VecF* out) {
+  DotSum acc[R * T];
+  MLF_UNROLL for (int i = 0; i < R * T; ++i) acc[i] = group_begin();
+  group_dot<R, T>(tiles, rows, acc);
+  MLF_UNROLL for (int i = 0; i < R * T; ++i) out[i] = group_value(acc[i]);
+}
+template <int R, int T>
+MLF_INLINE void group_values_int4(TileReader* tiles, const CodeRows<R>& rows, VecF* out) {
+  const uint8_t* lines[T];
+  NibbleSum acc[R * T];
+  MLF_UNROLL for (int t = 0; t < T; ++t) lines[t] = tiles[t].next_lines(kStepsPerGroup / 2);
+  MLF_UNROLL for (int i = 0; i < R * T; ++i) acc[i] = nibble_begin();
+  dot_group_int4<R, T>(lines, rows.codes, acc);
+  MLF_UNROLL for (int i = 0; i < R * T; ++i) out[i] = group_value(acc[i]);
+}
+// All groups of T tiles times M rows.
+template <int M, int T>
+inline void sums_of_groups(TileReader* tiles, const Activations& x, VecI* total) {
+  DotSum acc[M * T];
+  MLF_UNROLL for (int i = 0; i < M * T; ++i) acc[i] = dot_begin(0);
+  for (int64_t group = 0; group < x.groups(); ++group)
+    group_dot<M, T>(tiles, CodeRows<M>::of(x, group, Constant<M>()), acc);
+  MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = dot_result(acc[i]);
+}
+
+// One group of a tile, for many rows of inputs.
+struct Int8Codes {
+  TileReader tile;
+  void read(TileReader& reader) { tile = reader; }
+  VecF dot_row(const int8_t* codes, int32_t offset) const {
+    TileReader reader = tile;
+    VecF out;
+    group_values<1, 1>(&reader, {{codes}, {&offset}}, &out);
+    return out;
+  }
+};
+struct Int4Codes {
+  TileReader tile;
+  void read(TileReader& reader) { tile = reader; }
+  VecF dot_row(const int8_t* codes, int32_t offset) const {
+    TileReader reader = tile;
+    VecF out;
+    group_values_int4<1, 1>(&reader, {{codes}, {&offset}}, &out);
+    return out;
+  }
+};
+
+#else
+
 // One group of T tiles times R rows of codes, exactly: integer sums acc[r * T + t].
 template <int R, int T>
-inline void group_dot(TileReader* tiles, const CodeRows<R>& rows, DotSum* acc) {
+inline void group_sums(TileReader* tiles, const CodeRows<R>& rows, DotSum* acc) {
   MLF_UNROLL for (int i = 0; i < R * T; ++i) acc[i] = dot_begin(*rows.offsets[i / T]);
   MLF_UNROLL for (int step = 0; step < kStepsPerGroup; ++step) {
     DotWeights w[T];
@@ -86,7 +154,7 @@ inline void group_dot(TileReader* tiles, const CodeRows<R>& rows, DotSum* acc) {
 
 // As above for 4-bit weights, which need no offsets.
 template <int R, int T>
-inline void group_dot_int4(TileReader* tiles, const CodeRows<R>& rows, NibbleSum* acc) {
+inline void group_sums_int4(TileReader* tiles, const CodeRows<R>& rows, NibbleSum* acc) {
   MLF_UNROLL for (int i = 0; i < R * T; ++i) acc[i] = nibble_begin();
   MLF_UNROLL for (int step = 0; step < kStepsPerGroup / 2; ++step) {
     NibbleWeights low[T], high[T];
@@ -108,11 +176,11 @@ struct Int8Codes {
   void read(TileReader& tile) {
     MLF_UNROLL for (DotWeights& step : steps) step = load_step_int8(tile.next());
   }
-  VecI dot_row(const int8_t* codes, int32_t offset) const {
+  VecF dot_row(const int8_t* codes, int32_t offset) const {
     DotSum acc = dot_begin(offset);
     MLF_UNROLL for (int i = 0; i < kStepsPerGroup; ++i)
         dot(acc, steps[i], load_inputs(codes + i * kStep));
-    return dot_result(acc);
+    return to_float(dot_result(acc));
   }
 };
 
@@ -123,13 +191,39 @@ struct Int4Codes {
     MLF_UNROLL for (int i = 0; i < kLines; ++i)
         load_steps_int4(tile.next(), steps[i], steps[i + kLines]);
   }
-  VecI dot_row(const int8_t* codes, int32_t) const {
+  VecF dot_row(const int8_t* codes, int32_t) const {
     NibbleSum acc = nibble_begin();
     MLF_UNROLL for (int i = 0; i < kStepsPerGroup; ++i)
         dot(acc, steps[i], load_nibble_inputs(codes + i * kStep));
-    return dot_result(acc);
+    return to_float(dot_result(acc));
   }
 };
+
+// The sums of a group as floats.
+template <int R, int T>
+inline void group_values(TileReader* tiles, const CodeRows<R>& rows, VecF* out) {
+  DotSum acc[R * T];
+  group_sums<R, T>(tiles, rows, acc);
+  MLF_UNROLL for (int i = 0; i < R * T; ++i) out[i] = to_float(dot_result(acc[i]));
+}
+template <int R, int T>
+inline void group_values_int4(TileReader* tiles, const CodeRows<R>& rows, VecF* out) {
+  NibbleSum acc[R * T];
+  group_sums_int4<R, T>(tiles, rows, acc);
+  MLF_UNROLL for (int i = 0; i < R * T; ++i) out[i] = to_float(dot_result(acc[i]));
+}
+// All groups of T tiles times M rows.
+template <int M, int T>
+inline void sums_of_groups(TileReader* tiles, const Activations& x, VecI* total) {
+  MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = splat_int(0);
+  for (int64_t group = 0; group < x.groups(); ++group) {
+    DotSum acc[M * T];
+    group_sums<M, T>(tiles, CodeRows<M>::of(x, group, Constant<M>()), acc);
+    MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = add(total[i], dot_result(acc[i]));
+  }
+}
+
+#endif
 
 // The formats of weights, as the loop below sees them: `Header` is what precedes the codes of a
 // group in the stream, `dot` gives sums of products as floats, and `add` adds them to a total.
@@ -145,9 +239,7 @@ struct Int8Tile {  // one scale per row, applied at the end
   };
   template <int R, int T>
   static void dot(TileReader* tiles, const CodeRows<R>& rows, VecF* out) {
-    DotSum acc[R * T];
-    group_dot<R, T>(tiles, rows, acc);
-    MLF_UNROLL for (int i = 0; i < R * T; ++i) out[i] = to_float(dot_result(acc[i]));
+    group_values<R, T>(tiles, rows, out);
   }
 };
 
@@ -161,6 +253,7 @@ struct Int8GroupTile {  // one scale per row and group, two groups to a header
       MLF_UNROLL for (int t = 0; t < T; ++t) scales[t] =
           group % 2 ? scales[t] + kTileRows : reinterpret_cast<const uint16_t*>(tiles[t].next());
     }
+    VecF scale() const { return load_half(scales[0]); }
     VecF add(VecF dot, VecF scale, int t, VecF total) const {
       return fma(mul(dot, scale), load_half(scales[t]), total);
     }
@@ -178,11 +271,13 @@ struct Int4Tile {
   using Codes = Int4Codes;
   template <int T>
   struct Header {
-    const uint16_t* halves[T];
+    const uint16_t* halves[T] = {};
     void read(TileReader* tiles, int64_t) {
       MLF_UNROLL for (int t = 0; t < T; ++t) halves[t] =
           reinterpret_cast<const uint16_t*>(tiles[t].next());
     }
+    VecF scale() const { return load_half(halves[0]); }
+    VecF min() const { return load_half(halves[0] + kTileRows); }
     VecF add(VecF dot, VecF scale, int t, VecF total) const {
       return fma(mul(dot, scale), load_half(halves[t]), total);
     }
@@ -192,9 +287,7 @@ struct Int4Tile {
   };
   template <int R, int T>
   static void dot(TileReader* tiles, const CodeRows<R>& rows, VecF* out) {
-    NibbleSum acc[R * T];
-    group_dot_int4<R, T>(tiles, rows, acc);
-    MLF_UNROLL for (int i = 0; i < R * T; ++i) out[i] = to_float(dot_result(acc[i]));
+    group_values_int4<R, T>(tiles, rows, out);
   }
 };
 
@@ -218,10 +311,10 @@ inline void wide_dot_tile(const uint8_t* tile, const Activations& x, const WideG
     codes.read(reader);
     for (; at < wide.end && at->group == group; ++at) {
       const int64_t i = at->row * x.groups() + group;
-      const VecI sum = codes.dot_row(x.low_codes + at->row * x.padded_cols() + group * kGroup,
+      const VecF sum = codes.dot_row(x.low_codes + at->row * x.padded_cols() + group * kGroup,
                                      x.offsets[2 * i + 1]);
       VecF& total = low[at->row * stride];
-      total = header.add(to_float(sum), splat(low_scale(x.scales[i])), 0, total);
+      total = header.add(sum, splat(low_scale(x.scales[i])), 0, total);
     }
   }
 }
@@ -267,16 +360,10 @@ inline void tile_dot_groups(TileReader* tiles, const Activations& x, const VecF*
 // 2^31 / (128 * 127) = 132104 inputs.
 template <int M, int T>
 inline void tile_dot_w8a8(TileReader* tiles, const Activations& x, VecF* y) {
-  const int64_t groups = x.groups();
   VecI total[M * T];
-  MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = splat_int(0);
-  for (int64_t group = 0; group < groups; ++group) {
-    DotSum acc[M * T];
-    group_dot<M, T>(tiles, CodeRows<M>::of(x, group, Constant<M>()), acc);
-    MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = add(total[i], dot_result(acc[i]));
-  }
+  sums_of_groups<M, T>(tiles, x, total);
   MLF_UNROLL for (int i = 0; i < M * T; ++i) y[i] =
-      mul(to_float(total[i]), splat(x.scales[i / T * groups]));
+      mul(to_float(total[i]), splat(x.scales[i / T * x.groups()]));
 }
 
 inline VecF load_weights(const float* p, int n) { return load_upto(p, n); }
