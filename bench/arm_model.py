@@ -18,12 +18,13 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STORED = Path(__file__).with_name("arm") / "model.json"
 CORES = ("cortex-a55", "neoverse-n1", "neoverse-n2", "neoverse-v1", "neoverse-v2")
-# What each table needs, so which cores it is modelled on; none of the older ones has matrix products.
+# The cores that each table is modelled on: those whose best it is, and those that can run it.
 TABLES = {
     "neon": CORES[:2],
     "dotprod": CORES,
@@ -113,7 +114,7 @@ def trace_of(program: Path, table: str, case: str) -> tuple[list[int], int]:
 
 def hottest_loop(trace: list[int]) -> tuple[int, ...]:
     """Return the addresses of one turn of the innermost loop that takes most of the trace."""
-    heads = {b for a, b in zip(trace, trace[1:], strict=False) if b <= a}
+    heads = {b for a, b in pairwise(trace) if b <= a}
     turns: Counter[tuple[int, ...]] = Counter()
     last: dict[int, int] = {}
     for i, pc in enumerate(trace):
@@ -132,7 +133,7 @@ def model(mca: str, listing: dict[int, str], loop: tuple[int, ...], table: str) 
     """Return what llvm-mca says about a loop on each core of a table."""
     instructions = [listing[pc] for pc in loop]
     names = [text.split("\t")[0] for text in instructions]
-    macs = sum(PRODUCTS.get(name, 0) * (1 if name != "smull" else 1) for name in names)
+    macs = sum(PRODUCTS.get(name, 0) for name in names)
     loads = sum(16 * load_registers(text) for text in instructions)
     cores = {}
     for core in TABLES[table]:
