@@ -72,7 +72,7 @@ def q4_0(weight):
 def test_searched_grids_beat_the_range_of_the_group(cols):
     weight = gaussian(cols=cols)
     nearest = quant.quantize(weight.numpy(), "int4_g32")
-    searched = round_int4(weight)
+    searched = round_int4(weight, torch.eye(cols))
     assert searched.codes.max() <= 15 and searched.shape == tuple(weight.shape)
     assert squared_error(weight, searched) < 0.9 * squared_error(weight, nearest)
     # group by group never worse, but for the float16 of what is stored
@@ -86,7 +86,7 @@ def test_searched_grids_beat_the_range_of_the_group(cols):
 
 def test_the_grid_of_q4_0_is_never_worse_than_ggmls_rounding():
     weight = gaussian()
-    ours, theirs = round_int4(weight, symmetric=True), q4_0(weight)
+    ours, theirs = round_int4(weight, torch.eye(96), symmetric=True), q4_0(weight)
     np.testing.assert_array_equal(ours.mins, ours.scales * np.float16(-8))
     assert squared_error(weight, ours) < 0.95 * squared_error(weight, theirs)
     x, moments = correlated()
@@ -97,7 +97,7 @@ def test_the_grid_of_q4_0_is_never_worse_than_ggmls_rounding():
 def test_errors_are_made_up_for_by_later_columns():
     weight = gaussian()
     x, moments = correlated()
-    alone, together = round_int4(weight), round_int4(weight, moments)
+    alone, together = round_int4(weight, torch.eye(96)), round_int4(weight, moments)
     assert squared_error(weight, together, x) < 0.5 * squared_error(weight, alone, x)
 
 
@@ -109,12 +109,12 @@ def test_extreme_groups(symmetric):
     weight[2] *= 1e-30
     weight[3, 5] = 60000.0
     weight[4] = -weight[4].abs()
-    for moments in (None, torch.zeros(96, 96), correlated()[1]):
+    for moments in (torch.eye(96), torch.zeros(96, 96), correlated()[1]):
         got = round_int4(weight, moments, symmetric=symmetric).dequantize()
         assert np.isfinite(got).all()
         assert np.abs(got[0]).max() == 0
         assert np.abs(got[2]).max() < 1e-6
-        if moments is None:
+        if moments[0, 1] == 0:  # else the column's error is for others to make up
             assert np.abs(got[1] - 3.25).max() < 0.01 * 3.25
 
 
@@ -122,7 +122,8 @@ def test_exact_grids_stay_exact():
     """What lies on a grid already, as the weights of a Q4_1 file do, is not moved."""
     exact = quant.quantize(gaussian().numpy(), "int4_g32")
     weight = torch.from_numpy(exact.dequantize())
-    np.testing.assert_allclose(round_int4(weight).dequantize(), weight, rtol=0, atol=2e-3)
+    got = round_int4(weight, torch.eye(96)).dequantize()
+    np.testing.assert_allclose(got, weight, rtol=0, atol=2e-3)
 
 
 def with_outliers(lm, scale=30.0):
@@ -169,21 +170,13 @@ def test_smoothing_makes_w8a8_accurate(sharing):
     assert smooth.bits_per_weight == plain.bits_per_weight
 
 
-def test_calibrated_int4_is_better_than_searched_and_that_than_nearest():
+def test_calibrated_int4_is_better_than_nearest():
     lm = build(hidden_size=96, num_hidden_layers=1, tie_word_embeddings=False)
     text = random_ids(lm.config, 200, seed=3).tolist()
     calibration = torch.tensor(random_ids(lm.config, 16, 128, seed=4))
-    nearest = {
-        name: w if isinstance(w, np.ndarray) else quant.pack(w.data, "int4_g32")
-        for name, w in lm.weights().items()
-    }
-    plain = MobileLLM.from_weights(lm.config, nearest, "int4_all")
-    from mobilellm_fast.ptq.report import compare
-
-    kl = [compare("int4_all", lm.engine, plain.engine, text).kl]
-    kl += [line.kl for line in report(lm, text, ["int4_all"])]
-    kl += [line.kl for line in report(lm, text, ["int4_all"], calibration=calibration)]
-    assert kl == sorted(kl, reverse=True)
+    (nearest,) = report(lm, text, ["int4_all"])
+    (calibrated,) = report(lm, text, ["int4_all"], calibration=calibration)
+    assert calibrated.kl < 0.9 * nearest.kl  # inputs of random models know no directions
 
 
 def test_statistics_cover_all_passes_of_a_shared_block():

@@ -35,10 +35,10 @@ def quantize_(
 ) -> MobileLLM:
     """Quantize a float model in place.
 
-    Without a text, 8-bit weights are rounded to the nearest code, and 4-bit weights in groups whose
-    scale and minimum are searched. With a text, `int4` and `int4_all` also make up for the error of
-    each column with those that follow, and `w8a8` moves outliers of activations into weights, which
-    changes norms and weights but not the function.
+    Without a text, weights are rounded to the nearest code, as `load` does. With a text, 4-bit
+    formats search the scales and make up for the error of each column with those that follow, and
+    `w8a8` moves outliers of activations into weights, which changes norms and weights but not the
+    function; `int8` stays as it is.
 
     Args:
         lm: float parameters on the CPU.
@@ -80,9 +80,8 @@ def quantize_(
             rounded[name] = weight.numpy().copy()
             continue
         kind = quant.kind_of(format, name, "float32")
-        if kind == "int4_g32":
-            moments = inputs[input_of(name)].moments if inputs else None
-            rounded[name] = pack(round_int4(weight, moments))
+        if kind == "int4_g32" and inputs is not None:
+            rounded[name] = pack(round_int4(weight, inputs[input_of(name)].moments))
         else:
             rounded[name] = pack(weight.numpy(), kind)
     return replace_weights_(lm, rounded, format)

@@ -1,6 +1,6 @@
 """Rounding to 4 bits better than to the nearest code of the group's range.
 
-The scale and the minimum of a group are searched, and with the second moments of a layer's inputs
+With the second moments of a layer's inputs, the scale and the minimum of a group are searched, and
 the error of each column is made up for by the columns that are still to be rounded.
 """
 
@@ -18,17 +18,15 @@ DAMPING = 0.01  # of the mean second moment: keeps the inverse finite
 HIGHEST = 15
 
 
-def round_int4(
-    weight: Tensor, moments: Tensor | None = None, symmetric: bool = False
-) -> QuantizedTensor:
+def round_int4(weight: Tensor, moments: Tensor, symmetric: bool = False) -> QuantizedTensor:
     """Round a matrix to 4-bit codes in groups of 32 with a scale and a minimum each.
 
     Minimises `trace((W - W') M (W - W')^T)`, the squared error of the layer's outputs, column by
-    column; without moments, the squared error of the weights.
+    column.
 
     Args:
         weight: (rows, cols) float32.
-        moments: (cols, cols) float32, the mean of `x x^T` over inputs x; or None.
+        moments: (cols, cols) float32, the mean of `x x^T` over inputs x.
         symmetric: take the grid of GGUF's Q4_0, on which the minimum is -8 scales: 4.5 bits per
             weight instead of 5 in a format that stores no minimum.
 
@@ -40,26 +38,18 @@ def round_int4(
     rest = weight.detach().to(torch.float32, copy=True)
     rows, cols = rest.shape
     groups = -(-cols // GROUP)
-    importance = torch.ones(cols)
-    inverse = None
-    if moments is not None:
-        moments = moments.clone()
-        diagonal = moments.diagonal()
-        diagonal += DAMPING * diagonal.mean() + torch.finfo(torch.float32).tiny
-        importance = diagonal.clone()
-        inverse = torch.linalg.cholesky(
-            torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True
-        )
+    moments = moments.clone()
+    diagonal = moments.diagonal()
+    diagonal += DAMPING * diagonal.mean() + torch.finfo(torch.float32).tiny
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
+    inverse = torch.linalg.cholesky(inverse, upper=True)
     codes = torch.empty(rows, cols)
     scales, mins = torch.empty(rows, groups), torch.empty(rows, groups)
     for group in range(groups):
         start, end = group * GROUP, min((group + 1) * GROUP, cols)
         part = rest[:, start:end]  # (rows, 32)
-        scale, low = search_grid(part, importance[start:end], symmetric)
+        scale, low = search_grid(part, diagonal[start:end], symmetric)
         scales[:, group], mins[:, group] = scale, low
-        if inverse is None:
-            codes[:, start:end] = to_codes(part, scale[:, None], low[:, None])
-            continue
         errors = torch.empty_like(part)
         for column in range(start, end):
             value = rest[:, column]
