@@ -25,9 +25,9 @@ examples:
   mobilellm-fast pack --model path/to/model.gguf model.mlf
   mobilellm-fast bench -p 512 -n 128 -o json
 
-MODEL is a Hugging Face directory or hub id, a .gguf or a packed .mlf file; without one,
-SmolLM2-135M-Instruct is used (fetched once, 98 MB). 'mobilellm-fast COMMAND --help' explains the
-options of a command.
+MODEL is a Hugging Face directory or hub id, a .gguf or a packed .mlf file, or 'tiny', a toy in this
+package; without one, SmolLM2-135M-Instruct is used (fetched once, 98 MB). 'mobilellm-fast COMMAND
+--help' explains the options of a command.
 """
 
 CHAT_HELP = """\

@@ -24,8 +24,8 @@ def load(
     """Load a model as a `torch.nn.Module` that generates at full speed.
 
     Args:
-        source: a Hugging Face directory, a hub id, a .gguf or .mlf file, or None for
-            SmolLM2-135M-Instruct (98 MB, fetched once).
+        source: a Hugging Face directory, a hub id, a .gguf or .mlf file, "tiny" for the small model
+            in this package, or None for SmolLM2-135M-Instruct (98 MB, fetched once).
         device: `"auto"` or `"cpu"`.
         format: `"fp32"`, `"bf16"`, `"int8"`, `"w8a8"`, `"int4"`, `"int4_all"`, or `"auto"`: the
             file's own grid if it is a quantized GGUF, else `"int8"`.

@@ -9,6 +9,7 @@ from .checkpoint import Checkpoint, StoredTensor
 
 __all__ = ["Checkpoint", "StoredTensor", "locate", "open_checkpoint", "open_path"]
 
+TINY = "tiny"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.gguf)(?<!\.mlf)")
 
 
@@ -17,7 +18,8 @@ def locate(source: str | Path | None = None, revision: str | None = None) -> tup
 
     Args:
         source: a directory with config.json, a `.gguf` or `.mlf` file, a hub id such as
-            "facebook/MobileLLM-125M", or None for the default model. A path wins over a hub id.
+            "facebook/MobileLLM-125M", "tiny" for the small model in this package, or None for the
+            default model. A path wins over a name.
         revision: branch, tag or commit of a hub id.
 
     Raises:
@@ -26,6 +28,8 @@ def locate(source: str | Path | None = None, revision: str | None = None) -> tup
     if source is not None and not isinstance(source, (str, Path)):
         raise CheckpointError(f"source must be a path or a hub id, got {brief(source)}")
     path = None if source is None else _existing(source)
+    if path is None and source == TINY and revision is None:
+        return Path(__file__).parents[1] / TINY, TINY
     if path is None and isinstance(source, str) and HUB_ID.fullmatch(source):
         from .hub import fetch_repository
 

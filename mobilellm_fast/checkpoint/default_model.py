@@ -84,7 +84,10 @@ def _fetch(scratch: Path) -> Path:
             return path
         except CheckpointError as error:
             reasons.append(str(error))
-    raise CheckpointError(f"the default model cannot be fetched ({'; '.join(reasons)})")
+    why = "; ".join(reasons)
+    raise CheckpointError(
+        f"the default model cannot be fetched ({why}); the model 'tiny' needs no network"
+    )
 
 
 def _from_hub(target: Path) -> None:
