@@ -56,8 +56,7 @@ def head_sample(
         return ids, logprobs
     weights = (x, codes, codes if scales is None else scales)
     inverse = 1 / temperature if temperature > 0 else 0.0
-    if tokens == 1:
-        shape = vector_shape(codes, kind, cols)
+    if tokens == 1 and (shape := vector_shape(codes, kind, cols)):
         shares = min(triton.cdiv(vocab, shape.rows), processors(x.device) * shape.programs)
         found, best = _shares(x, shares, tokens)
         _head_vector[(shares,)](

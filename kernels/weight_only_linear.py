@@ -57,8 +57,7 @@ def weight_only_linear(x: Tensor, codes: Tensor, scales: Tensor | None = None) -
     if out.numel() == 0 or cols == 0:
         return out.zero_()
     tokens = x.numel() // cols
-    if tokens == 1:
-        shape = vector_shape(codes, kind, cols)
+    if tokens == 1 and (shape := vector_shape(codes, kind, cols)):
         _weight_vector[(triton.cdiv(outputs, shape.rows),)](
             *(x, codes, codes if scales is None else scales, out, outputs),
             COLS=cols,

@@ -27,6 +27,7 @@ GROUP = tl.constexpr(32)
 HALF = tl.constexpr(16)  # bytes of a group of 4-bit codes
 
 MANY_ROWS = 16384
+LONGEST = 32  # steps along a row
 # Programs of 4 warps for whose registers a multiprocessor has place, at MobileLLM's widths.
 RESIDENT = {"float": 5, "int8": 4, "int8_g32": 4, "int4_g32": 2}
 
@@ -57,8 +58,8 @@ class VectorShape:
     programs: int
 
 
-def vector_shape(codes: Tensor, kind: str, cols: int) -> VectorShape:
-    """Choose a shape.
+def vector_shape(codes: Tensor, kind: str, cols: int) -> VectorShape | None:
+    """Choose a shape; None for rows so long that the code, which is unrolled, would be, too.
 
     A thread's load is 16 bytes, and all loads of a tile are in flight at once. Groups divide those
     of a row, so that no lane idles. Few rows take a warp each program, so that all multiprocessors
@@ -66,6 +67,10 @@ def vector_shape(codes: Tensor, kind: str, cols: int) -> VectorShape:
     """
     groups = triton.cdiv(cols, 32)
     step = min(max(groups & -groups, 2), 16)
+    while triton.cdiv(groups, step) > LONGEST and step < 16:
+        step *= 2
+    if triton.cdiv(groups, step) > LONGEST:
+        return None
     per_thread = 32 if kind == "int4_g32" else 16 // codes.element_size()
     rows = max(per_thread // step, 1)
     warps = max(step // per_thread, 1)

@@ -22,6 +22,7 @@ from mobilellm_fast.kernels import (
     rope,
     swiglu,
     weight_only_linear,
+    weight_rows,
 )
 
 pytestmark = [pytest.mark.gpu] if HAS_GPU else []
@@ -223,6 +224,17 @@ def test_weight_only_linear(sizes, tokens, kind, dtype):
     x64 = x.double().cpu()
     bound = gpu_bounds.product(x64, weight) + stored_error(kind, tokens, x64, weight, dtype)
     assert_within(got, x64 @ weight.T, bound, dtype)
+
+
+def test_rows_too_long_for_a_vector(monkeypatch):
+    make = Maker(DTYPES[0])
+    x, codes = make.normal(1, 96), make.normal(20, 96, spread=0.1)
+    monkeypatch.setattr(weight_rows, "LONGEST", 0)
+    got = run(weight_only_linear.weight_only_linear, x, codes)
+    x64, weight = exact(x, codes)
+    assert_within(got, x64 @ weight.T, gpu_bounds.product(x64, weight), DTYPES[0])
+    ids, _ = run(head_sample.head_sample, x, codes)
+    assert ids.item() == (x64 @ weight.T).argmax()
 
 
 def stored_weight(codes, scales, cols):
