@@ -100,9 +100,10 @@ def gumbel(seed, number):
     """
     bits = tl.randint(seed, number).to(tl.uint32, bitcast=True)
     u = (bits.to(tl.float32) + 0.5) * (2.0**-32)
-    # -log(1 - u) without the loss of 1 - u where u is small
-    small = u + 0.5 * u * u
-    return -tl.log(tl.where(u < 2.0**-12, small, -tl.log(1 - u)))
+    # log(1 - u) as Kahan does it: that of the rounded difference, times how far that is from u
+    rest = 1 - u
+    lost = 1 - rest
+    return -tl.log(tl.where(lost == 0, u, -tl.log(rest) * (u / lost)))
 
 
 @triton.jit

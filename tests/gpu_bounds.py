@@ -71,4 +71,6 @@ def swiglu_derivative(
 
 
 def gumbel(noise: Tensor) -> Tensor:
-    return 16 * U * (1 + noise.abs())
+    # rounding u near 1 shows in the least noise, -log(e) with 1 - u = exp(-e)
+    e = torch.exp(-noise)
+    return 16 * U * (1 + noise.abs()) + 2 * U * torch.exp(e) / e

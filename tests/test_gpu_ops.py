@@ -13,8 +13,10 @@ from interpreted import HAS_GPU
 
 from mobilellm_fast import reference
 
-pytest.importorskip("triton")
-from mobilellm_fast.kernels import (
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from mobilellm_fast.kernels import (  # noqa: E402
     head_sample,
     int8_gemm,
     quantize_per_token,
@@ -275,6 +277,20 @@ def test_head_sample(sizes, kind, temperature, monkeypatch):
     far = 2 * bound.amax(-1) + (16 + want.abs()) * gpu_bounds.U + 1e-6 * (vocab > 1000)
     assert ((logprobs.cpu() - want).abs() <= far).all()
     assert far.max() < (0.1 if kind == "float" else 1.0)
+
+
+@triton.jit
+def _noise(out, seed, first, COUNT: tl.constexpr):
+    place = tl.arange(0, COUNT)
+    tl.store(out + place, head_sample.gumbel(seed, first + place))
+
+
+@pytest.mark.parametrize("first", [0, 2**40], ids=["low", "high"])
+def test_gumbel(first):
+    out = Maker(torch.float32).normal(1 << 16)
+    _noise[(1,)](out, 7, first, COUNT=1 << 16)
+    want = reference.gumbel(7, first + torch.arange(1 << 16))
+    assert ((out.cpu() - want).abs() <= gpu_bounds.gumbel(want)).all()
 
 
 def test_head_sample_draws_from_the_softmax():
