@@ -80,7 +80,7 @@ def swiglu_backward(
         _swiglu_derivative[(triton.cdiv(count, ELEMENTS),)](
             grad, gate, up, grad_gate, grad_up, count, BLOCK=ELEMENTS
         )
-    grad_gate, grad_up, inputs = (t.flatten(0, -2) for t in (grad_gate, grad_up, x))
+    grad_gate, grad_up, inputs = (t.view(-1, t.shape[-1]) for t in (grad_gate, grad_up, x))
     grad_x = torch.addmm(grad_gate @ gate_weight, grad_up, up_weight)
     return grad_x.view_as(x), grad_gate.T @ inputs, grad_up.T @ inputs
 

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # a constant, for torch.compile
 
 

@@ -319,5 +319,21 @@ def test_no_rows(rows):
     assert weight_only_linear.weight_only_linear(x, make.normal(5, 32)).shape == (rows, 5)
     assert head_sample.head_sample(x, make.normal(5, 32))[0].shape == (rows,)
     gate = make.normal(rows, 5)
-    grads = swiglu.swiglu_backward(gate, x, make.normal(5, 32), make.normal(5, 32), gate, gate)
+    weights = make.normal(5, 32), make.normal(5, 32)
+    grads = swiglu.swiglu_backward(gate, x, *weights, gate, gate)
     assert grads[1].shape == (5, 32)
+
+
+def test_any_number_of_leading_axes():
+    make = Maker(DTYPES[0])
+    x, weights = make.normal(6, 32), (make.normal(5, 32), make.normal(5, 32))
+    out, gate, up = swiglu.swiglu_saving(x, *weights)
+    grads = swiglu.swiglu_backward(out, x, *weights, gate, up)
+    cube = [t.view(1, 2, 3, -1) for t in (out, x, gate, up)]
+    assert torch.equal(swiglu.swiglu(cube[1], *weights), cube[0])
+    shaped = swiglu.swiglu_backward(*cube[:2], *weights, *cube[2:])
+    assert all(torch.equal(a.view_as(b), b) for a, b in zip(shaped, grads, strict=True))
+    one = swiglu.swiglu_backward(out[0], x[0], *weights, gate[0], up[0])
+    assert one[0].shape == (32,)
+    ids, _ = head_sample.head_sample(x.view(2, 3, 32), weights[0])
+    assert torch.equal(ids.flatten(), head_sample.head_sample(x, weights[0])[0])
