@@ -69,6 +69,21 @@ def measure(session, benchmark):
     return run
 
 
+@pytest.fixture
+def tried(session, case):
+    session.tried(gpu_decodes.Model("125M", tier=case).job)
+
+
+@pytest.fixture
+def quiet(session):
+    session.quiet()
+
+
+@pytest.fixture
+def ready(session):
+    session.peers_ready()
+
+
 def _decode(case: gpu_decodes.Case, session, measure):
     with session.recording(case.name, case.goals):
         works, faults, red = session.decode_works(case)
@@ -77,7 +92,7 @@ def _decode(case: gpu_decodes.Case, session, measure):
         measure(case.name, works, faults, case.pairs, case.shares, red, **about)
 
 
-def test_gate(case, session, benchmark):
+def test_gate(case, session, tried, benchmark):
     """Logits no further from float32 than transformers' bf16, the same twice; poisoned memory."""
     name = f"gate-{case}"
     with session.recording(name, ()):
@@ -87,13 +102,11 @@ def test_gate(case, session, benchmark):
     assert not found["red"], f"RED: {'; '.join(found['red'])}"
 
 
-def test_decode(case, session, measure):
-    session.quiet()
+def test_decode(case, session, quiet, measure):
     _decode(case, session, measure)
 
 
-def test_op(case, session, measure):
-    session.quiet()
+def test_op(case, session, quiet, measure):
     with session.recording(case, goals_of(case)):
         l2_nbytes = session.results.about.get("l2_nbytes", 0)
         work = op_works(session.dry)[case](Sizes(session.device, l2_nbytes, session.dry))
@@ -112,11 +125,9 @@ def test_op(case, session, measure):
         measure(case, works, faults, work.pairs, {}, red, **about)
 
 
-def test_more_decode(case, session, measure):
-    session.quiet()
+def test_more_decode(case, session, quiet, measure):
     _decode(case, session, measure)
 
 
-def test_peer(case, session, measure):
-    session.peers_ready()
+def test_peer(case, session, ready, measure):
     _decode(case, session, measure)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
 AT_START = pytest.StashKey()  # facts and limits of the machine
-GPU_SECONDS = 120  # until a GPU's benchmark is stopped; includes waiting for compilers
+GPU_SECONDS = 60  # until a GPU's benchmark is stopped, beside its waiting for compilers
 GPU = pytest.StashKey()  # the session of the GPU's benchmarks
 
 
@@ -38,8 +38,9 @@ def pytest_collection_modifyitems(config, items):
         if item.path.name.startswith("bench_"):
             seconds = GPU_SECONDS if _of_gpu(item) and not config.getoption("dry") else 1500
             # by a thread: a kernel that hangs cannot be interrupted, so the process ends
-            method = "thread" if seconds == GPU_SECONDS else "signal"
-            item.add_marker(pytest.mark.timeout(seconds, method=method))
+            hard = seconds == GPU_SECONDS
+            method = "thread" if hard else "signal"
+            item.add_marker(pytest.mark.timeout(seconds, method=method, func_only=hard))
     of_gpu = [item for item in items if _of_gpu(item)]
     if of_gpu and "gpu" not in config.getoption("markexpr"):
         items[:] = [item for item in items if not _of_gpu(item)]

@@ -1,7 +1,7 @@
 """What the tests of a GPU run share: results, executors, gates that were passed, peers at work."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 
@@ -21,6 +21,7 @@ from timing import Work
 
 READY_SECONDS = 150  # from the start of a run until a peer must have compiled
 QUIET_SECONDS = 80  # from the start until the first timing, if peers still compile
+TRIED_SECONDS = 60  # from the start until what compiles ours must have run it once
 DRY_CONTEXT = 16
 CHECKED_STEPS = 16  # greedy ones that an executor's choices are checked for
 # What leaves a process unable to use the GPU any more.
@@ -51,6 +52,8 @@ class Session:
         self._red: dict[Model, str] = {}
         self._text: gpu_gates.Text | None = None
         self._workers: dict[tuple[str, str], GpuWorker] = {}
+        self._tried: set[tuple[str, str]] = set()
+        self._broken: dict[tuple[str, str], str] = {}  # what hung or crashed in its own process
         self._lost = ""
         torch.set_grad_enabled(False)
         torch.manual_seed(0)
@@ -88,18 +91,36 @@ class Session:
             seconds: until when, from the start of the run.
         """
         seconds = 10 * seconds if self.dry else seconds  # on a small machine, with nothing to time
+        for job in list(self._workers):
+            if job[0] not in PEERS:
+                self.tried(job)
         for (name, preset), worker in self._workers.items():
-            try:
-                if worker.wait(seconds - (perf_counter() - self.started)) is None:
-                    if name in PEERS:
+            if name in PEERS:
+                with suppress(WorkerFault):  # its own measurement reports it
+                    if worker.wait(seconds - (perf_counter() - self.started)) is None:
                         self.say(f"{name} {preset} is not ready, and pauses")
                         worker.pause()
-                    else:  # it may hang with a kernel on the GPU
-                        worker.close()
-                        raise WorkerFault(f"it took more than {seconds:.0f} s")
-            except WorkerFault as fault:
-                if name not in PEERS:  # else its own measurement reports it
-                    self.results.note(f"compile {name} {preset}", str(fault))
+
+    def tried(self, job: tuple[str, str]) -> None:
+        """Wait until a process that compiles ours has run it once; remember if it hung or crashed.
+
+        Ours is then not run in this process, which goes on to measure the rest.
+        """
+        if job in self._tried or job not in self._workers:
+            return
+        self._tried.add(job)
+        worker, fault = self._workers[job], ""
+        seconds = 10 * TRIED_SECONDS if self.dry else TRIED_SECONDS
+        try:
+            if worker.wait(seconds - (perf_counter() - self.started)) is None:
+                fault = f"it did not end in {seconds} s"
+        except WorkerFault as error:
+            fault = str(error)
+        worker.close()
+        if fault:
+            self.results.note(f"trying {' '.join(job)}", fault)
+            if "did not end" in fault or "status" in fault or any(sign in fault for sign in STICKY):
+                self._broken[job] = fault
 
     def peers_ready(self) -> None:
         """Let the processes that pause go on, and wait until all are ready or have failed."""
@@ -162,31 +183,36 @@ class Session:
         """Return an executor, made once.
 
         Raises:
-            RuntimeError: its tier failed in its gate.
+            RuntimeError: it hung or crashed when it was tried, or its tier in its gate.
         """
         if model not in self._executors:
-            tier = self._usable(model.tier)
+            tier = self._usable(model)
             config, weights = shape(model.preset, self.dry), self.weights(model.preset)
             self._executors[model] = executor(config, weights, model.kind, tier, self.dry)
         return self._executors[model]
 
-    def _usable(self, tier: str) -> str:
-        """Return a tier whose gate did not hang or lose the GPU; for "auto" the best such."""
+    def _usable(self, model: Model) -> str:
+        """Return the tier for a model: of "auto" the best that neither hung nor lost the GPU."""
         begun = self.results.data["measurements"]
-        faults = {t: begun.get(f"gate-{t}", {}).get("fault") for t in TIERS}
-        if tier != "auto":
-            if faults[tier]:
-                raise RuntimeError(f"the gate of tier {tier} failed: {faults[tier]}")
-            return tier
-        if self.dry or not any(faults.values()):
-            return tier
+        faults = {
+            tier: begun.get(f"gate-{tier}", {}).get("fault")
+            or self._broken.get(Model("125M", tier=tier).job)
+            for tier in TIERS
+        }
+        if model.tier != "auto":
+            if fault := faults[model.tier]:
+                raise RuntimeError(f"the tier {model.tier} failed: {fault}")
+            return model.tier
+        if self.dry:
+            return "auto"
         from mobilellm_fast.cuda.executor import best_tier
 
-        below = TIERS[: TIERS.index(best_tier(self.device)) + 1]
-        usable = [t for t in below if not faults[t]]
+        best = best_tier(self.device)
+        faults[best] = faults[best] or self._broken.get(model.job)
+        usable = [tier for tier in TIERS[: TIERS.index(best) + 1] if not faults[tier]]
         if not usable:
-            raise RuntimeError(f"the gates of all tiers failed: {faults}")
-        return usable[-1]
+            raise RuntimeError(f"all tiers failed: {faults}")
+        return "auto" if usable[-1] == best else usable[-1]
 
     def _gate_of(self, tier: str) -> str:
         """Say what the gate of a tier found wrong, in this run or, for what it skips, the last."""
@@ -197,6 +223,8 @@ class Session:
         """Hold a tier to float32 and transformers' bf16 on the model of the gates."""
         from gpu_text import gate_text
 
+        if fault := self._broken.get(Model("125M", tier=tier).job):
+            raise RuntimeError(f"in a process of its own: {fault}")
         if self._text is None:
             self._text = gate_text(self.device, self.dry)
         text = self._text

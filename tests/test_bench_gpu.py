@@ -25,6 +25,7 @@ import gpu_pack  # noqa: E402
 import gpu_peers  # noqa: E402
 import gpu_plain  # noqa: E402
 import gpu_results  # noqa: E402
+import gpu_session  # noqa: E402
 import gpu_timing  # noqa: E402
 import report_gpu  # noqa: E402
 import timing  # noqa: E402
@@ -280,3 +281,24 @@ def test_executors_get_the_weights_that_peers_have(kind, step):
             low, high = wide.unflatten(-1, (-1, 32)).aminmax(dim=-1)
             steps = ((high - low) / 15).repeat_interleave(32, -1)
         assert ((stored[name] - wide).abs() <= step * steps + 1e-3 * steps).all(), name
+
+
+def test_a_tier_that_hung_in_a_process_of_its_own_is_not_run_here(tmp_path):
+    run = gpu_session.Session(tmp_path, True, False, False, print)
+    model = gpu_decodes.Model("125M", tier="persistent")
+
+    class Hung:
+        def wait(self, seconds):
+            return None
+
+        def close(self):
+            self.closed = True
+
+    run._workers[model.job] = hung = Hung()
+    run.tried(model.job)
+    assert hung.closed
+    for call in (lambda: run.executor(model), lambda: run.gate_tier("persistent")):
+        with pytest.raises(RuntimeError, match="it did not end in"):
+            call()
+    assert run.executor(gpu_decodes.Model("125M", tier="pdl"))
+    assert "it did not end" in json.dumps(read(run.results)["notes"])
