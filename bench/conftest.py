@@ -101,6 +101,7 @@ def say(pytestconfig):
 def session(request, pytestconfig):
     """What the GPU's benchmarks share; starts the processes that compile for the chosen ones."""
     import gpu_session
+    import torch
 
     dry, folder = pytestconfig.getoption("dry"), pytestconfig.getoption("gpu_results")
     if folder is None:
@@ -116,7 +117,9 @@ def session(request, pytestconfig):
     made = pytestconfig.stash[GPU] = gpu_session.Session(folder, dry, *options, say)
     cases = [item.callspec.params["case"] for item in request.session.items if _of_gpu(item)]
     made.start_all(cases)
-    yield made
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield made
     made.close()
 
 

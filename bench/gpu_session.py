@@ -55,8 +55,6 @@ class Session:
         self._tried: set[tuple[str, str]] = set()
         self._broken: dict[tuple[str, str], str] = {}  # what hung or crashed in its own process
         self._lost = ""
-        torch.set_grad_enabled(False)
-        torch.manual_seed(0)
 
     # --- processes that compile ------------------------------------------------------------------
 
