@@ -5,10 +5,16 @@ from pathlib import Path
 
 import package_under_test
 import pytest
-from interpreted import interpret_kernels
 
 package_under_test.prefer_installed()
-interpret_kernels()
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    """Interpret kernels from before the first module about GPUs is imported, if any is."""
+    if "gpu" in module_path.name or "cuda" in module_path.name:
+        from interpreted import interpret_kernels
+
+        interpret_kernels()
 
 
 def pytest_addoption(parser):

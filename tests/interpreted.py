@@ -1,5 +1,6 @@
 """Triton kernels on machines without a GPU: interpreted by Triton, on CPU tensors."""
 
+import functools
 import importlib.util
 import os
 
@@ -10,6 +11,7 @@ INTERPRETED = not HAS_GPU and importlib.util.find_spec("triton") is not None
 DEVICE = "cuda" if HAS_GPU else "cpu"
 
 
+@functools.cache
 def interpret_kernels() -> None:
     """Make `triton.jit` interpret; before it is used, so before any kernel is imported."""
     if not INTERPRETED:
