@@ -20,8 +20,8 @@ from gpu_worker import GpuWorker, WorkerFault
 from timing import Work
 
 READY_SECONDS = 150  # from the start of a run until a peer must have compiled
-QUIET_SECONDS = 80  # from the start until the first timing, if peers still compile
-TRIED_SECONDS = 60  # from the start until what compiles ours must have run it once
+QUIET_SECONDS = 90  # from the start until the first timing, if peers still compile
+TRIED_SECONDS = 90  # from the start until what compiles ours must have run it once
 DRY_CONTEXT = 16
 CHECKED_STEPS = 16  # greedy ones that an executor's choices are checked for
 # What leaves a process unable to use the GPU any more.
