@@ -67,9 +67,9 @@ class Peer(ABC):
 class Graphed(Peer):
     """cuBLAS and SDPA, the whole step captured in one CUDA graph by hand.
 
-    Every step attends to as many tokens as the prompt has, without a mask, so that SDPA takes its
-    fastest backend; ours reads a cache that grows. The step's results are therefore not those of
-    the model after the first few tokens, but its work is the least that the peer could do.
+    Every step attends to the prompt and its own token, without a mask, so that SDPA takes its
+    fastest backend. Only the first one computes what the model does: the others overwrite that
+    token, where ours reads a cache that grows. So its work is the least that it could do.
     """
 
     def build(self, weights: Weights) -> None:
@@ -79,7 +79,7 @@ class Graphed(Peer):
         length = len(ids[0])
         model = PlainModel(self.config, self.weights, length + 1, len(ids))
         following = model.prefill(ids).argmax(-1, keepdim=True)
-        self.inner = Step(model, len(ids), visible=length)
+        self.inner = Step(model, len(ids), visible=length + 1)
         self.first, self.length = following, length
         self.rewind()
 
@@ -104,21 +104,18 @@ class Graphed(Peer):
 class GptFast(Peer):
     """The whole step over a static cache compiled by `torch.compile`, with gpt-fast's settings."""
 
-    mode = "reduce-overhead"
-
     def build(self, weights: Weights) -> None:
         import torch._inductor.config as inductor
 
         inductor.coordinate_descent_tuning = self.device.type == "cuda"
         self.model = PlainModel(self.config, weights, self.capacity)
-        self.inner = Step(self.model)
         model = self.model
 
         def step(token, position):
             logits = model.forward(token, position)
             return logits[:, -1:].argmax(-1), position + 1
 
-        mode = self.mode if self.device.type == "cuda" else None
+        mode = "reduce-overhead" if self.device.type == "cuda" else None
         self.compiled = torch.compile(step, mode=mode, fullgraph=True, dynamic=False)
 
     def start(self, ids: list[list[int]]) -> None:
