@@ -8,10 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import depth, processors
+from .tiles import Tiling, choose, depth, processors
 from .weight_rows import kind_of, times_matrix, times_vector, vector_shape
 
 FEW_TOKENS = 64  # up to these, memory is the limit; above, float weights are the BLAS library's
+TILINGS = (Tiling(128, 128, 64, 8, 3, 1, 1.0), Tiling(64, 64, 64, 4, 3, 2, 0.7))  # for many tokens
 BLOCK = 1024  # sums that a program of the last step adds up
 
 
@@ -30,7 +31,8 @@ class Shape:
 def choose_shape(outputs: int, tokens: int, cols: int, count: int) -> Shape:
     """Choose tiles: as large as leave one per multiprocessor, and splits where none do."""
     if tokens > FEW_TOKENS:
-        return Shape(128, 128, 2, 1, 8, 3)
+        t = choose(TILINGS, tokens, outputs, count)
+        return Shape(t.outputs, t.rows, t.inputs // 32, 1, t.warps, t.stages)
     wide = min(max(triton.next_power_of_2(tokens), 16), 64)
     rows = 64 if outputs >= 64 * count else 16
     steps = triton.cdiv(cols, 64)

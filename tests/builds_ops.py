@@ -253,7 +253,8 @@ BUILDS = [
         build
         for kind in CODES
         if kind != "float"
-        for build in _everywhere(_weight_tiles(kind, 1536, 512, ("HGMMA",)))
+        for tokens in (512, 8192)
+        for build in _everywhere(_weight_tiles(kind, 1536, tokens, ("HGMMA",)))
     ),
     *(
         build
