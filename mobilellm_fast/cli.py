@@ -101,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
             "--kv-format", metavar="FORMAT", help="of the KV cache: fp16, fp32 or int8"
         )
         model.add_argument("--threads", type=int, metavar="N", help="default: chosen for you")
+        model.add_argument(
+            "--device", default="cpu", help="cpu (the default), cuda or cuda:N; not for pack"
+        )
         model.add_argument("--isa", metavar="NAME", help="force an instruction set ('info' lists)")
         return sub
 
@@ -156,6 +159,8 @@ def _generation_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _load(args: argparse.Namespace):
+    if args.device != "cpu":
+        return _load_on_gpu(args)
     from .engine import Engine
 
     return Engine.load(
@@ -164,6 +169,25 @@ def _load(args: argparse.Namespace):
         threads=args.threads,
         revision=args.revision,
         isa=args.isa,
+        kv_format=args.kv_format,
+    )
+
+
+def _load_on_gpu(args: argparse.Namespace):
+    for name in ("threads", "isa"):
+        if getattr(args, name) is not None:
+            raise MobileLLMError(f"[load] {name} is for device 'cpu', got {getattr(args, name)!r}")
+    if args.device.partition(":")[0] != "cuda":
+        raise MobileLLMError(
+            f"[load] device must be 'cpu', 'cuda' or 'cuda:N', got {args.device!r}"
+        )
+    from .cuda.engine import CudaEngine
+
+    return CudaEngine.load(
+        args.model,
+        device=args.device,
+        format=args.format,
+        revision=args.revision,
         kv_format=args.kv_format,
     )
 
@@ -287,6 +311,11 @@ def _info(args: argparse.Namespace) -> None:
 def _bench(args: argparse.Namespace) -> None:
     from .cli_bench import Plan, measure, print_rows
 
+    if args.device != "cpu":
+        raise MobileLLMError(
+            f"[bench] device must be 'cpu', got {args.device!r}: GPUs are measured by "
+            "pytest bench/ --benchmark-only -m gpu"
+        )
     plan = Plan(args.prompt_tokens, args.new_tokens, args.repetitions, args.batch)
     print_rows(measure(_load(args), plan), args.output)
 

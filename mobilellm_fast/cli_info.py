@@ -14,6 +14,16 @@ def describe(engine) -> dict[str, str]:
     blocks = f"{config.num_hidden_layers}"
     if config.layer_sharing:
         blocks += f", each run {config.layer_repeats} times ({config.layer_sharing})"
+    if engine.on_gpu:
+        runs = {"device": f"{executor.weights.device}", "decodes by": executor.tier}
+    else:
+        runs = {
+            "a decoded token reads": f"{executor.memory_nbytes_per_token / 1e6:.1f} MB of weights "
+            f"from memory, {executor.cache_nbytes_per_token / 1e6:.1f} MB from cache",
+            "instruction set": f"{executor.isa} (here: {', '.join(supported_isas())})",
+            "threads": f"{executor.threads}",
+            "fetches blocks ahead": "yes" if executor.fetches_ahead else "no",
+        }
     return {
         "model": engine.name,
         "parameters": f"{parameters:,}",
@@ -28,11 +38,7 @@ def describe(engine) -> dict[str, str]:
         "format": f"{engine.format}, {8 * nbytes / parameters:.2f} bits per weight",
         "keys and values": executor.kv_format,
         "weights in memory": f"{nbytes / 1e6:.1f} MB",
-        "a decoded token reads": f"{executor.memory_nbytes_per_token / 1e6:.1f} MB of weights "
-        f"from memory, {executor.cache_nbytes_per_token / 1e6:.1f} MB from cache",
-        "instruction set": f"{executor.isa} (here: {', '.join(supported_isas())})",
-        "threads": f"{executor.threads}",
-        "fetches blocks ahead": "yes" if executor.fetches_ahead else "no",
+        **runs,
     }
 
 

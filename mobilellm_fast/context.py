@@ -46,6 +46,17 @@ class Context:
         finally:  # an interrupted call may have read some of them
             self.token_ids += token_ids[: self.cache.length - before]
 
+    def decode(
+        self, token_id: int, count: int, temperature: float, seed: int
+    ) -> list[tuple[int, float]]:
+        """Read a token, then what is chosen after it; return choices and log-probabilities.
+
+        For engines that choose by themselves: see `CudaExecutor.decode`.
+        """
+        tokens, logprobs = self._engine.decode(self.cache, token_id, count, temperature, seed)
+        self.token_ids += [token_id, *tokens[:-1]]
+        return list(zip(tokens, logprobs, strict=True))
+
     def copy(self) -> Context:
         """Return another one with the same tokens; memory is shared until either changes it."""
         return Context(self._engine, self.cache.copy(), self.token_ids)

@@ -30,6 +30,8 @@ class Engine:
         threads, isa, kv_format, fetch_ahead: see `Executor`.
     """
 
+    on_gpu = False
+
     def __init__(
         self,
         config: MobileLLMConfig,

@@ -9,6 +9,7 @@ does so for several. Caches have `.length`, `.truncate(tokens)` and `.copy()`.
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -24,6 +25,7 @@ from .prompt_lookup import PromptLookup
 from .sampling import Sampler, check_integer, logprob
 
 Prompt = str | Sequence[int]
+MOST_STEPS = 64  # tokens that a device chooses before any of them is shown
 SCORE_CHUNK = 128  # positions scored at once: 25 MB of logits at a vocabulary of 49152
 
 
@@ -119,6 +121,9 @@ class Stream(Iterator[Token]):
         logits = context.extend(unread)
         self._prefill_seconds = perf_counter() - started
         self._prefill_tokens = len(unread)
+        if self._chosen_on_device():
+            yield from self._device_steps(context, *sampler.choose(logits[0]))
+            return
         wanted = self._options.prompt_lookup
         lookup = PromptLookup(prompt_ids, self._options.prompt_lookup_ngram) if wanted else None
         draft: list[int] = []
@@ -142,6 +147,38 @@ class Stream(Iterator[Token]):
             self._draft_tokens += len(draft)
             logits = context.extend([token_id, *draft], all_logits=bool(draft))
             decoding = 1
+
+    def _chosen_on_device(self) -> bool:
+        """Tell whether the engine can choose these tokens without showing their logits."""
+        options = self._options
+        plain = options.repetition_penalty == 1 and not options.prompt_lookup
+        kept = (options.top_k, options.top_p, options.min_p)
+        return plain and kept == (None, None, None) and hasattr(self._engine, "decode")
+
+    def _device_steps(
+        self, context: Context, token_id: int, token_logprob: float
+    ) -> Iterator[tuple[int, float]]:
+        """Go on from the first token, some steps at a time: more and more, up to `MOST_STEPS`."""
+        options = self._options
+        seed = secrets.randbits(62) if options.seed is None else options.seed % (1 << 62)
+        count = 4
+        yield token_id, token_logprob
+        while True:
+            if context.reader is not self:
+                raise MobileLLMError("[generate] the session has begun another answer")
+            start = len(context.token_ids)
+            count = min(count, self._answer.room)
+            chosen = context.decode(token_id, count, options.temperature, seed)
+            taken = 0
+            try:
+                for token_id, token_logprob in chosen:
+                    taken += 1
+                    self._decode_tokens += 1
+                    yield token_id, token_logprob
+            finally:  # an answer that ends early has read no further
+                if context.reader is self and taken < count:
+                    context.rewind(start + taken)
+            count = min(2 * count, MOST_STEPS)
 
     def run_to_end(self) -> Generation:
         """Compute the rest of the answer and return all of it."""

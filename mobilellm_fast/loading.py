@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .engine import Engine
 from .errors import MobileLLMError
+from .executor import check_threads
 
 if TYPE_CHECKING:
     from .model import MobileLLM
@@ -26,13 +27,15 @@ def load(
     Args:
         source: a Hugging Face directory, a hub id, a .gguf or .mlf file, "tiny" for the small model
             in this package, or None for SmolLM2-135M-Instruct (98 MB, fetched once).
-        device: `"auto"` or `"cpu"`.
-        format: `"fp32"`, `"bf16"`, `"int8"`, `"w8a8"`, `"int4"`, `"int4_all"`, or `"auto"`: the
-            file's own grid if it is a quantized GGUF, else `"int8"`.
-        threads: how many to use; None means as many as decode fastest, see `Engine.load`.
+        device: `"cpu"`, `"cuda"` or `"cuda:N"`; `"auto"` takes a GPU if there is one.
+        format: `"fp32"`, `"bf16"`, `"int8"`, `"w8a8"` (CPU only), `"int4"`, `"int4_all"`, or
+            `"auto"`: the file's own grid if it is a quantized GGUF, else `"int8"` on a CPU and
+            `"bf16"` on a GPU.
+        threads: of the CPU; None means as many as decode fastest, see `Engine.load`.
         revision: branch, tag or commit of a hub id.
-        kv_format: `"fp16"`, `"fp32"` or `"int8"`, how generation keeps keys and values; None takes
-            `"fp32"` for float formats, else `"fp16"`.
+        kv_format: `"fp16"`, `"fp32"` or, on a CPU, `"int8"`, on a GPU `"bf16"`: how generation
+            keeps keys and values; None takes `"fp32"` for float formats (on a GPU for `"fp32"`),
+            else `"fp16"`.
 
     Returns:
         The model, in evaluation mode. Its parameters (`fp32`, `bf16`) or packed buffers are the
@@ -42,8 +45,21 @@ def load(
         MobileLLMError: an argument is out of range.
         CheckpointError: the source cannot be found, read or trusted.
     """
-    if device not in ("auto", "cpu"):
-        raise MobileLLMError(f"[load] device must be 'auto' or 'cpu', got {device!r}")
+    if device not in ("auto", "cpu") and device.partition(":")[0] != "cuda":
+        raise MobileLLMError(
+            f"[load] device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}"
+        )
+    if device == "auto":
+        device = "cuda" if threads is None and format != "w8a8" and _has_gpu() else "cpu"
+    if device != "cpu":
+        from .cuda.engine import CudaEngine
+        from .model import MobileLLM
+
+        check_threads(threads)
+        engine = CudaEngine.load(
+            source, device=device, format=format, revision=revision, kv_format=kv_format
+        )
+        return MobileLLM.from_engine(engine).eval()
     engine = Engine.load(
         source, format=format, threads=threads, revision=revision, kv_format=kv_format
     )
@@ -51,3 +67,12 @@ def load(
     from .model import MobileLLM
 
     return MobileLLM.from_engine(engine).eval()
+
+
+def _has_gpu() -> bool:
+    """Tell whether torch and Triton can use a GPU."""
+    import importlib.util
+
+    import torch
+
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None

@@ -164,15 +164,24 @@ class MobileLLM(nn.Module):
     @classmethod
     def from_engine(cls, engine: Engine) -> MobileLLM:
         """Build a model around the weights of an engine, which then generates for the model."""
-        model = cls.from_weights(engine.config, engine.weights, engine.format)
-        model._engine_options |= {
+        executor = engine.executor
+        options = {
+            "format": engine.format,
             "tokenizer": engine.tokenizer,
             "chat_template": engine.chat_template,
             "name": engine.name,
-            "threads": engine.executor.threads,
-            "isa": engine.executor.isa,
-            "kv_format": engine.executor.kv_format,
+            "kv_format": executor.kv_format,
         }
+        if not engine.on_gpu:
+            model = cls.from_weights(engine.config, engine.weights, engine.format)
+            options |= {"threads": executor.threads, "isa": executor.isa}
+        else:
+            from .cuda import modules
+
+            model = cls(engine.config, device="meta")
+            modules.install(model, executor.weights)
+            options |= {"tier": executor.tier}
+        model._engine_options = options
         model._engine, model._engine_state = engine, model._parameters_state()
         return model
 
@@ -190,15 +199,34 @@ class MobileLLM(nn.Module):
     def engine(self) -> Engine:
         """The engine that generates, on this model's weights; a new one after they changed."""
         state = self._parameters_state()
-        if self._engine is None or state != self._engine_state:
+        if self._engine is None or (state != self._engine_state and not self._shares_engine()):
+            self._engine = self._new_engine()
+        self._engine_state = state
+        return self._engine
+
+    def _shares_engine(self) -> bool:
+        """Tell whether the engine reads the very parameters of this model, whatever they are."""
+        if not self._engine.on_gpu:
+            return False  # it may have prepared something from their values
+        from .cuda import modules
+
+        return modules.owns(self._engine.executor.weights, list(self.parameters()))
+
+    def _new_engine(self) -> Engine:
+        weights = self.weights()
+        kind = weights["model.embed_tokens.weight"].kind
+        options = self._engine_options | ({"format": kind} if kind in ("fp32", "bf16") else {})
+        device = self.model.norm.weight.device
+        if device.type == "cpu":
             from .engine import Engine
 
-            weights = self.weights()
-            kind = weights["model.embed_tokens.weight"].kind
-            float_format = {"format": kind} if kind in ("fp32", "bf16") else {}
-            options = self._engine_options | float_format
-            self._engine, self._engine_state = Engine(self.config, weights, **options), state
-        return self._engine
+            options.pop("tier", None)
+            return Engine(self.config, weights, **options)
+        from .cuda.engine import CudaEngine
+
+        for name in ("threads", "isa"):
+            options.pop(name, None)
+        return CudaEngine(self.config, weights, device=str(device), **options)
 
     @property
     def tokenizer(self) -> Any:

@@ -105,8 +105,10 @@ def install(
 def collect(model: nn.Module, names: Iterable[str]) -> Weights:
     """Return a model's weights as `install` takes them, sharing the memory of matrices.
 
+    Those on a GPU are copied.
+
     Raises:
-        MobileLLMError: a parameter is not on the CPU, or neither float32 nor bfloat16.
+        MobileLLMError: a parameter is nowhere, or neither float32 nor bfloat16.
     """
     weights = {}
     for name in names:
@@ -114,7 +116,13 @@ def collect(model: nn.Module, names: Iterable[str]) -> Weights:
         if isinstance(layer, PackedLinear):
             weights[name] = layer.weight
             continue
+        if not hasattr(layer, "weight"):  # see cuda/modules.py
+            raise MobileLLMError(
+                f"[weights] {name} must be float, or packed for a CPU, got it quantized for a GPU"
+            )
         tensor = layer.weight.detach()
+        if tensor.device.type == "cuda":
+            tensor = tensor.cpu()
         if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16):
             got = f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
             raise MobileLLMError(f"[weights] {name} must be float32 or bfloat16 on cpu, got {got}")

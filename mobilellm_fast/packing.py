@@ -26,6 +26,7 @@ def load_image(
     format: str = "auto",
     revision: str | None = None,
     threads: int = 1,
+    float_format: str = "int8",
 ) -> Image:
     """Return a model in memory: from a packed image if there is one, else packed now.
 
@@ -37,6 +38,7 @@ def load_image(
         source, revision: see `checkpoint.locate`; also a `.mlf` image.
         format: one of `quant.FORMATS`, or "auto".
         threads: to compute checksums with.
+        float_format: what "auto" takes for a source that is not quantized.
 
     Raises:
         MobileLLMError: an unknown format, or one that an image does not have.
@@ -51,7 +53,8 @@ def load_image(
         return image
 
     state = _state(path)
-    place = hashlib.sha256(f"{path.resolve()}\0{format}".encode()).hexdigest()[:32]
+    choice = format if float_format == "int8" else f"{format} {float_format}"
+    place = hashlib.sha256(f"{path.resolve()}\0{choice}".encode()).hexdigest()[:32]
     cached = cache_directory() / "images" / f"{place}{SUFFIX}"
     with contextlib.suppress(CheckpointError):
         return open_image(cached, state, threads)
@@ -59,19 +62,21 @@ def load_image(
         from .checkpoint.default_model import verify_default_model
 
         verify_default_model(path)
-    image = pack_checkpoint(path, name, format)
+    image = pack_checkpoint(path, name, format, float_format)
     if image.format in KEPT_FORMATS:
         with contextlib.suppress(CheckpointError):
             image.save(cached, state)
     return image
 
 
-def pack_checkpoint(path: Path, name: str | None = None, format: str = "auto") -> Image:
+def pack_checkpoint(
+    path: Path, name: str | None = None, format: str = "auto", float_format: str = "int8"
+) -> Image:
     """Read a checkpoint and pack it, without any cache. Arguments and errors as above."""
     check_format(format)
     checkpoint = open_path(path, name)
     if format == "auto":
-        format = checkpoint.format or ("int4" if checkpoint.dtype == "int4" else "int8")
+        format = checkpoint.format or ("int4" if checkpoint.dtype == "int4" else float_format)
     if format in KEPT_FORMATS and checkpoint.tokenizer:
         checkpoint.tokenizer.compile()  # now: what it needs would come on top of the weights
     weights, buffer = read_weights(checkpoint, format)

@@ -13,6 +13,7 @@ from interpreted import DEVICE, HAS_GPU
 
 from mobilellm_fast import quant
 from mobilellm_fast.config import MobileLLMConfig
+from mobilellm_fast.engine import Engine
 from mobilellm_fast.errors import MobileLLMError
 from mobilellm_fast.executor import Executor
 from mobilellm_fast.model import MobileLLM
@@ -20,6 +21,7 @@ from mobilellm_fast.model import MobileLLM
 pytest.importorskip("triton")
 
 from mobilellm_fast.cuda import geometry, steps
+from mobilellm_fast.cuda.engine import CudaEngine
 from mobilellm_fast.cuda.executor import CudaExecutor
 from mobilellm_fast.cuda.weights import CudaWeights, Matrix
 
@@ -220,3 +222,55 @@ def test_logits_that_are_no_numbers_are_an_error():
     ours.weights.final_norm.fill_(float("nan"))
     with pytest.raises(MobileLLMError, match="logits must be finite"):
         ours.decode(ours.new_cache(), 1, 1)
+
+
+def test_generation_on_the_device():
+    """The same answers, streams and sessions as by logits; the model reads the same memory."""
+    config = dataclasses.replace(TINY, num_hidden_layers=1, vocab_size=40, eos_token_id=None)
+    weights = packed(config, "fp32")
+    engine = CudaEngine(config, weights, "fp32", device=DEVICE)
+    oracle = Engine(config, weights, "fp32", threads=1)
+    options = {"max_new_tokens": 7}
+    want = oracle.generate([3, 1], **options)
+    got = engine.generate([3, 1], **options)
+    assert got.token_ids == want.token_ids and got.finish_reason == "length"
+    np.testing.assert_allclose(got.logprobs, want.logprobs, atol=1e-5)
+    assert got.timings.decode_tokens == 6
+
+    session = engine.session()
+    stream = session.stream([3, 1], **options)
+    first = [next(stream).token_id for _ in range(3)]
+    assert first == want.token_ids[:3]
+    del stream
+    again = session.generate([3, 1, *first], max_new_tokens=2)
+    assert again.token_ids == want.token_ids[3:5]
+    assert again.timings.reused_tokens >= 4
+
+    seeded = [engine.generate([3], temperature=2.0, seed=5, **options).token_ids for _ in range(2)]
+    assert seeded[0] == seeded[1]
+    filtered = {"temperature": 1.0, "top_k": 1, "max_new_tokens": 3}
+    assert engine.generate([3, 1], **filtered).token_ids == want.token_ids[:3]
+
+    model = MobileLLM.from_engine(engine)
+    ids = torch.tensor([[3, 1]], device=DEVICE)
+    logits = model(ids)[0, -1].detach().cpu().numpy()
+    assert_close(logits, oracle.forward([3, 1], oracle.new_cache())[0])
+    assert model.engine is engine
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+    assert model.engine is engine
+    assert model.engine.generate([3, 1], **options).token_ids != want.token_ids
+
+
+def test_quantized_models_on_the_device():
+    config = dataclasses.replace(TINY, num_hidden_layers=1, vocab_size=40)
+    weights = packed(config, "int4")
+    engine = CudaEngine(config, weights, "int4", device=DEVICE, kv_format="fp32")
+    model = MobileLLM.from_engine(engine)
+    logits = model(torch.tensor([[3, 1]], device=DEVICE))[0, -1].detach().cpu().numpy()
+    cache = engine.new_cache()
+    engine.forward([3], cache)
+    # on a GPU, inputs of matrix products are rounded to bfloat16, whose unit is 2^16 as large
+    assert_close(logits, engine.forward([1], cache)[0], 400 if not HAS_GPU else 8 * 2**16)
+    with pytest.raises(MobileLLMError, match="quantized for a GPU"):
+        model.weights()

@@ -72,8 +72,11 @@ def test_format_auto_is_int8_for_a_float_checkpoint(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"device": "tpu"}, r"\[load\] device must be 'auto' or 'cpu', got 'tpu'"),
-        ({"device": "cuda"}, "device must be 'auto' or 'cpu', got 'cuda'"),
+        ({"device": "tpu"}, r"\[load\] device must be 'auto', 'cpu', 'cuda' or .*, got 'tpu'"),
+        ({"device": "cuda:99"}, "device 'cuda:99' must be a GPU that torch can use, got"),
+        ({"device": "cuda:x"}, "device 'cuda:x' must be a GPU that torch can use, got"),
+        ({"device": "cuda", "format": "w8a8"}, "format must be one of .* on cuda, got 'w8a8'"),
+        ({"device": "cuda", "kv_format": "int8"}, "kv_format must be one of .* on cuda"),
         ({"format": "int3"}, r"\[load\] format must be one of auto, fp32, .*, got 'int3'"),
         ({"threads": 0}, r"\[load\] threads must be an integer in 1\.\.1024, got 0"),
         ({"revision": "main"}, "revision needs a hub id"),

@@ -47,14 +47,7 @@ class CudaExecutor:
 
         if kv_format is None:
             kv_format = "fp32" if weights.qkv.kind == "fp32" else "fp16"
-        if kv_format not in FORMATS:
-            raise MobileLLMError(
-                f"[load] kv_format must be one of {', '.join(FORMATS)} on cuda, got {kv_format!r}"
-            )
-        if tier not in ("auto", *TIERS):
-            raise MobileLLMError(
-                f"[load] tier must be 'auto' or one of {', '.join(TIERS)}, got {tier!r}"
-            )
+        check_options(tier, kv_format)
         self.config = config
         self.weights = weights
         self.kv_format = kv_format
@@ -201,13 +194,29 @@ def best_tier(device: torch.device) -> str:
     return "persistent" if torch.cuda.get_device_capability(device)[0] >= 8 else "graph"
 
 
-def check_cuda() -> None:
-    """Refuse a machine on which nothing of this can run.
+def check_options(tier: str, kv_format: str | None) -> None:
+    """Refuse a tier or a format of the KV cache that there is not on a GPU."""
+    if kv_format is not None and kv_format not in FORMATS:
+        raise MobileLLMError(
+            f"[load] kv_format must be one of {', '.join(FORMATS)} on cuda, got {kv_format!r}"
+        )
+    if tier not in ("auto", *TIERS):
+        raise MobileLLMError(
+            f"[load] tier must be 'auto' or one of {', '.join(TIERS)}, got {tier!r}"
+        )
+
+
+def check_cuda(device: str) -> None:
+    """Refuse a device on which nothing of this can run.
 
     Raises:
-        MobileLLMError: no device, or no Triton.
+        MobileLLMError: no such device, or no Triton.
     """
-    if not torch.cuda.is_available():
-        raise MobileLLMError("[load] device 'cuda' needs a GPU that torch can use, got none")
+    index = device.removeprefix("cuda").removeprefix(":") or "0"
+    count = torch.cuda.device_count()
+    if not index.isdecimal() or int(index) >= count:
+        raise MobileLLMError(
+            f"[load] device {device!r} must be a GPU that torch can use, got {count} of them"
+        )
     if importlib.util.find_spec("triton") is None:
-        raise MobileLLMError("[load] device 'cuda' needs Triton, which is not installed")
+        raise MobileLLMError(f"[load] device {device!r} needs Triton, which is not installed")
