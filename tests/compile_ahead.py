@@ -35,6 +35,7 @@ class Build:
         constants: values of `tl.constexpr` parameters, and of those that are 1 or None.
         warps, stages: options of the launch.
         registers: the most that a thread may use on an NVIDIA GPU.
+        spilled: the most bytes of a thread that may lie in memory instead, on an NVIDIA GPU.
         shared: the most bytes of shared memory on sm_90.
         needs: per arch, instructions that must appear: "LDG.E.128" also stands for
             "LDG.E.128.CONSTANT".
@@ -51,6 +52,7 @@ class Build:
     warps: int = 4
     stages: int = 3
     registers: int = 255
+    spilled: int = 0
     shared: int = 227 * 1024
     needs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     serial: bool = False
@@ -104,7 +106,9 @@ def compile_build(build: Build, arch: str) -> Code:
     if kernel.is_gluon():
         from triton.experimental.gluon._runtime import GluonASTSource as source
     attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}
-    source = source(kernel, signature, build.constants, attributes)
+    dtypes = {"tl.float16": triton.language.float16}
+    constants = {name: dtypes.get(value, value) for name, value in build.constants.items()}
+    source = source(kernel, signature, constants, attributes)
     target = GPUTarget(*ARCHES[arch])
     options = {"num_warps": build.warps, "num_stages": build.stages, **build.options}
     compiled = triton.compile(source, target=target, options=options)

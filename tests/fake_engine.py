@@ -78,6 +78,7 @@ class FakeEngine:
     """
 
     name = "fake"
+    on_gpu = False
     format = "fp32"
 
     def __init__(self, script=None, context=512, tokenizer=True, template=TEMPLATE, interrupt_at=0):

@@ -55,7 +55,7 @@ def compiled(request):
 @pytest.mark.timeout(900)
 def test_build(build, arch, compiled):
     code = compiled(build, arch)
-    assert code.spilled == 0
+    assert code.spilled <= build.spilled
     if ARCHES[arch][0] == "cuda":
         assert code.registers <= build.registers
     assert code.shared <= SHARED.get(arch, build.shared)

@@ -284,7 +284,7 @@ class PersistentSteps(Steps):
     """Tier `persistent`: one cooperative launch.
 
     Args:
-        programs: of the grid; None takes one per multiprocessor.
+        programs: of the grid, at most; None takes one per multiprocessor.
         warps: of a program.
         ahead: request weights into the L2 cache, which takes compute capability 9.
         prefetch_limit: most bytes that a program requests at once.
@@ -307,6 +307,9 @@ class PersistentSteps(Steps):
             programs = (
                 torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
             )
+        # one without a share of some vector could be left behind: nobody would wait for it
+        config = self.weights.config
+        programs = min(programs, config.hidden_size, config.intermediate_size)
         if ahead is None:
             ahead = on_gpu and torch.cuda.get_device_capability(device)[0] >= 9
         self.programs = programs
@@ -319,7 +322,6 @@ class PersistentSteps(Steps):
             self._launch["launch_cooperative_grid"] = True
         if maxnreg is not None:
             self._launch["maxnreg"] = maxnreg
-        config = self.weights.config
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         size = 2 * config.hidden_size + 2 * queries + 2 * keys + config.intermediate_size
