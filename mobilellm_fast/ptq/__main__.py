@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--calibration", type=Path, help="another text, to quantize with")
     parser.add_argument("--calibration-tokens", type=int, default=4096, help="default: 4096")
     parser.add_argument("--untie-head", action="store_true", help="see quantize_")
+    parser.add_argument("--symmetric", action="store_true", help="see quantize_")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the model in one format")
     try:
         _run(parser.parse_args(argv))
@@ -55,13 +56,12 @@ def _run(args: argparse.Namespace) -> None:
     lm = load(args.model, format="fp32")
     if lm.tokenizer is None:
         raise MobileLLMError(f"{args.model}: has no tokenizer")
-    options: dict = {"untie_head": args.untie_head}
+    options: dict = {"untie_head": args.untie_head, "symmetric": args.symmetric}
     if args.calibration:
         ids = lm.tokenizer.encode(read_text(args.calibration))
         options["calibration"] = ids[: args.calibration_tokens]
     if args.text:
-        limit = min(args.tokens, lm.config.context_length)
-        ids = lm.tokenizer.encode(read_text(args.text))[:limit]
+        ids = lm.tokenizer.encode(read_text(args.text))[: args.tokens]
         print("| format | bits per weight | perplexity | ratio to float | KL, nats | same top |")
         print("|---|---|---|---|---|---|")
         for format in args.formats:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..engine import Engine
+from ..errors import MobileLLMError
 from .quantize import quantize_
 
 if TYPE_CHECKING:
     from ..model import MobileLLM
 
-CHUNK = 128  # tokens whose log-probabilities exist at once
+CHUNK = 64  # tokens whose log-probabilities exist at once
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,12 @@ def report(lm: MobileLLM, ids: Sequence[int], formats: Iterable[str], **options:
 
     Args:
         lm: float parameters on the CPU; it stays as it is.
-        ids: the text, at most the model's context.
+        ids: the text, at least 2 tokens.
         formats: see `quantize_`.
         **options: of `quantize_`.
     """
+    if len(ids) < 2:
+        raise MobileLLMError(f"[report] ids must have at least 2 tokens, got {len(ids)}")
     return [
         compare(format, lm.engine, quantize_(copy.deepcopy(lm), format, **options).engine, ids)
         for format in formats
@@ -56,13 +59,17 @@ def report(lm: MobileLLM, ids: Sequence[int], formats: Iterable[str], **options:
 
 
 def compare(name: str, exact: Engine, rounded: Engine, ids: Sequence[int]) -> Line:
-    """Run two engines over a text, step by step of both."""
-    caches = exact.new_cache(), rounded.new_cache()
+    """Run two engines over a text, as far as their context goes at a time."""
     losses = np.zeros(2)
     kl = same = 0.0
     count = len(ids) - 1
-    for start in range(0, count, CHUNK):
-        chunk = list(ids[start : min(start + CHUNK, count)])
+    limit = exact.config.context_length
+    caches: tuple = ()
+    size = min(CHUNK, limit)
+    for start in range(0, count, size):
+        chunk = list(ids[start : min(start + size, count)])
+        if not caches or caches[0].length + len(chunk) > limit:
+            caches = exact.new_cache(), rounded.new_cache()
         targets = np.asarray(ids[start + 1 : start + 1 + len(chunk)])
         p, q = (
             _log_softmax(engine.forward(chunk, cache, all_logits=True))
