@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     config = dataclasses.replace(
@@ -39,8 +40,9 @@ def main() -> None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     ids = torch.randint(0, config.vocab_size, (args.batch, args.seq), device=args.device)
     steps = {}
-    for name in ("ours, eager", "ours, compiled", "transformers, eager", "transformers, compiled"):
-        steps[name] = step_of(name, config, dtype, args.device, ids)
+    for mode in args.modes:
+        for name in (f"ours, {mode}", f"transformers, {mode}"):
+            steps[name] = step_of(name, config, dtype, args.device, ids)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.rounds):
         for name, step in steps.items():
