@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <numeric>
 #include <stdexcept>
@@ -24,65 +25,82 @@ struct Candidate {
 };
 using Candidates = std::vector<Candidate>;
 
-// Weights of all tokens, and sums of each block, in float.
-struct Weights {
-  std::vector<float> values, sums;  // values may be left out
-  double total;
-};
-
-// In a buffer of each thread: fresh memory of this size would cost more than the arithmetic.
-const Weights& weigh(const KernelTable& kernels, const float* logits, int64_t vocab, float max,
-                     double temperature, bool with_values) {
-  thread_local Weights weights;
-  if (with_values) weights.values.resize(vocab);
-  weights.sums.resize(ceil_div(vocab, kSoftmaxBlock));
-  kernels.softmax_weights(
-      logits, with_values ? weights.values.data() : nullptr, weights.sums.data(), vocab, max,
-      static_cast<float>(std::clamp(temperature, kMinTemperature, kMaxTemperature)));
-  weights.total = std::accumulate(weights.sums.begin(), weights.sums.end(), 0.0);
-  return weights;
-}
-
-// Call visit(token) for tokens of at least some weight.
-template <class Visit>
-void for_each_likely(const Weights& weights, float least, Visit visit) {
-  const int64_t vocab = weights.values.size();
-  for (size_t block = 0; block < weights.sums.size(); ++block) {
-    if (weights.sums[block] < least) continue;
-    const int64_t end = std::min<int64_t>((block + 1) * kSoftmaxBlock, vocab);
-    for (int64_t token = block * kSoftmaxBlock; token < end; ++token)
-      if (weights.values[token] >= least) visit(token);
+// Sums of the weights of each block of tokens, in float; the weights themselves where they are
+// asked for: of most blocks nobody wants to know more than the sum, and memory for all of them
+// would push other things out of the caches.
+class Weights {
+ public:
+  Weights(const KernelTable& kernels, const float* logits, int64_t vocab, float max,
+          double temperature)
+      : kernels_(kernels),
+        logits_(logits),
+        vocab_(vocab),
+        max_(max),
+        temperature_(static_cast<float>(std::clamp(temperature, kMinTemperature, kMaxTemperature))),
+        sums_(ceil_div(vocab, kSoftmaxBlock)) {
+    kernels.softmax_weights(logits, nullptr, sums_.data(), vocab, max, temperature_);
+    total_ = std::accumulate(sums_.begin(), sums_.end(), 0.0);
   }
-}
+  int64_t vocab() const { return vocab_; }
+  int64_t blocks() const { return sums_.size(); }
+  float sum(int64_t block) const { return sums_[block]; }
+  double total() const { return total_; }
+
+  // Call visit(token, weight) for the tokens of a block.
+  template <class Visit>
+  void for_each(int64_t block, Visit visit) const {
+    float weights[kSoftmaxBlock], sum;
+    const int64_t first = block * kSoftmaxBlock;
+    const int64_t count = std::min<int64_t>(kSoftmaxBlock, vocab_ - first);
+    kernels_.softmax_weights(logits_ + first, weights, &sum, count, max_, temperature_);
+    for (int64_t i = 0; i < count; ++i) visit(first + i, weights[i]);
+  }
+  // ... for tokens of at least some weight.
+  template <class Visit>
+  void for_each_likely(float least, Visit visit) const {
+    for (int64_t block = 0; block < blocks(); ++block) {
+      if (sums_[block] < least) continue;
+      for_each(block, [&](int64_t token, float weight) {
+        if (weight >= least) visit(token, weight);
+      });
+    }
+  }
+
+ private:
+  const KernelTable& kernels_;
+  const float* logits_;
+  const int64_t vocab_;
+  const float max_, temperature_;
+  std::vector<float> sums_;
+  double total_;
+};
 
 // A weight such that the tokens from there on sum to at least p * total: the fewer the better, but
 // tokens of less than (1 - p) / vocab of the total together weigh less than 1 - p, and need not be
 // tried.
 float top_p_bound(const Weights& weights, double p) {
-  const double vocab = static_cast<double>(weights.values.size());
+  const double vocab = static_cast<double>(weights.vocab());
   for (double tokens = 64; tokens < vocab; tokens *= 16) {
-    const float least = static_cast<float>((1 - p) / tokens * weights.total);
+    const float least = static_cast<float>((1 - p) / tokens * weights.total());
     double sum = 0;
-    for_each_likely(weights, least, [&](int64_t token) { sum += weights.values[token]; });
-    if (sum * (1 - kSlack) >= p * weights.total) return least;
+    weights.for_each_likely(least, [&](int64_t, float weight) { sum += weight; });
+    if (sum * (1 - kSlack) >= p * weights.total()) return least;
   }
-  return static_cast<float>((1 - p) / vocab * weights.total);
+  return static_cast<float>((1 - p) / vocab * weights.total());
 }
 
 int64_t draw_from_all(const Weights& weights, double uniform) {
-  const double target = weights.total * (1 - uniform);
-  const int64_t blocks = weights.sums.size(), vocab = weights.values.size();
+  const double target = weights.total() * (1 - uniform);
   double before = 0;
   int64_t block = 0;
-  while (block + 1 < blocks && before + weights.sums[block] < target)
-    before += weights.sums[block++];
-  const int64_t end = std::min((block + 1) * kSoftmaxBlock, vocab);
+  while (block + 1 < weights.blocks() && before + weights.sum(block) < target)
+    before += weights.sum(block++);
   int64_t found = block * kSoftmaxBlock;
-  for (int64_t token = found; token < end && before < target; ++token) {
-    if (weights.values[token] < kImpossible) continue;
-    before += weights.values[token];
+  weights.for_each(block, [&](int64_t token, float weight) {
+    if (weight < kImpossible || before >= target) return;
+    before += weight;
     found = token;  // the last one where the block's sum was rounded up
-  }
+  });
   return found;
 }
 
@@ -96,6 +114,21 @@ int64_t draw_from(const Candidates& kept, double uniform) {  // by ascending tok
   }
   if (kept.empty()) throw std::invalid_argument("max must be the largest logit");
   return kept.back().token;
+}
+
+// Whether all logits are finite or minus infinity.
+bool all_countable(const float* logits, int64_t vocab) {
+  uint32_t others = 0;  // an exponent of all ones; a loop that compilers make vectors of
+  for (int64_t i = 0; i < vocab; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, logits + i, sizeof bits);
+    others |= (bits & 0x7f800000) == 0x7f800000 && bits != 0xff800000;
+  }
+  return others == 0;
+}
+
+void check_logits(bool good) {
+  if (!good) throw std::invalid_argument("draw: logits must be finite, or minus infinity");
 }
 
 // The k-th largest logit. The k-th largest of the blocks' maxima is at most that, so only logits
@@ -142,8 +175,8 @@ void keep_top_p(Candidates& candidates, double p, double total) {
 
 double logprob(const KernelTable& kernels, const float* logits, int64_t vocab, float max,
                int64_t token) {
-  const Weights& weights = weigh(kernels, logits, vocab, max, 1.0, false);
-  return static_cast<double>(logits[token] - max) - std::log(weights.total);
+  const Weights weights(kernels, logits, vocab, max, 1.0);
+  return static_cast<double>(logits[token] - max) - std::log(weights.total());
 }
 
 int64_t draw(const KernelTable& kernels, const float* logits, int64_t vocab, float max,
@@ -155,17 +188,20 @@ int64_t draw(const KernelTable& kernels, const float* logits, int64_t vocab, flo
   };
   double total = 0;  // of the weights before top_p
   if (filters.top_k > 0 && filters.top_k < vocab) {
+    check_logits(all_countable(logits, vocab));
     const float least = kth_largest(kernels, logits, vocab, filters.top_k);
     for (int64_t i = 0; i < vocab; ++i)
       if (logits[i] >= least) add(i);
     for (const Candidate& candidate : candidates) total += candidate.weight;
   } else {
-    const Weights& weights = weigh(kernels, logits, vocab, max, filters.temperature, true);
+    const Weights weights(kernels, logits, vocab, max, filters.temperature);
+    check_logits(std::isfinite(weights.total()));
     if (filters.top_p >= 1 && filters.min_p <= 0) return draw_from_all(weights, uniform);
-    total = weights.total;
+    total = weights.total();
     const float least =
         filters.top_p < 1 ? top_p_bound(weights, filters.top_p) : static_cast<float>(filters.min_p);
-    for_each_likely(weights, least * static_cast<float>(1 - kSlack), add);
+    weights.for_each_likely(least * static_cast<float>(1 - kSlack),
+                            [&](int64_t token, float) { add(token); });
   }
   if (filters.top_p < 1) keep_top_p(candidates, filters.top_p, total);
   if (filters.min_p > 0)

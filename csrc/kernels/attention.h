@@ -258,21 +258,6 @@ void attend_prepare(const Queries& q, int64_t queries, int64_t head_dim) {
   }
 }
 
-// 2^x for x <= 0, relative error below 3 * 2^-24; at least 2^-126, exact for 0, NaN for NaN.
-// x = n + r, and a polynomial of degree 5 for 2^r on |r| <= 1/2 that minimises the relative error.
-inline VecF exp2_negative(VecF x) {
-  x = max(splat(-126.0f), x);  // max() returns its second argument if either is NaN
-  const VecI n = round_to_int(x);
-  const VecF r = sub(x, to_float(n));
-  VecF p = splat(1.3264714333e-3f);
-  p = fma(p, r, splat(9.6715126353e-3f));
-  p = fma(p, r, splat(5.5507337738e-2f));
-  p = fma(p, r, splat(2.4022242086e-1f));
-  p = fma(p, r, splat(6.9314697759e-1f));
-  p = fma(p, r, splat(1.0f));
-  return mul(p, exp2_int(n));
-}
-
 inline VecF keep_upto(VecF v, int n, float fill) { return n == 16 ? v : keep_first(v, n, fill); }
 
 // Turn n scores into weights 2^(score - max), times their factors if there are any, and zeros up to

@@ -13,13 +13,16 @@ void block_max(const float* x, float* out, int64_t n) {
 
 void softmax_weights(const float* x, float* out, float* sums, int64_t n, float max,
                      float temperature) {
-  const VecF shift = splat(max), divisor = splat(temperature);
+  // e^(x / t) = 2^(x * (log2(e) / t)). Where that factor overflows, the largest logit keeps its
+  // weight, because 0 times a finite factor is 0.
+  const float log2_e = 1.44269504088896341f, scale = log2_e / temperature;
+  const VecF shift = splat(max), factor = splat(scale < 1e38f ? scale : 1e38f);
   for (int64_t first = 0; first < n; first += kSoftmaxBlock, ++sums) {
     const int64_t left = n - first < kSoftmaxBlock ? n - first : kSoftmaxBlock;
     VecF total = splat(0.0f);
     for_each_vec(left, [&](int64_t i, int lanes) {
       const VecF v = load_upto(x + first + i, lanes);
-      const VecF weight = keep_first(exp(div(sub(v, shift), divisor)), lanes, 0.0f);
+      const VecF weight = keep_first(exp2_negative(mul(sub(v, shift), factor)), lanes, 0.0f);
       if (out) store_upto(out + first + i, weight, lanes);
       total = add(total, weight);
     });
