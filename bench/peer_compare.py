@@ -14,7 +14,7 @@ from peer_workers import OURS, Spec, Unavailable, Worker
 from mobilellm_fast.checkpoint import open_checkpoint
 
 TOKENS = {"decode": 64, "prefill": 512, "batch": 32}
-SEQUENCES = 8  # of "batch"
+SEQUENCES = 8  # of "batch", unless asked for others
 TEXT_TOKENS = 1537  # of every CPython's help texts, about a short article's worth
 
 
@@ -92,14 +92,20 @@ class Contest:
         self._stack.close()
 
     def measure(
-        self, op: str, *, context: int = 128, tokens: int | None = None, rounds: int = 7
+        self,
+        op: str,
+        *,
+        context: int = 128,
+        tokens: int | None = None,
+        sequences: int = SEQUENCES,
+        rounds: int = 7,
     ) -> list[Result]:
         """Measure what engines take; a first round only warms up.
 
         Args:
             op: "decode" measures `tokens` greedy steps (64) after `context` tokens, whose median
                 is the round's figure; "prefill" measures a prompt of `tokens` (512); "batch" is
-                "decode" (32) of 8 sequences together, a figure per step of all of them.
+                "decode" (32) of `sequences` together, a figure per step of all of them.
 
         Returns:
             One result per engine, in their order.
@@ -109,7 +115,7 @@ class Contest:
         if op != "prefill":
             arguments["context"] = context
         if op == "batch":
-            arguments["sequences"] = SEQUENCES
+            arguments["sequences"] = sequences
         results = [Result(r.spec, r.about, fault=r.fault) for r in self._started]
         for round in range(rounds + 1):
             for i, result in enumerate(results):
@@ -167,13 +173,15 @@ def compare(
     op: str = "decode",
     context: int = 128,
     tokens: int | None = None,
+    sequences: int = SEQUENCES,
     rounds: int = 7,
     quality: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Result]:
     """Measure one op, and with `quality` how far predictions are from fp32's; see `Contest`."""
     with Contest(specs, root=root, model=model, threads=threads, progress=progress) as contest:
-        results = contest.measure(op, context=context, tokens=tokens, rounds=rounds)
+        sizes = {"context": context, "tokens": tokens, "sequences": sequences}
+        results = contest.measure(op, rounds=rounds, **sizes)
         if quality:
             for result, judged in zip(results, contest.quality(), strict=True):
                 result.quality = judged.quality

@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--op", choices=TOKENS, default="decode")
     sub.add_argument("--context", type=int, default=128, help="tokens before those decoded")
     sub.add_argument("--tokens", type=int, help=f"default: {TOKENS}")
+    sub.add_argument("--sequences", type=int, default=SEQUENCES, help="of a batch")
     sub.add_argument("--rounds", type=int, default=7)
     sub.add_argument("--quality", action="store_true", help="also compare predictions to fp32's")
     sub.add_argument("--json", type=Path, metavar="FILE", help="save every figure")
@@ -93,10 +94,19 @@ def _compare(args: argparse.Namespace) -> int:
         return 2
     options = {
         name: getattr(args, name)
-        for name in ("model", "threads", "op", "context", "tokens", "rounds", "quality")
+        for name in (
+            "model",
+            "threads",
+            "op",
+            "context",
+            "tokens",
+            "sequences",
+            "rounds",
+            "quality",
+        )
     }
     results = compare(specs, root=args.root, progress=_progress, **options)
-    _print(results, args.op)
+    _print(results, args.op, args.sequences)
     if args.json:
         facts = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -117,7 +127,7 @@ def _progress(text: str) -> None:
         print(f"\r{text:<78}", end="\r", file=sys.stderr, flush=True)
 
 
-def _print(results: list[Result], op: str) -> None:
+def _print(results: list[Result], op: str, sequences: int) -> None:
     """Print a Markdown table; ratios are of the same round, times of the first engine."""
     first = results[0]
     quality = any(result.quality for result in results)
@@ -133,18 +143,18 @@ def _print(results: list[Result], op: str) -> None:
     for row in (header, ["---"] * len(header)):
         print("|", " | ".join(row), "|")
     for result in results:
-        print("|", " | ".join(_cells(result, first, quality, op)), "|")
+        print("|", " | ".join(_cells(result, first, quality, op, sequences)), "|")
     for result in results:
         if result.fault:
             print(f"\n{result.spec}: {result.fault}")
 
 
-def _cells(result: Result, first: Result, quality: bool, op: str) -> list[str]:
+def _cells(result: Result, first: Result, quality: bool, op: str, sequences: int) -> list[str]:
     about = result.about
     cells = [str(result.spec), about.get("version", "")]
     cells.append(f"{about['weight_nbytes'] / 1e6:.1f}" if about else "")
     if result.seconds:
-        together = SEQUENCES if op == "batch" else 1
+        together = sequences if op == "batch" else 1
         cells.append(f"{together / statistics.median(result.seconds):.1f}")
         cells.append(_spread([1e3 * seconds for seconds in result.seconds]))
     else:

@@ -5,15 +5,16 @@ inline int tile_width(const Weight& weight, int64_t tile) {
   return static_cast<int>(left < kTileRows ? left : kTileRows);
 }
 
-// Few streams leave the hardware's prefetchers idle, which also stop at every 4 KB page: they fetch
-// one page ahead by software. Four streams are faster without.
+// Hardware prefetchers stop at every 4 KB page, and leave one or two streams half idle: those fetch
+// one page ahead by software, and so do the six of 4-bit weights, whose lines take longest to use.
+// Three or four streams are faster without.
 constexpr int64_t kFetchBytes = 4096;
 
 // What the reader of a tile, one of T streams, fetches: weights wanted later, or its own next ones.
 template <int T>
 inline int64_t ahead_of(const Tiles& tiles, int64_t tile) {
   const bool wanted = tiles.ahead && tile % tiles.stride == tiles.phase;
-  return wanted ? tiles.ahead : T < 4 ? kFetchBytes : 0;
+  return wanted ? tiles.ahead : T < 3 || T == 6 ? kFetchBytes : 0;
 }
 
 // Call use(Constant<M>(), first row) for blocks of M rows: as many as fit the registers beside T
@@ -117,24 +118,41 @@ inline void linear_streams(const Panel& x, const Weight& weight, float* out, int
   tiles.begin += T * length;
   if constexpr (T > 1) {
     if (tiles.begin < tiles.end)
-      linear_streams<T / 2>(x, weight, out, out_stride, tiles, accumulate);
+      linear_streams<(T > 4 ? 4 : T / 2)>(x, weight, out, out_stride, tiles, accumulate);
   }
 }
 
 // Call body(Constant<T>()) with the number of tiles for so many rows: few rows take as many as fit
 // the registers beside them, to read many streams; many rows take those of a block.
 template <int T, class Body>
-inline void with_streams(int64_t rows, Body body) {
+inline void with_most_streams(int64_t rows, Body body) {
   if constexpr (T > kBlockTiles) {
-    if (T * rows > kDotRows) return with_streams<T / 2>(rows, body);
+    if (T * rows > kDotRows) return with_most_streams<T / 2>(rows, body);
   }
   body(Constant<T>());
+}
+
+// As above; `alone` is the best number for a single row, where the ISA has registers for it.
+template <class Body>
+inline void with_streams(int64_t rows, int alone, Body body) {
+  if constexpr (kDotRows >= 8) {
+    if (rows == 1 && alone == 6) return body(Constant<6>());
+    if (rows == 1 && alone == 3) return body(Constant<3>());
+  }
+  with_most_streams<kMaxStreams>(rows, body);
+}
+
+// Streams of equal length, so that none is left at the end.
+inline int streams_of_row(const Weight& weight, int64_t tiles) {
+  if (weight.kind == WeightKind::int4_g32 && tiles >= 6) return 6;
+  return tiles % 4 != 0 && tiles % 3 == 0 ? 3 : 4;
 }
 
 void linear(const Activations& x, const Weight& weight, float* out, int64_t rows,
             int64_t out_stride, const Tiles& tiles, bool accumulate) {
   for_each_panel(x, rows, [&](const Panel& panel, int64_t row) {
-    with_streams<kMaxStreams>(panel.rows, [&](auto count) {
+    const int alone = streams_of_row(weight, tiles.end - tiles.begin);
+    with_streams(panel.rows, alone, [&](auto count) {
       linear_streams<decltype(count)::value>(panel, weight, out + row * out_stride, out_stride,
                                              tiles, accumulate);
     });
@@ -189,15 +207,16 @@ inline void swiglu_streams(const Panel& x, const Weight& gate, const Weight& up,
   }
   tiles.begin += S * stride;
   if constexpr (S > 1) {
-    if (tiles.begin < tiles.end) swiglu_streams<T / 2>(x, gate, up, out, tiles);
+    if (tiles.begin < tiles.end) swiglu_streams<(T > 4 ? 4 : T / 2)>(x, gate, up, out, tiles);
   }
 }
 
 void swiglu(const Activations& x, const Weight& gate, const Weight& up, const Activations& out,
             int64_t rows, const Tiles& tiles) {
   for_each_panel(x, rows, [&](const Panel& panel, int64_t row) {
-    with_streams<kMaxStreams>(panel.rows, [&](auto count) {
-      swiglu_streams<decltype(count)::value>(panel, gate, up, out.from_row(row), tiles);
+    with_streams(panel.rows, gate.kind == WeightKind::int4_g32 ? 6 : 4, [&](auto count) {
+      if constexpr (decltype(count)::value != 3)  // gate and up
+        swiglu_streams<decltype(count)::value>(panel, gate, up, out.from_row(row), tiles);
     });
   });
 }

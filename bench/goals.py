@@ -1,0 +1,171 @@
+"""Measures everything that this library promises of a CPU, and prints it beside the goals.
+
+    python bench/goals.py                      # about 25 minutes -> docs/benchmarks/goals.md
+    python bench/goals.py --only own --quick   # without other engines, fewer rounds
+
+Works that are compared run in turns; a figure is the median of the ratios of single rounds, with
+the smallest and the largest beside it. Nothing else should run meanwhile. Peers are installed by
+`bench/peers.py`; a missing one is reported as missing.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import goals_own
+import machine
+from export import default_root
+from peer_compare import Contest
+from peer_workers import Spec
+
+from mobilellm_fast.files import whole_file
+
+OUTPUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "goals.md"
+DECODE = (
+    ("int8", "int4", "int4_all"),
+    ("llama.cpp:Q8_0", "onnxruntime-genai:int8", "llama.cpp:Q4_0", "onnxruntime-genai:int4"),
+)
+PREFILL = (
+    ("int8", "int4"),
+    ("llama.cpp:Q8_0", "ctranslate2:int8", "openvino:int8", "onnxruntime-genai:int8", "torch:fp32"),
+)
+QUALITY = ("llama.cpp:Q8_0", "llama.cpp:Q4_0", "llama.cpp:F16", "llama.cpp:as-shipped")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Ours against a peer: how many times as fast it must be."""
+
+    goal: str
+    ours: str
+    peer: str
+    must: float
+
+
+def compare(
+    title: str, op: str, specs: tuple, goals: list[Comparison], options: argparse.Namespace, **sizes
+) -> Iterator[goals_own.Row]:
+    """Measure engines in turns; yield a row per goal."""
+    specs = [Spec.parse_ours(text) for text in specs[0]] + [Spec.parse(text) for text in specs[1]]
+    with Contest(specs, root=options.root, threads=options.threads, progress=say) as contest:
+        results = {str(r.spec): r for r in contest.measure(op, rounds=options.rounds, **sizes)}
+    ours = {r.spec.format: r for r in results.values() if r.spec.name == "ours"}
+    for goal in goals:
+        own, peer = ours[goal.ours], results[goal.peer]
+        name = f"{title}: {goal.goal}"
+        if peer.fault or own.fault:
+            yield goals_own.Row(name, f">= {goal.must}", [], f"missing: {peer.fault or own.fault}")
+            continue
+        speeds = [1 / statistics.median(r.seconds) for r in (own, peer)]
+        together = sizes.get("sequences", 1)
+        note = " against ".join(f"{together * speed:.0f}" for speed in speeds) + " tokens/s"
+        yield goals_own.Row(name, f">= {goal.must}", peer.ratios(own), note)
+
+
+def peers(options: argparse.Namespace) -> Iterator[goals_own.Row]:
+    """Yield the goals that name other engines."""
+    yield from compare(
+        "decode",
+        "decode",
+        (DECODE[0], (*DECODE[1], "llama.cpp:as-shipped")),
+        [
+            Comparison("int8 / llama.cpp Q8_0", "int8", "llama.cpp:Q8_0", 1.8),
+            Comparison("int8 / ONNX Runtime GenAI int8", "int8", "onnxruntime-genai:int8", 1.8),
+            Comparison("int4_all / llama.cpp Q4_0", "int4_all", "llama.cpp:Q4_0", 1.45),
+            Comparison("int4_all / ONNX GenAI int4", "int4_all", "onnxruntime-genai:int4", 1.45),
+            Comparison("the same Q4_1 file / llama.cpp", "int4", "llama.cpp:as-shipped", 2.7),
+        ],
+        options,
+    )
+    must = {"llama.cpp:Q8_0": 2.4}
+    yield from compare(
+        "prompt of 512",
+        "prefill",
+        PREFILL,
+        [Comparison(f"int8 / {p}", "int8", p, must.get(p, 1.3)) for p in PREFILL[1]],
+        options,
+        tokens=512,
+    )
+    q8 = "llama.cpp:Q8_0"
+    for title, op, least, sizes in (
+        ("prompt of 16", "prefill", 1.5, {"tokens": 16}),
+        ("batch of 8", "batch", 2.5, {"sequences": 8}),
+        ("batch of 32", "batch", 3.0, {"sequences": 32}),
+    ):
+        goals = [Comparison(f"int8 / {q8}", "int8", q8, least)]
+        yield from compare(title, op, (("int8",), (q8,)), goals, options, **sizes)
+
+
+def quality(options: argparse.Namespace) -> list[str]:
+    """Return a table of what formats cost, ours and llama.cpp's."""
+    specs = [Spec.parse_ours(text) for text in ("bf16", "int8", "w8a8", "int4", "int4_all")]
+    specs += [Spec.parse(text) for text in QUALITY]
+    lines = ["| engine, format | MB | perplexity / fp32's | KL | same first token |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    with Contest(specs, root=options.root, threads=options.threads, progress=say) as contest:
+        for result in contest.quality():
+            if result.fault:
+                lines.append(f"| {result.spec} | missing: {result.fault} | | | |")
+                continue
+            q = result.quality
+            lines.append(
+                f"| {result.spec} | {result.about['weight_nbytes'] / 1e6:.1f} "
+                f"| {q['perplexity_ratio']:.4f} | {q['kl']:.5f} | {q['same_top1']:.1%} |"
+            )
+    return lines
+
+
+def say(text: str) -> None:
+    print(f"    {text}", file=sys.stderr, flush=True)
+
+
+def row_line(row: goals_own.Row) -> str:
+    """Format a row of the table."""
+    spread = ""
+    if row.figures:
+        low, high = min(row.figures), max(row.figures)
+        spread = f"**{statistics.median(row.figures):.2f}** ({low:.2f} … {high:.2f})"
+    return f"| {row.goal} | {row.must} | {spread} | {row.note} |"
+
+
+def main() -> int:
+    """Measure what is asked for and write the tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", choices=("own", "peers", "quality"))
+    parser.add_argument("--threads", type=int, default=machine.available_cpus())
+    parser.add_argument("--root", type=Path, default=default_root(), help="of the peers")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 7")
+    options = parser.parse_args()
+    options.rounds = 3 if options.quick else 7
+    facts = machine.facts()
+    lines = ["# Goals of the CPU engine", ""]
+    lines.append(
+        f"{facts['processor']}, {options.threads} threads, {facts['system']}, "
+        f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, load {facts['load_average']:.1f} at the "
+        f"start. Command: `python {' '.join(sys.argv)}`. Medians of {options.rounds} rounds in "
+        "turns, the smallest and the largest in brackets."
+    )
+    parts: dict[str, Callable] = {"own": goals_own.rows, "peers": peers}
+    lines += ["", "| goal | must | reached | |", "| --- | --- | --- | --- |"]
+    for name, part in parts.items():
+        if options.only in (None, name):
+            for row in part(options):
+                lines.append(row_line(row))
+                print(lines[-1], flush=True)
+    if options.only in (None, "quality"):
+        lines += ["", "Quality on 1537 tokens of English, against fp32:", "", *quality(options)]
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(options.output) as file:
+        file.write("\n".join([*lines, ""]).encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

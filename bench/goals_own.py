@@ -1,0 +1,242 @@
+"""What the goals say of this library alone: figures of `goals.py`."""
+
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import machine
+import numpy as np
+from cases import bind_kernel, make_args
+from engines import random_image, shape
+from model_works import batch, decode, prefill
+from starts import start
+
+from mobilellm_fast import _C
+from mobilellm_fast.engine import Engine
+
+TEXT = "def add(a, b):\n    return a + b\n\ndef sub(a, b):\n    return a - b\n\n" * 4
+SPIN = "while True: pass"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A goal, what it asks for, a figure per round, and a remark."""
+
+    goal: str
+    must: str
+    figures: list[float]
+    note: str = ""
+
+
+def rows(options) -> Iterator[Row]:
+    """Measure everything, part by part."""
+    for part in (sharing, real_model, operator, surroundings):
+        yield from part(options)
+
+
+def in_turns(works: dict[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:
+    """Run works A B A B, once to warm up and then `rounds` times; return figures by name."""
+    found = {name: [] for name in works}
+    for round in range(rounds + 1):
+        for name, run in works.items():
+            figure = run()
+            if round:
+                found[name].append(figure)
+    return {name: np.array(figures) for name, figures in found.items()}
+
+
+def sharing(options) -> Iterator[Row]:
+    """Yield what a second pass over shared blocks costs, on one and on all threads."""
+    works = {}
+    for name in ("125M", "LS-125M", "125M-unshared"):
+        config = shape(name)
+        image = random_image(config, "int8", name)
+        for threads in sorted({1, options.threads}):
+            engine = Engine(config, image.weights, "int8", name=name, threads=threads)
+            works[name, threads] = decode(engine, 128).run
+    found = in_turns(works, options.rounds)
+    for threads in sorted({1, options.threads}):
+        base, shared, copies = (
+            found[name, threads] for name in ("125M", "LS-125M", "125M-unshared")
+        )
+        note = f"{1e3 * np.median(shared):.2f} ms against {1e3 * np.median(base):.2f}"
+        where = f"int8, {threads} thread(s)"
+        yield Row(f"LS-125M / 125M, {where}", "<= 1.25", list(shared / base), note)
+        yield Row(f"60 blocks of their own / 125M, {where}", "", list(copies / base))
+        yield Row(f"sharing is faster than copies by, {where}", ">= 1.5", list(copies / shared))
+
+
+def real_model(options) -> Iterator[Row]:
+    """Yield bandwidth, contexts, prompts and batches of the default model."""
+    threads = options.threads
+    engines = {f: Engine.load(format=f, threads=threads) for f in ("int8", "int4")}
+    eight = Engine.load(format="int8", threads=threads, kv_format="int8")
+    works = {f: decode(engine, 128) for f, engine in engines.items()}
+    runs = {f: work.run for f, work in works.items()}
+    runs["read"] = lambda: _C.read_bandwidth(threads)
+    found = in_turns(runs, options.rounds)
+    for format, must in (("int8", 0.80), ("int4", 0.72)):
+        share = works[format].facts["nbytes"] / found[format] / found["read"]
+        note = (
+            f"{np.median(found['read']) / 1e9:.1f} GB/s, {1 / np.median(found[format]):.0f} tok/s"
+        )
+        yield Row(f"share of the read bandwidth, {format}", f">= {must}", list(share), note)
+
+    found = in_turns({n: decode(eight, n).run for n in (128, 2048)}, options.rounds)
+    yield Row("context 2048 / 128, int8 keys", "<= 1.25", list(found[2048] / found[128]))
+
+    works = {
+        (kv, n): prefill(engine, n).run
+        for kv, engine in (("fp16", engines["int8"]), ("int8", eight))
+        for n in (512, 2048)
+    }
+    works["int4", 512] = prefill(engines["int4"], 512).run
+    found = in_turns(works, min(options.rounds, 5))
+    for kv in ("fp16", "int8"):
+        ratio = found[kv, 2048] / found[kv, 512] / 4
+        yield Row(f"prompt of 2048 / (4 x 512), {kv} keys", "<= 1.35", list(ratio))
+    yield Row("prompt of 512, int4 / int8", ">= 1.0", list(found["fp16", 512] / found["int4", 512]))
+
+    found = in_turns({n: batch(engines["int8"], n, 128).run for n in (1, 8, 32)}, 3)
+    for n, must in ((8, ">= 3"), (32, "")):
+        yield Row(f"batch of {n} / batch of 1, int8", must, list(n * found[1] / found[n]))
+    yield from lookup(engines["int8"], options)
+    yield from around_a_step(engines["int8"], options)
+    yield from tails(engines["int8"])
+    yield from beside_another(engines["int8"], options)
+
+
+def operator(options) -> Iterator[Row]:
+    """Yield the share of the int8 peak that products alone reach, called from Python."""
+    isa = _C.supported_isas()[0]
+    works = {"peak": lambda: machine.peaks(1, isa)["int8"]}
+    for activation in ("int8", "int8_g32"):
+        sizes = {"rows": 512, "cols": 1536, "outputs": 576}
+        args = make_args("linear", sizes, kind="int8", activation=activation)
+        call = bind_kernel("linear", args, isa)[0]
+
+        def run(call=call, operations=2 * 512 * 1536 * 576) -> float:
+            started = perf_counter()
+            call()
+            return operations / (perf_counter() - started)
+
+        works[activation] = run
+    found = in_turns(works, 3 * options.rounds)
+    for activation, name in (("int8", "w8a8"), ("int8_g32", "int8 in groups")):
+        share = list(found[activation] / found["peak"])
+        yield Row(f"product of 512 rows, {name}, of the int8 peak, 1 thread", ">= 0.65", share, isa)
+
+
+def lookup(engine: Engine, options) -> Iterator[Row]:
+    """Yield what guesses from the prompt are worth on a text that repeats itself."""
+
+    def per_answer(guesses: int) -> float:
+        answer = engine.generate(TEXT, max_new_tokens=96, prompt_lookup=guesses)
+        return answer.timings.decode_seconds / len(answer.token_ids)
+
+    found = in_turns({n: lambda n=n: per_answer(n) for n in (0, 8)}, options.rounds)
+    yield Row("lookup decoding of code / plain, int8", ">= 1.5", list(found[0] / found[8]))
+
+
+def around_a_step(engine: Engine, options) -> Iterator[Row]:
+    """Yield how much longer a token of `stream` takes than a step of the bare loop."""
+    ids, count = list(range(1, 129)), 128
+
+    def bare() -> float:
+        cache = engine.new_cache()
+        engine.forward(ids, cache)
+        times = [perf_counter()]
+        for token in range(count):
+            engine.forward([token + 1], cache)
+            times.append(perf_counter())
+        return float(np.median(np.diff(times)))
+
+    def streamed(**sampling) -> float:
+        times = []
+        for _ in engine.stream(ids, max_new_tokens=count, **sampling):
+            times.append(perf_counter())
+        return float(np.median(np.diff(times)))
+
+    works = {
+        "bare": bare,
+        "greedy": streamed,
+        "top_p": lambda: streamed(temperature=0.8, top_p=0.95, seed=1),
+    }
+    found = in_turns(works, options.rounds)
+    for name in ("greedy", "top_p"):
+        extra = list(100 * (found[name] / found["bare"] - 1))
+        yield Row(f"stream() over the bare loop, {name}, per cent", "< 3", extra)
+
+
+def tails(engine: Engine, steps: int = 1000) -> Iterator[Row]:
+    """Yield how much longer than the median the slowest hundredth of steps takes."""
+    times = []
+    while len(times) < steps:
+        cache = engine.new_cache()
+        engine.forward(list(range(1, 129)), cache)
+        for token in range(250):
+            started = perf_counter()
+            engine.forward([token + 1], cache)
+            times.append(perf_counter() - started)
+    ratio = float(np.quantile(times, 0.99) / np.median(times))
+    note = f"largest {max(times) / statistics.median(times):.2f}"
+    yield Row(f"p99 / median of {steps} steps, int8", "<= 1.5", [ratio], note)
+
+
+@contextlib.contextmanager
+def busy_process() -> Iterator[None]:
+    """Keep one core busy meanwhile."""
+    process = subprocess.Popen([sys.executable, "-c", SPIN])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def beside_another(engine: Engine, options) -> Iterator[Row]:
+    """Yield the part of the quiet throughput that is left beside a process that never rests."""
+    work, shares = decode(engine, 128, 48), []
+    for _ in range(min(options.rounds, 5)):
+        quiet = work.run()
+        with busy_process():
+            shares.append(quiet / throughput_step(engine))
+    yield Row("throughput beside a busy process / quiet, int8", ">= 0.45", shares)
+
+
+def throughput_step(engine: Engine, steps: int = 96) -> float:
+    """Return the mean seconds of a step: what a throughput is made of."""
+    cache = engine.new_cache()
+    engine.forward(list(range(1, 129)), cache)
+    started = perf_counter()
+    for token in range(steps):
+        engine.forward([token + 1], cache)
+    return (perf_counter() - started) / steps
+
+
+def surroundings(options) -> Iterator[Row]:
+    """Yield what starting takes, in processes of their own, and the memory of a running model."""
+    loads, firsts = [], []
+    for round in range(options.rounds + 1):
+        found = start("ours", "default", "--format", "int8", "--threads", str(options.threads))
+        started = perf_counter()
+        command = [sys.executable, "-m", "mobilellm_fast", "generate", "The capital of France is"]
+        command += ["--max-new-tokens", "1", "--format", "int8"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        if round:
+            loads.append(1e3 * found["load"])
+            firsts.append(perf_counter() - started)
+    yield Row("warm load, ms", "<= 30", loads)
+    yield Row("`mobilellm-fast generate`, start to end of one token, s", "<= 0.6", firsts)
+    script = Path(__file__).resolve().parent / "resident.py"
+    done = subprocess.run([sys.executable, script], check=True, stdout=subprocess.PIPE)
+    found = json.loads(done.stdout)
+    note = f"{found['resident'] / 1e6:.1f} MB for {found['needed'] / 1e6:.1f}"
+    ratio = found["resident"] / found["needed"]
+    yield Row("resident memory, int8 + 2048 int8 keys / their bytes", "<= 1.1", [ratio], note)
