@@ -235,6 +235,12 @@ def main() -> None:
         if options.only in (None, kind):
             for size in sizes:
                 found[f"{kind} {size}"] = sweep(*size)
+    for kind in ("prefill", "decode"):
+        sweeps = [times for name, times in found.items() if name.startswith(kind)]
+        names = set.intersection(*(set(times) for times in sweeps)) if sweeps else ()
+        means = {n: statistics.geometric_mean(times[n] for times in sweeps) for n in names}
+        for name in sorted(means, key=means.get)[:3]:
+            print(f"{kind}, geometric mean: {means[name]:.2f} us  {name}")
     if options.json:
         with open(options.json, "w") as file:
             json.dump(found, file, indent=1)

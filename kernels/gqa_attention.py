@@ -49,6 +49,9 @@ class Tile(NamedTuple):
 # For heads of up to 64, and of up to 128: the largest that no compiler spills, in 100 KB of shared
 # memory. Tests hold them to it.
 TILES = {
+    "hopper": {  # where it differs from "cuda"
+        "forward": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
+    },
     "cuda": {
         "forward": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2)),
         "backward_queries": (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)),
@@ -326,18 +329,28 @@ def _backward_keys(
 # --- launchers ---------------------------------------------------------------------------------
 
 
-def tile_of(kernel: str, head_dim: int, dtype: torch.dtype, backend: str | None = None) -> Tile:
+def tile_of(kernel: str, head_dim: int, dtype: torch.dtype, backend: str) -> Tile:
     """Return the tile of a kernel.
 
     Args:
         kernel: "forward", "backward_queries" or "backward_keys".
         head_dim, dtype: of the tensors.
-        backend: "cuda" or "hip"; None means that of this torch.
+        backend: "hopper", "cuda" or "hip", see `backend_of`.
     """
     if dtype == torch.float32 or head_dim > 128:
         return SMALL_TILES[kernel]
-    backend = backend or ("cuda" if torch.version.hip is None else "hip")
-    return TILES[backend][kernel][head_dim > 64]
+    tiles = TILES[backend].get(kernel) or TILES["cuda"][kernel]
+    return tiles[head_dim > 64]
+
+
+@functools.cache
+def backend_of(device: torch.device) -> str:
+    """Return the kind of a GPU; interpreted kernels take the tiles of "cuda"."""
+    if device.type != "cuda":
+        return "cuda"
+    if torch.version.hip is not None:
+        return "hip"
+    return "hopper" if torch.cuda.get_device_capability(device)[0] == 9 else "cuda"
 
 
 def forward(
@@ -365,11 +378,11 @@ def forward(
     out = torch.empty((batch, seq, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, seq), dtype=torch.float32, device=q.device)
     if out.numel():
-        tile = tile or tile_of("forward", head_dim, q.dtype)
+        tile = tile or tile_of("forward", head_dim, q.dtype, backend_of(q.device))
         group = heads // kv_heads
         descriptors = tile.descriptors and _describable(k) and _describable(v)
         fits = head_dim in (64, 128) and q.dtype != torch.float32
-        if tile.specialized and fits and descriptors and _on_hopper(q.device):
+        if tile.specialized and fits and descriptors and backend_of(q.device) == "hopper":
             from . import gqa_attention_hopper
 
             sizes = tile.rows, tile.keys, tile.stages
@@ -417,7 +430,8 @@ def backward(
         COLUMNS=_columns(head_dim), ROWS=64,
     )  # fmt: skip
     tile, k_tile = tiles or (
-        tile_of(kernel, head_dim, q.dtype) for kernel in ("backward_queries", "backward_keys")
+        tile_of(kernel, head_dim, q.dtype, backend_of(q.device))
+        for kernel in ("backward_queries", "backward_keys")
     )
     strides = tuple(s for t in (q, k, v, grad) for s in t.stride()[:3])
     sizes = (seq, kv_seq, kv_heads, batch * kv_heads, _chunk(k))
@@ -438,12 +452,6 @@ def _rows(x: Tensor) -> Tensor:
     The offsets within a tile are 32-bit.
     """
     return x if x.stride(-1) == 1 and 0 <= x.stride(1) < 2**23 else x.contiguous()
-
-
-@functools.cache
-def _on_hopper(device: torch.device) -> bool:
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return nvidia and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _describable(x: Tensor) -> bool:

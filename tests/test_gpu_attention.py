@@ -3,7 +3,10 @@
 import functools
 import importlib.util
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import attention_bounds as bounds
 import pytest
@@ -110,13 +113,14 @@ def inputs(seq, kv_seq, heads, kv_heads, head_dim, dtype, batch=None, seed=0):
 
 def tiles(case, dtype):
     """Tiles to try: small ones, so that a short sequence has several, and those of a GPU."""
-    from mobilellm_fast.kernels.gqa_attention import Tile, tile_of
+    from mobilellm_fast.kernels.gqa_attention import Tile, backend_of, tile_of
 
     if not HAS_GPU:
         return [Tile(32, 16, 4, 2, descriptors=dtype == torch.float16)]
     several = [Tile(64, 128, 4, 2), Tile(128, 64, 8, 3, True)]
     wanted = case in CASES[:2] and dtype != torch.float32
-    return [tile_of("forward", case[-1], dtype), *(several if wanted else [])]
+    usual = tile_of("forward", case[-1], dtype, backend_of(torch.device(DEVICE)))
+    return [usual, *(several if wanted else [])]
 
 
 def attend(case, dtype, tile):
@@ -259,6 +263,36 @@ def test_as_accurate_as_torch(dtype):
     print(f"\n{dtype}: relative errors of out, dq, dk, dv: {ours}, of torch's {torchs}")
     for mine, its in zip(ours, torchs, strict=True):
         assert mine <= 1.05 * its
+
+
+@only_gpu
+def test_specialized_kernel():
+    """In a process of its own: warps that wait for each other in vain would never end."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper")
+    code = f"import {__name__}; {__name__}.check_specialized()"
+    command = [sys.executable, "-c", code]
+    here = Path(__file__).parent
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def check_specialized():
+    from mobilellm_fast.kernels.gqa_attention import Tile, forward
+
+    cases = [*CASES[:3], CASES[6], *LONG_CASES[:5]]
+    runs = [(case, torch.bfloat16) for case in cases] + [(CASES[1], torch.float16)]
+    for case, dtype in runs:
+        q, k, v, _ = inputs(*case, dtype)
+        want = bounds.forward(q, k, v, case[-1] ** -0.5)
+        keys = 128 if case[-1] == 64 else 64
+        for tile in (Tile(128, keys, 8, 2, True, True), Tile(192, keys, 8, 3, True, True)):
+            out, lse = forward(q, k, v, case[-1] ** -0.5, tile)
+            want.check(f"{case} {tile}: out", out)
+            other = forward(q, k, v, case[-1] ** -0.5, Tile(128, 64, 8, 2))[1]
+            torch.testing.assert_close(lse, other, rtol=1e-5, atol=1e-5)
+            for _ in range(20):  # whoever comes first
+                assert torch.equal(out, forward(q, k, v, case[-1] ** -0.5, tile)[0])
 
 
 @only_gpu
