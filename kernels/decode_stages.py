@@ -22,8 +22,6 @@ import triton.language as tl
 from .gemv import (
     LANES,
     PIECE,
-    deal,
-    deal_all,
     deal_normed,
     load_norm,
     load_tile,
@@ -109,7 +107,6 @@ def project(
     if NORM:
         inputs, factor = deal_normed(inputs, norm, eps, ROWS, COLS, KIND)
     else:
-        inputs = deal_all(inputs, COLS, KIND)
         factor = tl.full((ROWS,), 1.0, tl.float32)
     _project_rows(
         tile,
@@ -126,6 +123,7 @@ def project(
         OUTPUTS,
         COLS,
         KIND,
+        NORM,
         ADD,
         ROWS,
         PROGRAMS,
@@ -149,6 +147,7 @@ def _project_rows(
     OUTPUTS: tl.constexpr,
     COLS: tl.constexpr,
     KIND: tl.constexpr,
+    DEALT: tl.constexpr,
     ADD: tl.constexpr,
     ROWS: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -158,7 +157,7 @@ def _project_rows(
         live = row < end
         if tile_count(OUTPUTS, PROGRAMS, ROWS) > 1:
             next_tile = load_tile(codes, scales, row + ROWS, row + ROWS < end, COLS, KIND)
-        y = multiply_tile(tile, inputs, ROWS, COLS, KIND) * factor
+        y = multiply_tile(tile, inputs, ROWS, COLS, KIND, DEALT) * factor
         if ADD:
             y += receive(residual, row, live, residual_epoch, ROWS, ROWS * LANES, WAIT)
         publish(out, row, y, live, epoch, WAIT)
@@ -219,8 +218,8 @@ def query(
             next_tile = load_tile(codes, scales, next_row, next_pair < end, COLS, KIND)
             next_partner = load_tile(codes, scales, next_row + half, next_pair < end, COLS, KIND)
             next_c, next_s = _rotation(next_pair, position, cos, sin, HEADS + KV_HEADS, HEAD_DIM)
-        first = multiply_tile(tile, inputs, ROWS, COLS, KIND) * factor
-        second = multiply_tile(partner_tile, inputs, ROWS, COLS, KIND) * factor
+        first = multiply_tile(tile, inputs, ROWS, COLS, KIND, True) * factor
+        second = multiply_tile(partner_tile, inputs, ROWS, COLS, KIND, True) * factor
         turned = first * c - second * s
         second = second * c + first * s
         publish(out, row, turned, live, epoch, WAIT)
@@ -293,15 +292,15 @@ def gate_up(
             more = row + ROWS < end
             next_gate = load_tile(codes, scales, row + ROWS, more, COLS, KIND)
             next_up = load_tile(codes, scales, row + ROWS + INNER, more, COLS, KIND)
-        gate = multiply_tile(gate_tile, inputs, ROWS, COLS, KIND) * factor
-        up = multiply_tile(up_tile, inputs, ROWS, COLS, KIND) * factor
+        gate = multiply_tile(gate_tile, inputs, ROWS, COLS, KIND, True) * factor
+        up = multiply_tile(up_tile, inputs, ROWS, COLS, KIND, True) * factor
         publish(out, row, gate / (1 + tl.exp(-gate)) * up, row < end, epoch, WAIT)
         if tiles > 1:
             row += ROWS
             gate_tile, up_tile = next_gate, next_up
     if both:
-        gate = multiply_tile(gate_tile, inputs, ROWS, COLS, KIND) * factor
-        up = multiply_tile(up_tile, inputs, ROWS, COLS, KIND) * factor
+        gate = multiply_tile(gate_tile, inputs, ROWS, COLS, KIND, True) * factor
+        up = multiply_tile(up_tile, inputs, ROWS, COLS, KIND, True) * factor
         publish(out, row, gate / (1 + tl.exp(-gate)) * up, row < end, epoch, WAIT)
 
 
@@ -533,7 +532,7 @@ def output(
         values = _attended_piece(
             partial, attended, splits, epoch - 1, HEADS, HEAD_DIM, SPLITS, piece, ROWS, WAIT
         )
-        inputs = inputs + deal(values, piece, COLS, KIND)
+        inputs = inputs + (values,)
     _project_rows(
         tile,
         row,
@@ -549,6 +548,7 @@ def output(
         HIDDEN,
         COLS,
         KIND,
+        False,
         True,
         ROWS,
         PROGRAMS,

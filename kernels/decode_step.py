@@ -3,6 +3,9 @@
 `decode_stages.py` has the maths. A step is a fixed sequence of launches on fixed buffers, so it can
 be recorded as a CUDA graph and replayed: token, position and place of the KV cache are read from
 device memory, and `finish_kernel` writes those of the next step.
+
+With `AHEAD`, some kernels request weights of a later stage, `ahead`, into the L2 cache: memory is
+busy while attention and launches are not.
 """
 
 import triton
@@ -20,7 +23,7 @@ from .decode_stages import (
     store_in_cache,
 )
 from .gemv import LANES, PIECE, piece_count, piece_size
-from .grid_sync import allow_next, wait_for_launch
+from .grid_sync import allow_next, prefetch_part, wait_for_launch
 from .next_token import candidate, choose
 
 
@@ -101,6 +104,8 @@ def query_kernel(
     capacities,
     slot,
     out,
+    ahead,
+    ahead_nbytes,
     KV: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -109,9 +114,11 @@ def query_kernel(
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    AHEAD: tl.constexpr,
     WAIT: tl.constexpr,
 ):
     allow_next(WAIT)
+    prefetch_part(AHEAD, ahead, ahead_nbytes, tl.program_id(0), PROGRAMS)
     # where the cache is changes between launches alone: no need to wait for it
     cache, size = slot_of(addresses, capacities, 0, slot, KV, KV_HEADS, HEAD_DIM)
     query(
@@ -262,6 +269,8 @@ def output_kernel(
     attended,
     residual,
     out,
+    ahead,
+    ahead_nbytes,
     HIDDEN: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -270,9 +279,11 @@ def output_kernel(
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    AHEAD: tl.constexpr,
     WAIT: tl.constexpr,
 ):
     allow_next(WAIT)
+    prefetch_part(AHEAD, ahead, ahead_nbytes, tl.program_id(0), PROGRAMS)
     output(
         tl.program_id(0),
         codes,
@@ -303,14 +314,18 @@ def gate_up_kernel(
     norm_weight,
     eps,
     out,
+    ahead,
+    ahead_nbytes,
     INNER: tl.constexpr,
     COLS: tl.constexpr,
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    AHEAD: tl.constexpr,
     WAIT: tl.constexpr,
 ):
     allow_next(WAIT)
+    prefetch_part(AHEAD, ahead, ahead_nbytes, tl.program_id(0), PROGRAMS)
     gate_up(
         tl.program_id(0),
         codes,

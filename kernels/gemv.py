@@ -183,29 +183,30 @@ def deal_normed(
 
 
 @triton.jit
-def deal_all(x, COLS: tl.constexpr, KIND: tl.constexpr):
-    """Deal every piece."""
-    pieces = ()
-    for piece in tl.static_range(piece_count(COLS)):
-        pieces = pieces + deal(x[piece], piece, COLS, KIND)
-    return pieces
-
-
-@triton.jit
 def multiply_tile(
-    tile, x, ROWS: tl.constexpr, COLS: tl.constexpr, KIND: tl.constexpr
+    tile, x, ROWS: tl.constexpr, COLS: tl.constexpr, KIND: tl.constexpr, DEALT: tl.constexpr
 ):  # -> (ROWS,) float32
-    """Multiply a tile of `load_tile` with dealt inputs; products and sums in float32."""
+    """Multiply a tile of `load_tile` with inputs; products and sums in float32.
+
+    With DEALT, the inputs are those of `deal_normed`; else they are dealt here, piece by piece,
+    since all of a long vector would not fit the registers.
+    """
     out = tl.zeros((ROWS,), tl.float32)
     for piece in tl.static_range(piece_count(COLS)):
+        if not DEALT:
+            parts = deal(x[piece], piece, COLS, KIND)
+        elif KIND == "int4_g32":
+            parts = (x[2 * piece], x[2 * piece + 1])
+        else:
+            parts = (x[piece],)
         weights = tile[0][piece]
         if KIND == "int4_g32":
-            low = (weights & 15).to(tl.float32) * x[2 * piece]
-            sums = tl.sum(low + (weights >> 4).to(tl.float32) * x[2 * piece + 1], 3)
+            low = (weights & 15).to(tl.float32) * parts[0]
+            sums = tl.sum(low + (weights >> 4).to(tl.float32) * parts[1], 3)
             scale, minimum = unpack_pair(tile[1][piece])
-            sums = sums * scale + tl.sum(x[2 * piece] + x[2 * piece + 1], 3) * minimum
+            sums = sums * scale + tl.sum(parts[0] + parts[1], 3) * minimum
         else:
-            sums = tl.sum(weights.to(tl.float32) * x[piece], 3)
+            sums = tl.sum(weights.to(tl.float32) * parts[0], 3)
             if KIND == "int8_g32":
                 sums = sums * tile[1][piece].to(tl.float32)
         out += tl.sum(tl.sum(sums, 2), 0)

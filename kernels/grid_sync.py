@@ -228,6 +228,16 @@ def prefetch(AHEAD: tl.constexpr, address, nbytes):
 
 
 @triton.jit
+def prefetch_part(AHEAD: tl.constexpr, matrix, nbytes, program, PROGRAMS: tl.constexpr):
+    """Request an even part of `nbytes` of memory, of which each program requests another."""
+    if AHEAD:
+        part = (nbytes + 16 * PROGRAMS - 1) // (16 * PROGRAMS) * 16
+        start = program * part
+        address = matrix.to(tl.pointer_type(tl.int8), bitcast=True) + start
+        prefetch(True, address, tl.minimum(part, nbytes - start) // 16 * 16)
+
+
+@triton.jit
 def recomputed(WAIT: tl.constexpr, value):
     """Return an int32 unchanged, and hide that it is, so that nothing made of it is kept.
 

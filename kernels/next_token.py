@@ -67,7 +67,7 @@ def candidate(
     for _ in range(tile_count(VOCAB, PROGRAMS, ROWS)):
         live = row < end
         next_tile = load_tile(codes, scales, row + ROWS, row + ROWS < end, COLS, KIND)
-        logit = multiply_tile(tile, inputs, ROWS, COLS, KIND) * factor
+        logit = multiply_tile(tile, inputs, ROWS, COLS, KIND, True) * factor
         tl.store(logits + row, logit, mask=live)
         logit = tl.where(live, logit, float("-inf"))
         rank = logit

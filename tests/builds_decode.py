@@ -36,6 +36,7 @@ def stage_builds(model: str, kind: str) -> list[Build]:
     matrix = {"codes": CODES[kind], "scales": SCALES[kind]}
     sizes = attention(model)
     merging = {k: sizes[k] for k in ("HEADS", "HEAD_DIM", "SPLITS", "BLOCK_KV")}
+    ahead = {"ahead": CODES[kind], "ahead_nbytes": "i32"}
     shared = {"KIND": kind, "ROWS": 4, "WAIT": "none"}
     quick = model == "125M" and kind == "bf16"
     vectors = dict.fromkeys(("x", "norm_weight", "residual", "out"), FLOATS)
@@ -58,9 +59,11 @@ def stage_builds(model: str, kind: str) -> list[Build]:
                 "addresses": "*i64:16",
                 "capacities": INTEGERS,
                 "slot": "i32",
+                **ahead,
             },
             {
                 **{k: sizes[k] for k in ("HEADS", "KV_HEADS", "HEAD_DIM")},
+                "AHEAD": False,
                 **shared,
                 "KV": "tl.float16",
                 "COLS": hidden,
@@ -88,13 +91,14 @@ def stage_builds(model: str, kind: str) -> list[Build]:
                 "attended": FLOATS,
                 "residual": FLOATS,
                 "out": FLOATS,
+                **ahead,
             },
-            {**merging, **shared, "HIDDEN": hidden, "PROGRAMS": hidden // 4},
+            {**merging, **shared, "AHEAD": False, "HIDDEN": hidden, "PROGRAMS": hidden // 4},
         ),
         build(
             "gate_up",
-            {**matrix, "x": FLOATS, "norm_weight": FLOATS, "eps": "fp32", "out": FLOATS},
-            {**shared, "INNER": inner, "COLS": hidden, "PROGRAMS": inner // 4},
+            {**matrix, "x": FLOATS, "norm_weight": FLOATS, "eps": "fp32", "out": FLOATS, **ahead},
+            {**shared, "AHEAD": False, "INNER": inner, "COLS": hidden, "PROGRAMS": inner // 4},
         ),
         build(
             "attention",

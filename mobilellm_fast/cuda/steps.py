@@ -73,6 +73,7 @@ class StagedSteps(Steps):
     def __init__(self, *args: Any, pdl: bool) -> None:
         super().__init__(*args)
         self._wait = "pdl" if pdl else "none"
+        self._ahead = pdl  # both take compute capability 9
         self._launch = {"num_warps": STAGE_WARPS} | ({"launch_pdl": True} if pdl else {})
         config, device = self.weights.config, self.weights.device
         hidden, inner = config.hidden_size, config.intermediate_size
@@ -137,7 +138,8 @@ class StagedSteps(Steps):
         weights, attention = self.weights, self.geometry.attention
         hidden, inner = weights.config.hidden_size, weights.config.intermediate_size
         eps = weights.config.rms_norm_eps
-        for slot, block in enumerate(weights.config.schedule):
+        schedule = weights.config.schedule
+        for slot, block in enumerate(schedule):
             qkv, output, gate_up, down = (
                 matrix[block]
                 for matrix in (weights.qkv, weights.output, weights.gate_up, weights.down)
@@ -156,6 +158,8 @@ class StagedSteps(Steps):
                 self.sin,
                 *cache_place,
                 self._qkv,
+                *_ahead(gate_up),
+                AHEAD=self._ahead,
                 KV=self.kv,
                 HEADS=attention["HEADS"],
                 KV_HEADS=attention["KV_HEADS"],
@@ -187,6 +191,8 @@ class StagedSteps(Steps):
                 self._attended,
                 self._x,
                 self._middle,
+                *_ahead(down),
+                AHEAD=self._ahead,
                 HIDDEN=hidden,
                 KIND=output.kind,
                 ROWS=STAGE_WARPS,
@@ -203,6 +209,8 @@ class StagedSteps(Steps):
                 ffn_norm,
                 eps,
                 self._inner,
+                *_ahead(weights.qkv[schedule[min(slot + 1, len(schedule) - 1)]]),
+                AHEAD=self._ahead,
                 INNER=inner,
                 COLS=hidden,
                 KIND=gate_up.kind,
@@ -401,6 +409,11 @@ class PersistentSteps(Steps):
 def default_warps(weights: CudaWeights) -> int:
     """Warps of a persistent program: one row each, of as many as a program has to do at once."""
     return 8
+
+
+def _ahead(matrix: Matrix) -> tuple[Tensor, int]:
+    """A matrix as kernels take what they request ahead of its use."""
+    return matrix.codes, matrix.codes.nbytes
 
 
 def _programs(rows: int) -> int:
