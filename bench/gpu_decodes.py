@@ -63,7 +63,12 @@ FIRST = [
         peers=("graphed",),
         pairs={"graphed": ("ours", "graphed"), "persistent": ("persistent", "pdl")},
     ),
-    Case("1B-128", {"ours": Model("1B")}, shares={"bandwidth-1B": "ours"}, count=32),
+    Case(
+        "1B-128",
+        {"ours": Model("1B"), "persistent": Model("1B", tier="persistent")},
+        shares={"bandwidth-1B": "ours"},
+        count=32,
+    ),
     Case(
         "1.5B-128",
         {kind: Model("1.5B", kind) for kind in ("bf16", "int8", "int4")},

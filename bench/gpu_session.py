@@ -205,7 +205,7 @@ class Session:
             return "auto"
         from mobilellm_fast.cuda.executor import best_tier
 
-        best = best_tier(self.device)
+        best = best_tier(self.device, shape(model.preset, self.dry))
         faults[best] = faults[best] or self._broken.get(model.job)
         usable = [tier for tier in TIERS[: TIERS.index(best) + 1] if not faults[tier]]
         if not usable:

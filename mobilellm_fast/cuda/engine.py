@@ -84,6 +84,11 @@ class CudaEngine(Engine):
         check_options(tier, kv_format)
         check_cuda(device)
         image = load_image(source, format, revision, float_format="bf16")
+        if image.format not in FORMATS:
+            raise MobileLLMError(
+                f"[load] format of {source} must be one of {', '.join(FORMATS[1:])} on cuda, "
+                f"got {image.format!r}"
+            )
         return cls(
             image.config,
             image.weights,

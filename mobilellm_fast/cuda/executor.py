@@ -17,6 +17,7 @@ from .cache import FORMATS, CudaCache
 from .weights import CudaWeights
 
 TIERS = ("graph", "pdl", "persistent")
+PERSISTENT_WIDTH = 1024  # measured: see docs/gpu.md
 PIECE = 2048  # tokens of a prompt at once: bounds the memory of activations
 
 
@@ -53,7 +54,7 @@ class CudaExecutor:
         self.kv_format = kv_format
         self.num_parameters = config.num_parameters
         self.weight_nbytes = weights.nbytes
-        self.tier = best_tier(weights.device) if tier == "auto" else tier
+        self.tier = best_tier(weights.device, config) if tier == "auto" else tier
         tables = cos_sin(config, np.arange(config.context_length))
         self._rotary = tuple(torch.from_numpy(table).to(weights.device) for table in tables)
         arguments = (weights, self._rotary, kv_format)
@@ -187,11 +188,18 @@ class CudaExecutor:
         return ids
 
 
-def best_tier(device: torch.device) -> str:
-    """Choose how to decode on a device: the persistent kernel where it can run."""
+def best_tier(device: torch.device, config: MobileLLMConfig) -> str:
+    """Choose how to decode: one kernel where waiting is what takes time, else many at once.
+
+    A wide model's weights take longer than its waits, and many small programs keep more of them on
+    their way than one per multiprocessor.
+    """
     if device.type != "cuda" or torch.version.hip:
         return "graph"
-    return "persistent" if torch.cuda.get_device_capability(device)[0] >= 8 else "graph"
+    generation, _ = torch.cuda.get_device_capability(device)
+    if config.hidden_size < PERSISTENT_WIDTH and generation >= 8:
+        return "persistent"
+    return "pdl" if generation >= 9 else "graph"
 
 
 def check_options(tier: str, kv_format: str | None) -> None:
