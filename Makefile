@@ -1,4 +1,4 @@
-.PHONY: help dev build test bench ci lint format wheel sanitize clean
+.PHONY: wheel-aarch64 wheel-aarch64-manylinux runner-aarch64 runner arm-test arm-model fuzz help dev build test bench ci lint format wheel sanitize clean
 PYTHON ?= python3
 SANITIZER ?= address
 SANITIZER_LIBRARY = $(subst address,asan,$(subst undefined,ubsan,$(subst thread,tsan,$(SANITIZER))))
@@ -7,7 +7,7 @@ BUILD = build/$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_t
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 help:            ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 26
 
 dev:             ## editable install with every development tool
 	$(PYTHON) -m pip install -c constraints.txt -e '.[dev]'
@@ -40,6 +40,33 @@ format:          ## apply the style
 
 wheel:           ## sdist and wheel in dist/
 	$(PYTHON) -m build
+
+runner:          ## mobilellm-run for this machine, in build/runner (C API: csrc/include/mobilellm.h)
+	cmake -S . -B build/runner -DMLF_PYTHON=OFF -DMLF_RUNNER=ON $(CMAKE_ARGS)
+	cmake --build build/runner --target mobilellm-run test_capi --parallel 2
+
+wheel-aarch64:   ## cross-built wheel for aarch64 Linux in dist/ (g++)
+	PYTHON=$(PYTHON) arm/run wheel
+
+wheel-aarch64-manylinux: ## the same for glibc 2.28 and newer (zig)
+	PYTHON=$(PYTHON) arm/run manylinux
+
+runner-aarch64:  ## static mobilellm-run for any aarch64 Linux or Android in dist/ (zig)
+	PYTHON=$(PYTHON) arm/run runner
+
+arm-test:        ## tests for aarch64 under emulation, at four levels
+	PYTHON=$(PYTHON) arm/run test
+
+arm-model:       ## modelled speed of ARM's inner loops, held to what is stored
+	$(PYTHON) bench/arm_model.py --check
+
+fuzz:            ## feed damaged images to the parser for FUZZ_SECONDS (60); needs clang-19
+	cmake -S . -B build/fuzz -DMLF_PYTHON=OFF -DMLF_FUZZ=ON -DMLF_ONLY_ISAS=scalar \
+	  -DCMAKE_CXX_COMPILER=clang++-19 -DMLF_SANITIZE=fuzzer-no-link,address,undefined
+	cmake --build build/fuzz --target fuzz_image --parallel 2
+	mkdir -p build/fuzz/corpus
+	build/fuzz/fuzz_image -max_total_time=$(or $(FUZZ_SECONDS),60) -rss_limit_mb=2048 -timeout=20 \
+	  build/fuzz/corpus tests/fuzz/corpus
 
 sanitize:        ## run TESTS on a build with SANITIZER=address, undefined or thread
 	$(MAKE) build SANITIZE=$(SANITIZER)

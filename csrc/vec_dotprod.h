@@ -91,13 +91,16 @@ MLF_INLINE void dot_group_int4(const uint8_t* const* lines, const int8_t* const*
     }
     for_constants<4>([&](auto lane) {
       constexpr int kLane = decltype(lane)::value;
-      MLF_UNROLL for (int t = first; t < first + W; ++t) MLF_EACH_Q {
-        const uint8x16_t both = vld1q_u8(lines[t] + 64 * kLane + 16 * i);
-        const int8x16_t low = vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15)));
-        const int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(both, 4));
-        MLF_UNROLL for (int r = 0; r < R; ++r) {
-          int32x4_t& sum = acc[r * T + t].rows[i];
-          sum = dot_lane<kLane>(dot_lane<kLane>(sum, low, a[r]), high, b[r]);
+      MLF_UNROLL for (int t = first; t < first + W; ++t) {
+        const DotWeights line = load_step_int8(lines[t] + 64 * kLane);
+        MLF_EACH_Q {
+          const uint8x16_t both = vreinterpretq_u8_s8(line.rows[i]);
+          const int8x16_t low = vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15)));
+          const int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(both, 4));
+          MLF_UNROLL for (int r = 0; r < R; ++r) {
+            int32x4_t& sum = acc[r * T + t].rows[i];
+            sum = dot_lane<kLane>(dot_lane<kLane>(sum, low, a[r]), high, b[r]);
+          }
         }
       }
     });

@@ -59,12 +59,13 @@ MLF_INLINE void panel_dot_group(const uint8_t* group, const int8_t* const* codes
       a[p][1] = vreinterpretq_s8_s64(vzip2q_s64(x, y));
     }
     MLF_UNROLL for (int eight = 0; eight < 2; ++eight) {
-      MLF_UNROLL for (int j = 0; j < 8; ++j) {
-        const int8x16_t w =
-            vreinterpretq_s8_u8(vld1q_u8(group + 256 * half + 128 * eight + 16 * j));
-        MLF_UNROLL for (int p = 0; p < M / 2; ++p) {
-          int32x4_t& sum = acc[2 * p + j / 4].rows[j % 4];
-          sum = dot_pairs(sum, a[p][eight], w);
+      MLF_UNROLL for (int j = 0; j < 8; j += 2) {
+        const uint8_t* at = group + 256 * half + 128 * eight + 16 * j;
+        const int8x16_t w[2] = {vreinterpretq_s8_u8(vld1q_u8(at)),
+                                vreinterpretq_s8_u8(vld1q_u8(at + 16))};  // one LDP
+        MLF_UNROLL for (int i = 0; i < 2; ++i) MLF_UNROLL for (int p = 0; p < M / 2; ++p) {
+          int32x4_t& sum = acc[2 * p + (j + i) / 4].rows[(j + i) % 4];
+          sum = dot_pairs(sum, a[p][eight], w[i]);
         }
       }
     }

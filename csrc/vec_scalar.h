@@ -140,11 +140,11 @@ inline VecF to_float(VecI v) {
   MLF_EACH_LANE r.lane[i] = static_cast<float>(v.lane[i]);
   return r;
 }
-// Nearest integer, ties to even; any integer for NaN.
+// Nearest integer, ties to even; any integer for NaN and for what does not fit.
 inline VecI round_to_int(VecF v) {
   VecI r;
   MLF_EACH_LANE r.lane[i] =
-      v.lane[i] == v.lane[i] ? static_cast<int32_t>(nearbyintf(v.lane[i])) : 0;
+      fabsf(v.lane[i]) < 0x1p31f ? static_cast<int32_t>(nearbyintf(v.lane[i])) : 0;
   return r;
 }
 inline VecI add(VecI a, VecI b) {
