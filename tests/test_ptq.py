@@ -317,6 +317,11 @@ def test_wrong_arguments_are_refused(options, message):
         quantize_(build(), **options)
     with pytest.raises(MobileLLMError, match="must have float weights, got int8"):
         quantize_(quantize_(build(), "int8"), "int4")
+    lm = build()
+    with torch.no_grad():
+        lm.model.layers[1].mlp.up_proj.weight[2, 3] = float("nan")
+    with pytest.raises(MobileLLMError, match="layers.1.mlp.up_proj.weight must be finite"):
+        quantize_(lm, "int4")
 
 
 def test_untying_the_head_keeps_the_function(tmp_path):

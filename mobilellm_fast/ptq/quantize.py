@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,10 +18,9 @@ from .smoothing import smooth_
 from .statistics import collect, input_of
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..model import MobileLLM
 
+EMBEDDING = "model.embed_tokens.weight"
 WINDOW = 512  # tokens of a calibration text that are run at once
 LEAST_TOKENS = 64
 
@@ -69,11 +69,15 @@ def quantize_(
                 f"[quantize_] lm must have float weights, got {weight.kind} in {name}; "
                 "dequantize_ it first"
             )
+        values = weight if not isinstance(weight, PackedWeight) else weight.dequantize()
+        if not np.isfinite(values).all():
+            raise MobileLLMError(f"[quantize_] {name} must be finite, got NaN or infinity")
+    ids = None if calibration is None else _calibration_ids(lm, calibration)
     inputs = None
-    if untie_head:
+    if untie_head:  # nothing is wrong with the arguments: from here on the model changes
         lm.untie()
-    if calibration is not None and format != "int8":
-        inputs = collect(lm.float(), _calibration_ids(lm, calibration))
+    if ids is not None and format != "int8":
+        inputs = collect(lm.float(), ids)
     if format == "w8a8" and inputs is not None:
         smooth_(lm, inputs)
     rounded: dict[str, PackedWeight | np.ndarray] = {}
@@ -83,7 +87,9 @@ def quantize_(
             rounded[name] = weight.numpy().copy()
             continue
         kind = quant.kind_of(format, name, "float32")
-        if kind == "int4_g32" and inputs is not None:
+        # an untied embedding is looked up: no column's error can be made up for by others
+        is_table = name == EMBEDDING and not lm.config.tie_word_embeddings
+        if kind == "int4_g32" and inputs is not None and not is_table:
             rounded[name] = pack(round_int4(weight, inputs[input_of(name)].moments, symmetric))
         else:
             rounded[name] = pack(weight.numpy(), kind)
