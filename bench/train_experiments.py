@@ -123,17 +123,17 @@ def report(out: Path) -> None:
         last.setdefault(result["variant"], {})[result["seed"]] = result["validations"][steps]
     parameters = {result["variant"]: result["parameters"] for result in results}
     base = last[next(iter(VARIANTS))]
-    print("| variant | weights | validation loss | lowest to highest seed | against the first |")
-    print("|---|---|---|---|---|")
+    print("| variant | weights | seeds | validation loss | lowest to highest | against the first |")
+    print("|---|---|---|---|---|---|")
     for name in VARIANTS:
         if name not in last:
             continue
         losses = last[name]
-        both = losses.keys() & base.keys()
-        differences = [losses[seed] - base[seed] for seed in both]
+        differences = [losses[seed] - base[seed] for seed in losses.keys() & base.keys()]
+        mean, low, high = (f(losses.values()) for f in (statistics.mean, min, max))
         print(
-            f"| {name} | {parameters[name]} | {statistics.mean(losses.values()):.3f} "
-            f"| {min(losses.values()):.3f} to {max(losses.values()):.3f} "
+            f"| {name} | {parameters[name]} | {len(losses)} "
+            f"| {mean:.3f} | {low:.3f} to {high:.3f} "
             f"| {min(differences):+.3f} to {max(differences):+.3f} |"
         )
 

@@ -60,44 +60,60 @@ def _cross_entropy(head: Callable[[Tensor], Tensor], hidden: Tensor, labels: Ten
 class LinearCrossEntropy(torch.autograd.Function):
     """The sum of `cross_entropy(hidden weight^T, labels)`, with its gradients computed on the way.
 
-    The gradient of a chunk's logits, `softmax - one_hot`, is known as soon as they are, so nothing
-    of them is kept or computed again: three products per chunk, like the plain form.
+    The gradient of a chunk's logits, `softmax - one_hot`, is known as soon as they are, so they are
+    neither kept nor computed again: three products per chunk, like the plain form. If one chunk is
+    all, that gradient is kept instead of those of both factors, of which the weight's is larger.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
-        wanted = ctx.needs_input_grad
+        wanted = ctx.needs_input_grad[:2]
+        ctx.dtype, ctx.one_chunk = weight.dtype, len(hidden) <= chunk
         sums = torch.promote_types(hidden.dtype, torch.float32)
+        weight = weight.to(hidden.dtype)
         total = hidden.new_zeros((), dtype=sums)
-        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=sums) if wanted[1] else None
+        grad_hidden = grad_weight = None
+        if not ctx.one_chunk:
+            grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+            grad_weight = torch.zeros_like(weight, dtype=sums) if wanted[1] else None
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             x, target = hidden[part], labels[part]
-            logprobs = (x @ weight.to(x.dtype).t()).to(sums).log_softmax(-1)  # (chunk, vocab)
+            logprobs = (x @ weight.t()).to(sums).log_softmax(-1)  # (chunk, vocab)
             total += F.nll_loss(logprobs, target, ignore_index=IGNORED, reduction="sum")
-            if not (wanted[0] or wanted[1]):
+            if not any(wanted):
                 continue
-            grad = logprobs.exp_()
-            counts = target != IGNORED
-            grad.scatter_add_(
-                1, target.clamp(min=0)[:, None], grad.new_full((len(target), 1), -1.0)
-            )
-            grad = (grad * counts[:, None]).to(x.dtype)
-            if wanted[0]:
-                grad_hidden[part] = grad @ weight.to(x.dtype)
-            if wanted[1]:
+            grad = _grad_of_logits(logprobs, target).to(x.dtype)
+            if ctx.one_chunk:
+                ctx.save_for_backward(grad, hidden, weight)
+            if grad_hidden is not None:
+                grad_hidden[part] = grad @ weight
+            if grad_weight is not None:
                 grad_weight += grad.t() @ x
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtype = weight.dtype
+        if not ctx.one_chunk:
+            ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight = ctx.saved_tensors
-        if hidden is not None:
-            hidden = hidden * grad.to(hidden.dtype)
-        if weight is not None:
-            weight = (weight * grad).to(ctx.dtype)
-        return hidden, weight, None, None
+        if ctx.one_chunk:
+            logits, hidden, weight = ctx.saved_tensors
+            scale = grad.to(hidden.dtype)
+            grad_hidden = (logits @ weight) * scale if ctx.needs_input_grad[0] else None
+            grad_weight = logits.t() @ (hidden * scale) if ctx.needs_input_grad[1] else None
+        else:
+            grad_hidden, grad_weight = ctx.saved_tensors
+            grad_hidden = None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype)
+            grad_weight = None if grad_weight is None else grad_weight * grad
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(ctx.dtype)
+        return grad_hidden, grad_weight, None, None
+
+
+def _grad_of_logits(logprobs: Tensor, target: Tensor) -> Tensor:
+    """`softmax - one_hot`, zero where the target does not count; overwrites its input."""
+    grad = logprobs.exp_()
+    ones = grad.new_full((len(target), 1), -1.0)
+    grad.scatter_add_(1, target.clamp(min=0)[:, None], ones)
+    return grad.mul_((target != IGNORED)[:, None])

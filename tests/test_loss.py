@@ -39,19 +39,21 @@ def test_equals_cross_entropy(chunk):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_gradcheck(chunk):
     hidden, weight, labels = example(seq=5)
     flat = hidden.detach().flatten(0, 1).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda h, w: LinearCrossEntropy.apply(h, w, labels.flatten(), 3), (flat, weight)
+        lambda h, w: LinearCrossEntropy.apply(h, w, labels.flatten(), chunk), (flat, weight)
     )
 
 
+@pytest.mark.parametrize("chunk", [5, 100])
 @pytest.mark.parametrize("wanted", ["hidden", "weight"])
-def test_only_wanted_gradients_are_computed(wanted):
+def test_only_wanted_gradients_are_computed(wanted, chunk):
     hidden, weight, labels = example()
     (hidden if wanted == "weight" else weight).requires_grad_(False)
-    next_token_loss(hidden, weight, labels).backward()
+    next_token_loss(hidden, weight, labels, chunk).backward()
     assert (hidden.grad is None) == (wanted == "weight")
     assert (weight.grad is None) == (wanted == "hidden")
 
@@ -113,13 +115,14 @@ def test_the_logits_never_exist_at_once(monkeypatch):
     assert chunked.elements <= 512 * 1000
 
 
-def test_three_products_and_no_more():
+@pytest.mark.parametrize("chunk", [5, 100])
+def test_three_products_and_no_more(chunk):
     """As plain autograd: logits, and the gradients of both factors."""
     hidden, weight, labels = example(torch.float32, n=32, vocab=64)
     counts = []
-    for function in (next_token_loss, plain):
+    for loss in (lambda *args: next_token_loss(*args, chunk), plain):
         with FlopCounterMode(display=False) as counter:
-            function(hidden, weight, labels).backward()
+            loss(hidden, weight, labels).backward()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
 
