@@ -8,7 +8,8 @@
 #   BUILD_SECONDS=120  TESTS_SECONDS=120  BENCH_SECONDS=240  SANITIZE_SECONDS=0  SWEEP_SECONDS=0
 # Without a build, the extension of the tree is used, which must be of the same Python.
 # SWEEPS="ops attention" says which tilings are timed, each with SWEEP_SECONDS.
-# TESTS_ARGS, BENCH_ARGS and SANITIZE_ARGS go to pytest: BENCH_ARGS="-k 'not peer' --ungated".
+# TESTS_ARGS, BENCH_ARGS and SANITIZE_ARGS go to pytest: BENCH_ARGS="-k 'not peer' --ungated". With a
+# -k, the compiled peers are prepared only if WARM=1 says so.
 # DRY=1 runs the benchmark on tiny models, to try this script out without a GPU.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -33,7 +34,7 @@ cp -r kernels "$site/mobilellm_fast/"
 
 # Inductor keeps what it compiled: the peers, which take a minute, are then ready sooner.
 warm=()
-if [ "${BENCH_SECONDS:-240}" != 0 ] && [[ ${BENCH_ARGS:-} != *-k* ]]; then
+if [ "${BENCH_SECONDS:-240}" != 0 ] && [[ ${BENCH_ARGS:-} != *-k* || -n ${WARM:-} ]]; then
   for peer in hf-compile gpt-fast torchao-int8; do
     "$python" bench/gpu_worker.py "$peer" 125M 128 ${DRY:+--dry} </dev/null >"$site/$peer.log" 2>&1 &
     warm+=($!)
