@@ -2,6 +2,7 @@
 set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR aarch64)
 set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
+set(CMAKE_MODULE_LINKER_FLAGS_INIT -s)  # zig compiles with debug information, four times the size
 
 macro(mlf_use_zig target)
   set(python $ENV{PYTHON})
