@@ -48,9 +48,9 @@ def facts(device: torch.device) -> dict:
 
 
 def _commit() -> str:
-    """Name the commit, from git or, in a tree without its history, from the environment."""
-    found = _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10")
-    return found or os.environ.get("MLF_COMMIT", "unknown")
+    """Name the commit: as the environment says for a copied tree, else from git."""
+    command = ("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10")
+    return os.environ.get("MLF_COMMIT") or _output(*command) or "unknown"
 
 
 def _output(*command: str) -> str:

@@ -362,9 +362,11 @@ def attend(
     has_new = (first <= position) & (position < first + length)
     dim = tl.arange(0, DIM)
     token = tl.arange(0, BLOCK_KV)
-    # two blocks on their way: a block is computed in a fraction of the memory's latency
+    # four blocks on their way: a block is computed in a fraction of the memory's latency
     k0, v0 = _load_tokens(keys, values, first + token, end, dim, HEAD_DIM)
     k1, v1 = _load_tokens(keys, values, first + BLOCK_KV + token, end, dim, HEAD_DIM)
+    k2, v2 = _load_tokens(keys, values, first + 2 * BLOCK_KV + token, end, dim, HEAD_DIM)
+    k3, v3 = _load_tokens(keys, values, first + 3 * BLOCK_KV + token, end, dim, HEAD_DIM)
 
     # the queries; then, in as many rows, the new key and the new value
     row = tl.arange(0, 2 * GROUP)
@@ -384,18 +386,18 @@ def attend(
     weight_sum = tl.zeros((GROUP, BLOCK_KV), tl.float32)
     out = tl.zeros((GROUP, BLOCK_KV, DIM), tl.float32)
     for start in range(first, end, BLOCK_KV):
-        k2, v2 = _load_tokens(keys, values, start + 2 * BLOCK_KV + token, end, dim, HEAD_DIM)
-        scores = tl.sum(queries[:, None, :] * k0.to(tl.float32)[None, :, :], 2)
+        k4, v4 = _load_tokens(keys, values, start + 4 * BLOCK_KV + token, end, dim, HEAD_DIM)
+        scores = tl.sum(queries[:, None, :] * k0.to(tl.float32), 2)
         scores = tl.where((start + token < end)[None, :], scores, float("-inf"))
         new_largest = tl.maximum(largest, scores)
         base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
         shrink = tl.exp2(largest - base)
         weights = tl.exp2(scores - base)
         weight_sum = weight_sum * shrink + weights
-        out = out * shrink[:, :, None] + weights[:, :, None] * v0.to(tl.float32)[None, :, :]
+        out = out * shrink[:, :, None] + weights[:, :, None] * v0.to(tl.float32)
         largest = new_largest
-        k0, k1 = k1, k2
-        v0, v1 = v1, v2
+        k0, k1, k2, k3 = k1, k2, k3, k4
+        v0, v1, v2, v3 = v1, v2, v3, v4
 
     score = tl.where(has_new, tl.sum(queries * key[None, :], 1), float("-inf"))  # (GROUP,)
     top = tl.maximum(tl.max(largest, 1), score)
@@ -417,9 +419,12 @@ def attend(
 
 @triton.jit
 def _load_tokens(keys, values, token, end, dim, HEAD_DIM: tl.constexpr):
-    """Request the keys and values of the tokens before `end`: (tokens, DIM) each."""
-    offset = token.to(tl.int64)[:, None] * HEAD_DIM + dim[None, :]
-    mask = (token < end)[:, None] & (dim < HEAD_DIM)[None, :]
+    """Request the keys and values of the tokens before `end`: (1, tokens, DIM) each.
+
+    Three axes from the start: so everything in the loop has the layout of these loads.
+    """
+    offset = token.to(tl.int64)[None, :, None] * HEAD_DIM + dim[None, None, :]
+    mask = (token < end)[None, :, None] & (dim < HEAD_DIM)[None, None, :]
     return tl.load(keys + offset, mask=mask, other=0), tl.load(values + offset, mask=mask, other=0)
 
 
