@@ -28,6 +28,7 @@ from .. import quant
 from ..config import MobileLLMConfig
 from ..errors import MobileLLMError
 from ..quant import GROUP, PackedWeight
+from ..row_major import to_row_major
 
 FLOAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -238,10 +239,5 @@ def _row_major(weight: PackedWeight) -> tuple[Tensor, Tensor | None]:
         return torch.from_numpy(weight.data), None
     if weight.kind == "bf16":
         return torch.from_numpy(weight.data).view(torch.bfloat16), None
-    grid = quant.unpack(weight)
-    if weight.kind != "int4_g32":
-        return torch.from_numpy(grid.codes), torch.from_numpy(grid.scales)
-    codes = np.pad(grid.codes, ((0, 0), (0, -weight.cols % GROUP)))
-    halves = codes.reshape(weight.rows, -1, 2, GROUP // 2)
-    codes = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(weight.rows, -1)
-    return torch.from_numpy(codes), torch.from_numpy(np.stack([grid.scales, grid.mins], -1))
+    codes, scales = to_row_major(quant.unpack(weight))
+    return torch.from_numpy(codes), torch.from_numpy(scales)
