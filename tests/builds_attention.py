@@ -55,6 +55,13 @@ ARGUMENTS = {
 }
 
 
+def _needs(stages):
+    """What must appear; with one tile in flight it is not copied, but loaded."""
+    if stages > 1:
+        return TENSOR_CORES
+    return {arch: (needs[0], "LDG.E.128", needs[2]) for arch, needs in TENSOR_CORES.items()}
+
+
 def _attention(
     kernel, dtype="bf16", head_dim=64, group=3, descriptors=False, backend="cuda", **options
 ):
@@ -77,7 +84,7 @@ def _attention(
         types,
         constants,
         warps=warps,
-        needs={} if dtype == "fp32" or descriptors else TENSOR_CORES,
+        needs={} if dtype == "fp32" or descriptors else _needs(tile.stages),
         arches=options.pop("arches", ("gfx942",) if backend == "hip" else ("sm_80", "sm_90")),
         **options,
     )
