@@ -6,8 +6,8 @@ weights travel to its registers, and those after them, by `prefetch`, to the L2 
 meet at one barrier per token, which makes the new keys and values safe to read.
 
 A vector is overwritten only when everyone has read it: the stage that writes it again waits for
-others that read it before. `tests/test_persistent_schedule.py` proves so for any speed of any
-program. The grid must be on the GPU all at once, hence the cooperative launch.
+others that read it before. `tests/test_persistent_schedule.py` simulates it with programs of any
+speed. The grid must be on the GPU all at once, hence the cooperative launch.
 """
 
 import triton

@@ -98,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
             "--format", default="auto", help="auto, fp32, bf16, int8, w8a8, int4 or int4_all"
         )
         model.add_argument(
-            "--kv-format", metavar="FORMAT", help="of the KV cache: fp16, fp32 or int8"
+            "--kv-format",
+            metavar="FORMAT",
+            help="of the KV cache: fp16, fp32, int8 (CPU) or bf16 (GPU)",
         )
         model.add_argument("--threads", type=int, metavar="N", help="default: chosen for you")
         model.add_argument(

@@ -53,7 +53,12 @@ class Context:
 
         For engines that choose by themselves: see `CudaExecutor.decode`.
         """
-        tokens, logprobs = self._engine.decode(self.cache, token_id, count, temperature, seed)
+        before = self.cache.length
+        try:
+            tokens, logprobs = self._engine.decode(self.cache, token_id, count, temperature, seed)
+        except BaseException:  # whatever it has read is not known
+            self.cache.truncate(before)
+            raise
         self.token_ids += [token_id, *tokens[:-1]]
         return list(zip(tokens, logprobs, strict=True))
 

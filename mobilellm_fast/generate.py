@@ -172,6 +172,8 @@ class Stream(Iterator[Token]):
             taken = 0
             try:
                 for token_id, token_logprob in chosen:
+                    if context.reader is not self:
+                        raise MobileLLMError("[generate] the session has begun another answer")
                     taken += 1
                     self._decode_tokens += 1
                     yield token_id, token_logprob
@@ -209,7 +211,8 @@ def generate(engine, prompt: Prompt | Sequence[Prompt], **options: Any) -> Gener
         **options: see `Options` and `Sampling`; prompt i of a list draws with `seed + i`.
 
     Returns:
-        The answer, or a list of them: the same that prompts one by one get.
+        The answer, or a list of them: the same that prompts one by one get (on a GPU but for
+        rounding, and for draws, which come from the device for one prompt).
 
     Raises:
         MobileLLMError: as `stream`; names the prompt of a list.

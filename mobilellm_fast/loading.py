@@ -27,7 +27,8 @@ def load(
     Args:
         source: a Hugging Face directory, a hub id, a .gguf or .mlf file, "tiny" for the small model
             in this package, or None for SmolLM2-135M-Instruct (98 MB, fetched once).
-        device: `"cpu"`, `"cuda"` or `"cuda:N"`; `"auto"` takes a GPU if there is one.
+        device: `"cpu"`, `"cuda"` or `"cuda:N"`; `"auto"` takes a GPU if there is one, unless
+            something is asked for that only the CPU has.
         format: `"fp32"`, `"bf16"`, `"int8"`, `"w8a8"` (CPU only), `"int4"`, `"int4_all"`, or
             `"auto"`: the file's own grid if it is a quantized GGUF, else `"int8"` on a CPU and
             `"bf16"` on a GPU.
@@ -50,7 +51,8 @@ def load(
             f"[load] device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}"
         )
     if device == "auto":
-        device = "cuda" if threads is None and format != "w8a8" and _has_gpu() else "cpu"
+        for_cpu = threads is not None or format == "w8a8" or kv_format == "int8"
+        device = "cuda" if not for_cpu and _has_gpu() else "cpu"
     if device != "cpu":
         from .cuda.engine import CudaEngine
         from .model import MobileLLM
@@ -70,9 +72,11 @@ def load(
 
 
 def _has_gpu() -> bool:
-    """Tell whether torch and Triton can use a GPU."""
+    """Tell whether torch and Triton can use a GPU, of compute capability 8 or later."""
     import importlib.util
 
     import torch
 
-    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return False
+    return bool(torch.version.hip) or torch.cuda.get_device_capability()[0] >= 8

@@ -57,6 +57,7 @@ class MobileLLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, **options)
         self._engine: Engine | None = None
+        self._shared = False  # whether the engine, on a GPU, reads these very parameters
         self._engine_options: dict[str, Any] = {}
         self._engine_state: Any = None
         if not self.model.norm.weight.is_meta:  # there is nothing to draw, and torch takes a second
@@ -180,6 +181,7 @@ class MobileLLM(nn.Module):
 
             model = cls(engine.config, device="meta")
             modules.install(model, executor.weights)
+            model._shared = True
             options |= {"tier": executor.tier}
         model._engine_options = options
         model._engine, model._engine_state = engine, model._parameters_state()
@@ -199,18 +201,19 @@ class MobileLLM(nn.Module):
     def engine(self) -> Engine:
         """The engine that generates, on this model's weights; a new one after they changed."""
         state = self._parameters_state()
-        if self._engine is None or (state != self._engine_state and not self._shares_engine()):
-            self._engine = self._new_engine()
-        self._engine_state = state
+        if self._engine is None or state != self._engine_state:
+            if self._engine is not None and self._shares_engine(state):
+                # on a GPU it reads these parameters, and has a copy for what else wants to know
+                names = expected_shapes(self.config)
+                self._engine.weights = dict(self._engine.weights) | packed.floats(self, names)
+            else:
+                self._engine, self._shared = self._new_engine(), False
+            self._engine_state = state
         return self._engine
 
-    def _shares_engine(self) -> bool:
-        """Tell whether the engine reads the very parameters of this model, whatever they are."""
-        if not self._engine.on_gpu:
-            return False  # it may have prepared something from their values
-        from .cuda import modules
-
-        return modules.owns(self._engine.executor.weights, list(self.parameters()))
+    def _shares_engine(self, state: list[tuple[int, int]]) -> bool:
+        """Tell whether the engine reads the very parameters of this model, where they were."""
+        return self._shared and [p for p, _ in state] == [p for p, _ in self._engine_state]
 
     def _new_engine(self) -> Engine:
         weights = self.weights()
@@ -219,13 +222,21 @@ class MobileLLM(nn.Module):
         device = self.model.norm.weight.device
         if device.type == "cpu":
             from .engine import Engine
+            from .executor import KV_FORMATS
 
             options.pop("tier", None)
+            if options.get("kv_format") not in KV_FORMATS:
+                options.pop("kv_format", None)
             return Engine(self.config, weights, **options)
+        from .cuda.cache import FORMATS
         from .cuda.engine import CudaEngine
+        from .cuda.executor import check_cuda
 
+        check_cuda(str(device))
         for name in ("threads", "isa"):
             options.pop(name, None)
+        if options.get("kv_format") not in FORMATS:
+            options.pop("kv_format", None)
         return CudaEngine(self.config, weights, device=str(device), **options)
 
     @property

@@ -102,6 +102,12 @@ def install(
             setattr(model.get_submodule(parent), child, new)
 
 
+def floats(model: nn.Module, names: Iterable[str]) -> Weights:
+    """Return those of a model's weights that are parameters, see `collect`."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return collect(model, [name for name in names if name in parameters])
+
+
 def collect(model: nn.Module, names: Iterable[str]) -> Weights:
     """Return a model's weights as `install` takes them, sharing the memory of matrices.
 

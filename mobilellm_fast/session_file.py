@@ -71,7 +71,9 @@ def identity(engine, cache) -> dict[str, Any]:
         _C.checksum(weight if isinstance(weight, np.ndarray) else weight.data)
         for weight in engine.weights.values()
     ]
-    return {
+    # pages of a GPU's cache have as many bytes as a CPU's, in another order
+    layout = {"page_layout": cache.layout} if hasattr(cache, "layout") else {}
+    return layout | {
         **json.loads(json.dumps(engine.config.to_hf())),
         "format": engine.format,
         "kv_format": cache.format,

@@ -14,7 +14,7 @@ from interpreted import DEVICE, HAS_GPU
 from mobilellm_fast import quant
 from mobilellm_fast.config import MobileLLMConfig
 from mobilellm_fast.engine import Engine
-from mobilellm_fast.errors import MobileLLMError
+from mobilellm_fast.errors import CheckpointError, MobileLLMError
 from mobilellm_fast.executor import Executor
 from mobilellm_fast.model import MobileLLM
 
@@ -274,3 +274,91 @@ def test_quantized_models_on_the_device():
     assert_close(logits, engine.forward([1], cache)[0], 400 if not HAS_GPU else 8 * 2**16)
     with pytest.raises(MobileLLMError, match="quantized for a GPU"):
         model.weights()
+
+
+def test_sessions_stay_on_their_kind_of_device(tmp_path):
+    """Pages of a GPU have as many bytes as a CPU's, in another order."""
+    config = dataclasses.replace(TINY, num_hidden_layers=1, vocab_size=40, eos_token_id=None)
+    weights = packed(config, "fp32")
+    engine = CudaEngine(config, weights, "fp32", device=DEVICE)
+    on_cpu = Engine(config, weights, "fp32", threads=1)
+    path = tmp_path / "a.session"
+    session = engine.session()
+    answer = session.generate([3, 1], max_new_tokens=3)
+    session.save(path)
+    again = engine.restore_session(path)
+    want = session.generate([3, 1, *answer.token_ids], max_new_tokens=2)
+    assert again.generate([3, 1, *answer.token_ids], max_new_tokens=2).token_ids == want.token_ids
+    with pytest.raises(CheckpointError, match="page_layout"):
+        on_cpu.restore_session(path)
+    other = on_cpu.session()
+    other.generate([3, 1], max_new_tokens=3)
+    other.save(path)
+    with pytest.raises(CheckpointError, match="page_layout"):
+        engine.restore_session(path)
+
+
+def test_what_the_context_cannot_hold_is_refused():
+    config = dataclasses.replace(TINY, num_hidden_layers=1)
+    ours, _ = executors(config, "graph")
+    cache = ours.new_cache()
+    for call in (
+        lambda: cache.reserve(257),
+        lambda: ours.decode_batch([cache], [1], 257),
+        lambda: ours.decode(cache, 1, 257),
+    ):
+        with pytest.raises(MobileLLMError, match="context holds 256 tokens, got 257"):
+            call()
+    assert cache.length == 0
+
+
+def test_answers_end_on_the_device_as_on_the_host():
+    """At a token that ends texts, at the end of the context, and in the middle of a run."""
+    config = dataclasses.replace(
+        TINY, num_hidden_layers=1, vocab_size=40, max_position_embeddings=12
+    )
+    weights = packed(config, "fp32")
+    ends = Engine(config, weights, "fp32", threads=1).generate([3, 1], max_new_tokens=6).token_ids
+    for eos in (None, ends[4]):
+        each = dataclasses.replace(config, eos_token_id=eos)
+        engine = CudaEngine(each, weights, "fp32", device=DEVICE)
+        want = Engine(each, weights, "fp32", threads=1).generate([3, 1], max_new_tokens=50)
+        got = engine.generate([3, 1], max_new_tokens=50)
+        assert got.token_ids == want.token_ids
+        assert got.finish_reason == want.finish_reason
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_half_precision_caches_and_weights(tier):
+    """Keys and values in float16 and bfloat16, bfloat16 weights: errors of their own units."""
+    config = dataclasses.replace(TINY, num_hidden_layers=1, vocab_size=40)
+    exact, oracle = executors(config, tier)
+    for kv_format, unit in (("fp16", 2.0**-11), ("bf16", 2.0**-8)):
+        halved = CudaExecutor(config, exact.weights, tier, kv_format, **OPTIONS.get(tier, {}))
+        cache, expected = halved.new_cache(), oracle.new_cache()
+        for token in (3, 1):
+            got, want = halved.forward([token], cache), oracle.forward([token], expected)
+        assert_close(got, want, 4 * unit / U)
+    weights = {
+        name: quant.pack(weight.data, "bf16") if isinstance(weight, quant.PackedWeight) else weight
+        for name, weight in packed(config, "fp32").items()
+    }
+    rounded = CudaExecutor(
+        config,
+        CudaWeights.from_packed(config, weights, DEVICE),
+        tier,
+        "fp32",
+        **OPTIONS.get(tier, {}),
+    )
+    want = Executor(config, weights, "bf16", threads=1)
+    assert_close(rounded.forward([3], rounded.new_cache()), want.forward([3], want.new_cache()))
+
+
+@pytest.mark.skipif(HAS_GPU, reason="counts epochs of a grid of one")
+def test_epochs_begin_again_before_they_run_out():
+    config = dataclasses.replace(TINY, num_hidden_layers=1, vocab_size=23)
+    ours, _ = executors(config, "persistent")
+    want = ours.decode(ours.new_cache(), 4, 1)
+    ours._steps._epoch = (1 << 31) - 3
+    assert ours.decode(ours.new_cache(), 4, 1) == want
+    assert ours._steps._epoch == 7

@@ -48,7 +48,7 @@ class Grid:
         return min(self.epochs[name]) == epoch
 
 
-def program(grid, me, splits=1):
+def program(grid, me):
     """The life of one program; yields what it waits for, a condition."""
 
     def receive(name, epoch):
@@ -61,7 +61,7 @@ def program(grid, me, splits=1):
             yield receive("x", epoch)
             grid.publish("qkv", me, epoch + 1)
             grid.stored.setdefault((layer, step), []).append(step)
-            if me < KV_HEADS * splits:
+            if me < KV_HEADS:
                 yield receive("qkv", epoch + 1)
                 for earlier in range(step):  # what other programs stored, a barrier ago
                     written = grid.stored[layer, earlier]

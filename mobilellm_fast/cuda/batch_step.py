@@ -17,10 +17,18 @@ from .weights import CudaWeights
 
 
 class BatchStep:
-    """Reads one token of each of `size` sequences; fixed buffers, for one call at a time."""
+    """Reads one token of each of up to `size` sequences; fixed buffers, for one call at a time.
+
+    Rows without a sequence read a token of `spare`, an empty cache.
+    """
 
     def __init__(
-        self, weights: CudaWeights, rotary: tuple[Tensor, Tensor], kv: Any, size: int
+        self,
+        weights: CudaWeights,
+        rotary: tuple[Tensor, Tensor],
+        kv: Any,
+        size: int,
+        spare: CudaCache,
     ) -> None:
         device, config = weights.device, weights.config
         self._weights = weights
@@ -33,32 +41,36 @@ class BatchStep:
         self._partial = torch.zeros(size, self._geometry.partial_size, device=device)
         queries = config.num_attention_heads * config.head_dim
         self._attended = torch.zeros(size, queries, device=device)
+        spare.reserve(1)
+        self._spare = spare
         self._logits: Tensor | None = None
         self._graph: Any = None
 
     def run(self, token_ids: Sequence[int], caches: Sequence[CudaCache]) -> Tensor:
-        """Append a token to each cache; return float32 (size, vocab_size), valid until the next."""
+        """Append a token to each cache; return float32 (caches, vocab_size), for now."""
         for cache in caches:
             cache.reserve(cache.length + 1)
-        fields = ([c.length for c in caches], [c.capacity for c in caches])
-        self._positions.copy_(torch.tensor(fields[0], dtype=torch.int32))
-        self._capacities.copy_(torch.tensor(fields[1], dtype=torch.int32))
-        self._addresses.copy_(torch.tensor([cache.address for cache in caches]))
-        self._ids.copy_(torch.tensor(token_ids))
+        missing = len(self._ids) - len(caches)
+        rows = [*caches, *[self._spare] * missing]
+        self._positions.copy_(torch.tensor([c.length for c in rows], dtype=torch.int32))
+        self._capacities.copy_(torch.tensor([c.capacity for c in rows], dtype=torch.int32))
+        self._addresses.copy_(torch.tensor([cache.address for cache in rows]))
+        self._ids.copy_(torch.tensor([*token_ids, *[0] * missing]))
         if self._weights.device.type != "cuda":
             self._logits = self._compute()
         elif self._graph is None:
             self._logits = self._compute()  # compiles: a recording must not
             torch.cuda.synchronize(self._weights.device)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 self._logits = self._compute()
-            self._graph.replay()
+            self._graph = graph  # only now: a recording may fail
+            graph.replay()
         else:
             self._graph.replay()
         for cache in caches:
             cache.length += 1
-        return self._logits
+        return self._logits[: len(caches)]
 
     def _compute(self) -> Tensor:
         return logits(self._weights, hidden_states(self._weights, self._ids, self._attention))

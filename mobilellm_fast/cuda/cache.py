@@ -20,6 +20,8 @@ class CudaCache:
     `address` and `capacity`, so a recorded graph serves every cache.
     """
 
+    layout = "rows"  # of pages, see `session_file.identity`
+
     def __init__(self, config: MobileLLMConfig, format: str, device: torch.device) -> None:
         self.format = format
         self.length = 0
@@ -56,6 +58,8 @@ class CudaCache:
         if tokens <= self.capacity:
             return
         limit = -(-self._config.context_length // PAGE) * PAGE
+        if tokens > limit:
+            raise MobileLLMError(f"[forward] the context holds {limit} tokens, got {tokens}")
         capacity = min(max(2 * self.capacity, -(-tokens // PAGE) * PAGE, 2 * PAGE), limit)
         grown = self._data.new_empty((*self._shape, capacity, self._config.head_dim))
         grown[:, :, :, : self.length] = self._data[:, :, :, : self.length]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,18 +20,32 @@ from .cache import FORMATS, CudaCache
 from .weights import CudaWeights
 
 TIERS = ("graph", "pdl", "persistent")
-PERSISTENT_WIDTH = 1024  # measured: see docs/gpu.md
+# At 1280 launches that overlap were faster, at 576 neither (docs/gpu.md); between is not measured.
+PERSISTENT_WIDTH = 1024
 PIECE = 2048  # tokens of a prompt at once: bounds the memory of activations
+
+
+def _one_at_a_time(method: Callable) -> Callable:
+    """Let one thread at a time use the buffers, with the weights' GPU as the current one."""
+
+    @functools.wraps(method)
+    def guarded(self: CudaExecutor, *args: Any, **options: Any) -> Any:
+        with self._lock, self._device(), torch.inference_mode():
+            return method(self, *args, **options)
+
+    return guarded
 
 
 class CudaExecutor:
     """Runs a model's weights on a GPU, with the interface of `Executor`.
 
+    Bits depend on whether a token is read in a prompt, a batch or alone: matrix products of
+    many tokens round their inputs to bfloat16, steps of one do not.
+
     Args:
         config: the architecture.
         weights: on the device.
-        tier: how single tokens are decoded, see `steps`; "auto" takes the fastest that the device
-            has.
+        tier: how single tokens are decoded, see `steps`; "auto" takes what `best_tier` says.
         kv_format: "fp16", "bf16" or "fp32"; None takes fp32 for fp32 weights, else fp16.
         options: of the tier, for measurements, see `PersistentSteps`.
 
@@ -49,12 +66,15 @@ class CudaExecutor:
         if kv_format is None:
             kv_format = "fp32" if weights.qkv.kind == "fp32" else "fp16"
         check_options(tier, kv_format)
+        check_sizes(config, weights)
+        self._lock = threading.RLock()
         self.config = config
         self.weights = weights
         self.kv_format = kv_format
         self.num_parameters = config.num_parameters
         self.weight_nbytes = weights.nbytes
         self.tier = best_tier(weights.device, config) if tier == "auto" else tier
+        check_tier(self.tier, weights.device)
         tables = cos_sin(config, np.arange(config.context_length))
         self._rotary = tuple(torch.from_numpy(table).to(weights.device) for table in tables)
         arguments = (weights, self._rotary, kv_format)
@@ -75,7 +95,7 @@ class CudaExecutor:
         """Return an empty KV cache, see `Executor.new_cache`."""
         return CudaCache(self.config, self.kv_format, self.weights.device)
 
-    @torch.inference_mode()
+    @_one_at_a_time
     def forward(
         self, token_ids: Sequence[int], cache: CudaCache, all_logits: bool = False
     ) -> np.ndarray:
@@ -83,10 +103,10 @@ class CudaExecutor:
         ids = self._checked(token_ids, cache)
         if len(ids) == 1:
             self._steps.run(cache, int(ids[0]), 1, 0.0, 0)
-            return self._steps.logits.cpu().numpy()[None]
+            return self._steps.logits.cpu().numpy()[None].copy()
         return self._read(ids, cache, all_logits).cpu().numpy()
 
-    @torch.inference_mode()
+    @_one_at_a_time
     def forward_batch(
         self,
         sequences: Sequence[Sequence[int]],
@@ -104,11 +124,11 @@ class CudaExecutor:
         checked = [self._checked(s, c) for s, c in zip(sequences, caches, strict=True)]
         if len(checked) > 1 and all(len(ids) == 1 for ids in checked):
             token_ids = [int(ids[0]) for ids in checked]
-            return self._batch_step(len(caches)).run(token_ids, caches).cpu().numpy()
+            return self._batch_step(len(caches)).run(token_ids, caches).cpu().numpy().copy()
         rows = [self.forward(ids, c, all_logits) for ids, c in zip(checked, caches, strict=True)]
         return np.concatenate(rows)
 
-    @torch.inference_mode()
+    @_one_at_a_time
     def decode(
         self,
         cache: CudaCache,
@@ -136,6 +156,8 @@ class CudaExecutor:
         self._checked([token_id] * count, cache)
         tokens: list[int] = []
         logprobs: list[float] = []
+        if temperature > 0:  # beyond these, logits over it are no numbers, or all alike
+            temperature = min(max(temperature, 1e-30), 1e30)
         while len(tokens) < count:
             part = min(count - len(tokens), self.max_steps)
             chosen, probable = self._steps.run(cache, token_id, part, temperature, seed)
@@ -146,11 +168,13 @@ class CudaExecutor:
             raise MobileLLMError("[generate] the model's logits must be finite, got nan or inf")
         return tokens, logprobs
 
-    @torch.inference_mode()
+    @_one_at_a_time
     def decode_batch(
         self, caches: Sequence[CudaCache], token_ids: Sequence[int], count: int
     ) -> np.ndarray:
         """Take the likeliest token of each sequence, `count` times: int64 (sequences, count)."""
+        for cache, token_id in zip(caches, token_ids, strict=True):
+            self._checked([token_id] * count, cache)
         chosen = []
         step = self._batch_step(len(caches))
         for _ in range(count):
@@ -160,10 +184,18 @@ class CudaExecutor:
 
     def _batch_step(self, size: int) -> Any:
         from .batch_step import BatchStep
+        from .geometry import power_of_two
 
+        size = power_of_two(size)  # few sizes: each is recorded as a graph
         if size not in self._batches:
-            self._batches[size] = BatchStep(self.weights, self._rotary, self._steps.kv, size)
+            self._batches[size] = BatchStep(
+                self.weights, self._rotary, self._steps.kv, size, self.new_cache()
+            )
         return self._batches[size]
+
+    def _device(self) -> AbstractContextManager:
+        device = self.weights.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     def _read(self, ids: np.ndarray, cache: CudaCache, all_logits: bool) -> torch.Tensor:
         from .layers import hidden_states, logits, prompt_attention
@@ -197,9 +229,34 @@ def best_tier(device: torch.device, config: MobileLLMConfig) -> str:
     if device.type != "cuda" or torch.version.hip:
         return "graph"
     generation, _ = torch.cuda.get_device_capability(device)
-    if config.hidden_size < PERSISTENT_WIDTH and generation >= 8:
+    narrow = config.hidden_size < PERSISTENT_WIDTH
+    # its vectors are kept in 65536 words
+    fits = config.intermediate_size < 1 << 14 and config.num_attention_heads <= 64
+    if narrow and fits and config.head_dim <= 128 and generation >= 8:
         return "persistent"
     return "pdl" if generation >= 9 else "graph"
+
+
+def check_tier(tier: str, device: torch.device) -> None:
+    """Refuse a tier that a GPU has no instructions for."""
+    if device.type != "cuda" or tier == "graph":
+        return
+    needs = {"pdl": 9, "persistent": 8}[tier]
+    found = "HIP" if torch.version.hip else torch.cuda.get_device_capability(device)
+    if torch.version.hip or found[0] < needs:
+        raise MobileLLMError(
+            f"[load] tier {tier!r} needs an NVIDIA GPU of compute capability {needs}, got {found}"
+        )
+
+
+def check_sizes(config: MobileLLMConfig, weights: CudaWeights) -> None:
+    """Refuse matrices whose elements 32 bits cannot count, as the kernels do within a block."""
+    for matrix in (weights.embedding, weights.head, weights.gate_up, weights.down):
+        count = matrix.rows * matrix.codes.shape[-1]
+        if count >= 1 << 31:
+            raise MobileLLMError(
+                f"[load] a matrix on cuda must have fewer than 2^31 elements, got {count}"
+            )
 
 
 def check_options(tier: str, kv_format: str | None) -> None:

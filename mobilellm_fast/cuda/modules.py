@@ -79,14 +79,3 @@ def _set(parent: nn.Module, path: str, matrix: Matrix) -> None:
     quantized = CudaEmbedding(matrix) if isinstance(layer, nn.Embedding) else CudaLinear(matrix)
     outer, _, name = path.rpartition(".")
     setattr(parent.get_submodule(outer), name, quantized)
-
-
-def owns(weights: CudaWeights, parameters: list[Tensor]) -> bool:
-    """Tell whether parameters are still parts of the engine's memory, whatever their values."""
-    tensors = (
-        *(m.codes for m in (weights.qkv, weights.output, weights.gate_up, weights.down)),
-        *(weights.embedding.codes, weights.head.codes),
-        *(weights.attention_norms, weights.ffn_norms, weights.final_norm),
-    )
-    ranges = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors]
-    return all(any(a <= p.data_ptr() < b for a, b in ranges) for p in parameters)

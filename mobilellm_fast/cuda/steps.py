@@ -27,6 +27,7 @@ from .weights import CudaWeights, Matrix
 MAX_STEPS = 64  # tokens of one call
 STAGE_WARPS = 4  # rows of a program of the tiers with one kernel per stage
 ATTENTION_WARPS = 8
+PERSISTENT_WARPS = 8  # more would have too few registers each
 CANDIDATE_FIELDS = 5
 
 
@@ -54,7 +55,8 @@ class Steps:
             logprobs: float32 (count,). `self.logits` are those of the last step.
         """
         cache.reserve(cache.length + count)
-        self._run(cache, token_id, count, temperature, seed)
+        # above 32 bits, so that Triton takes every seed for the same type
+        self._run(cache, token_id, count, temperature, seed + (1 << 32))
         cache.length += count
         return self.tokens[:count].cpu(), self.logprobs[:count].cpu()
 
@@ -321,7 +323,7 @@ class PersistentSteps(Steps):
         if ahead is None:
             ahead = on_gpu and torch.cuda.get_device_capability(device)[0] >= 9
         self.programs = programs
-        self.warps = warps or default_warps(self.weights)
+        self.warps = warps or PERSISTENT_WARPS
         self.ahead = ahead
         self._wait = "grid" if on_gpu else "alone"
         self._prefetch_limit = prefetch_limit
@@ -352,6 +354,11 @@ class PersistentSteps(Steps):
         weights = self.weights
         self._state.copy_(torch.tensor([token_id, cache.length, cache.capacity]))
         self._counter.zero_()
+        used = count * (5 * len(self.schedule) + 1)
+        if self._epoch + used >= 1 << 31:  # words of long ago must not be taken for new ones
+            self._vectors.zero_()
+            self._epoch = 1
+        first_epoch, self._epoch = self._epoch, self._epoch + used
         matrices = [
             getattr(weights, name)
             for name in ("qkv", "output", "gate_up", "down", "embedding", "head")
@@ -366,7 +373,7 @@ class PersistentSteps(Steps):
             self.tokens,
             self.logprobs,
             self._counter,
-            self._epoch,
+            first_epoch,
             self._vectors,
             self._candidates,
             self.logits,
@@ -384,8 +391,6 @@ class PersistentSteps(Steps):
             **self.constants(),
             **self._launch,
         )
-        used = count * (5 * len(self.schedule) + 1)
-        self._epoch = (self._epoch + used) % (1 << 31)
 
     def constants(self) -> dict[str, Any]:
         """Return the compile-time arguments of the kernel."""
@@ -406,14 +411,10 @@ class PersistentSteps(Steps):
         }
 
 
-def default_warps(weights: CudaWeights) -> int:
-    """Warps of a persistent program: one row each, of as many as a program has to do at once."""
-    return 8
-
-
 def _ahead(matrix: Matrix) -> tuple[Tensor, int]:
-    """A matrix as kernels take what they request ahead of its use."""
-    return matrix.codes, matrix.codes.nbytes
+    """A matrix as kernels take what they request ahead of its use: in units of 16 bytes."""
+    aligned = matrix.codes.data_ptr() % 16 == 0
+    return matrix.codes, matrix.codes.nbytes if aligned else 0
 
 
 def _programs(rows: int) -> int:
