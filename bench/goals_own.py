@@ -139,12 +139,12 @@ def operator(options) -> Iterator[Row]:
 def lookup(engine: Engine, options) -> Iterator[Row]:
     """Yield what guesses from the prompt are worth on a text that repeats itself."""
 
-    def per_answer(guesses: int) -> float:
+    def per_answer(guesses: int | None) -> float:
         answer = engine.generate(TEXT, max_new_tokens=96, prompt_lookup=guesses)
         return answer.timings.decode_seconds / len(answer.token_ids)
 
-    found = in_turns({n: lambda n=n: per_answer(n) for n in (0, 8)}, options.rounds)
-    yield Row("lookup decoding of code / plain, int8", ">= 1.5", list(found[0] / found[8]))
+    found = in_turns({n: lambda n=n: per_answer(n) for n in (None, 8)}, options.rounds)
+    yield Row("lookup decoding of code / plain, int8", ">= 1.5", list(found[None] / found[8]))
 
 
 def around_a_step(engine: Engine, options) -> Iterator[Row]:
