@@ -6,6 +6,7 @@
 #
 # Each part has a limit in seconds, 0 leaves it out; what a part did not reach is in its log.
 #   BUILD_SECONDS=120  TESTS_SECONDS=120  BENCH_SECONDS=240  SANITIZE_SECONDS=0  SWEEP_SECONDS=0
+#   TRAIN_SECONDS=0: bench/training_step.py, which takes about 90
 # Without a build, the extension of the tree is used, which must be of the same Python.
 # SWEEPS="ops attention" says which tilings are timed, each with SWEEP_SECONDS.
 # TESTS_ARGS, BENCH_ARGS and SANITIZE_ARGS go to pytest: BENCH_ARGS="-k 'not peer' --ungated". With a
@@ -61,6 +62,14 @@ if [ "${TESTS_SECONDS:-120}" != 0 ]; then
     >"$out/tests.log" 2>&1
   say "tests ended with status $?: $(tail -1 "$out/tests.log")"
   grep -E '^(FAILED|ERROR)' "$out/tests.log" | cut -c1-200 | head -40
+fi
+
+if [ "${TRAIN_SECONDS:-0}" != 0 ]; then
+  say "training step"
+  limited "$TRAIN_SECONDS" "$python" bench/training_step.py --device cuda --out "$out/training_step.json" \
+    >"$out/training_step.log" 2>&1
+  say "training step ended with status $?"
+  grep -E '^(\||losses)|apart' "$out/training_step.log"
 fi
 
 if [ "${SANITIZE_SECONDS:-0}" != 0 ]; then

@@ -1,101 +1,191 @@
 """Times and weighs a training step beside the same model in transformers, eager and compiled.
 
-    python bench/training_step.py                      # 4 layers of MobileLLM-125M's width
-    python bench/training_step.py --device cuda --dtype bf16 --layers 30 --batch 8 --seq 1024
+    python bench/training_step.py --threads 1 --layers 2 --batch 1 --seq 256
+    python bench/training_step.py --device cuda --out results.json   # 30 layers, 8 x 1024, bf16
 
-Forward, loss, backward and AdamW, on the same tokens. The candidates take turns, step by step, so
-that what else the machine does meets them alike; medians, and medians of the ratios of each round.
+Forward, loss, backward and AdamW, with the same weights on the same tokens; before anything is
+timed, losses and gradients have to agree. The candidates take turns, step by step, so that what
+else the machine does meets them alike; medians, and medians of the ratios of each round. The eager
+ones are timed, shown and saved first, then all of them: compiling takes most of the time.
 """
 
 import argparse
 import dataclasses
+import datetime
+import gc
+import json
+import platform
 import statistics
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import transformers
+from machine import processor
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from mobilellm_fast import MobileLLM, MobileLLMConfig
+from mobilellm_fast.files import whole_file
+
+# layers, batch, seq, rounds, dtype
+DEFAULTS = {"cpu": (4, 2, 256, 7, "fp32"), "cuda": (30, 8, 1024, 15, "bf16")}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "mixed": torch.float32}
+# How far ours and theirs may be apart: losses in nats, gradients as a share of their length. With 8
+# bits, thirty layers lose about 0.02 of a gradient, each in its own way.
+AGREE = {"fp32": (1e-4, 1e-3), "bf16": (2e-2, 0.1), "mixed": (2e-2, 0.1)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--seq", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"])
-    args = parser.parse_args()
+    args = arguments()
     torch.set_num_threads(args.threads)
+    torch.backends.cuda.matmul.allow_tf32 = True  # for fp32 on a GPU, both alike
     config = dataclasses.replace(
         MobileLLMConfig.preset("MobileLLM-125M"), num_hidden_layers=args.layers
     )
     torch.manual_seed(0)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     ids = torch.randint(0, config.vocab_size, (args.batch, args.seq), device=args.device)
-    steps = {}
+    weights = MobileLLM(config).state_dict()
+    say("losses and gradients")
+    agreed = agreement(config, weights, ids, args)
+    candidates: list[Candidate] = []
     for mode in args.modes:
-        for name in (f"ours, {mode}", f"transformers, {mode}"):
-            steps[name] = step_of(name, config, dtype, args.device, ids)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(args.rounds):
-        for name, step in steps.items():
-            synchronize(args.device)
-            started = time.perf_counter()
-            step()
-            synchronize(args.device)
-            times[name].append(time.perf_counter() - started)
-    kept = {name: kept_megabytes(name, config, dtype, args.device, ids) for name in steps}
-    tokens = ids.numel()
-    title = f"{args.layers} layers, {args.batch} x {args.seq} tokens, {args.dtype}, {args.device}"
-    print(f"| {title} | ms per step | tokens/s | ours, same mode, takes | kept for backward, MB |")
-    print("|---|---|---|---|---|")
-    for name, seconds in times.items():
-        other = times[name.replace("transformers", "ours")]
-        ratio = statistics.median(a / b for a, b in zip(other, seconds, strict=True))
-        middle = statistics.median(seconds)
-        cells = f"{1e3 * middle:.0f}", f"{tokens / middle:.0f}", f"{ratio:.2f} x", kept[name]
-        print(f"| {name} | {' | '.join(cells)} |")
+        for owner in ("ours", "transformers"):
+            say(f"{owner}, {mode}")
+            candidates.append(Candidate(owner, mode, config, weights, ids, args))
+        for candidate in candidates:
+            candidate.seconds.clear()
+        say("timing")
+        for _ in range(args.rounds):
+            for candidate in candidates:
+                candidate.seconds.append(candidate.step())
+        found = {c.name: c.result() for c in candidates}
+        print(table(candidates, args), flush=True)
+        if args.out:
+            save(args, found, agreed)
 
 
-def step_of(name, config, dtype, device, ids):
-    """Return a function that does one step, warmed up."""
-    model, run = model_of(name, config, dtype, device)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name in ("layers", "batch", "seq", "rounds"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=tuple(DEFAULTS), default="cpu")
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), help="mixed: weights in fp32, products in bf16"
+    )
+    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"])
+    parser.add_argument("--out", type=Path, help="a JSON file of the results")
+    args = parser.parse_args()
+    for name, default in zip(
+        ("layers", "batch", "seq", "rounds", "dtype"), DEFAULTS[args.device], strict=True
+    ):
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    return args
 
-    def step():
-        loss_of(name, run, ids).backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
-    step()
-    step()
-    return step
+class Candidate:
+    """A model with its optimizer, which has done its first steps.
+
+    Args:
+        owner: "ours" or "transformers".
+        mode: "eager" or "compiled".
+        config, weights: the model.
+        ids: (batch, seq) tokens to train on.
+        args: those of the command.
+    """
+
+    def __init__(self, owner, mode, config, weights, ids, args) -> None:
+        self.name, self.owner, self.mode, self.device = f"{owner}, {mode}", owner, mode, args.device
+        started = time.perf_counter()
+        self.model = build(owner, config, weights, args)
+        run = torch.compile(self.model) if mode == "compiled" else self.model
+        self.loss = loss_function(owner, run, ids, args)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        for _ in range(3):
+            self.step()
+        self.ready_after = time.perf_counter() - started
+        self.megabytes = self._megabytes()
+
+    def step(self) -> float:
+        """Do one step and return its seconds."""
+        synchronize(self.device)
+        started = time.perf_counter()
+        loss = self.loss()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        synchronize(self.device)
+        seconds = time.perf_counter() - started
+        self.losses.append(loss.item())
+        return seconds
+
+    def _megabytes(self) -> float | None:
+        """What a step takes beside what lies there between steps; of a CPU only what is kept."""
+        if self.device == "cuda":
+            gc.collect()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.step()
+            return (torch.cuda.max_memory_allocated() - before) / 1e6
+        return kept_megabytes(self.model, self.loss) if self.mode == "eager" else None
+
+    def result(self) -> dict:
+        return {
+            "seconds": self.seconds,
+            "median_seconds": statistics.median(self.seconds),
+            "megabytes": self.megabytes,
+            "ready_after_seconds": self.ready_after,
+            "first_loss": self.losses[0],
+            "last_loss": self.losses[-1],
+        }
 
 
-def model_of(name, config, dtype, device):
-    if name.startswith("ours"):
-        model = MobileLLM(config, dtype=dtype, device=device)
+def build(owner: str, config: MobileLLMConfig, weights: dict, args: argparse.Namespace):
+    if owner == "ours":
+        model = MobileLLM(config)
     else:
-        model = LlamaForCausalLM(transformers.LlamaConfig(**config.to_hf())).to(device, dtype)
-    return model, torch.compile(model) if name.endswith("compiled") else model
+        model = LlamaForCausalLM(transformers.LlamaConfig(**config.to_hf()))
+    model.load_state_dict(weights)
+    return model.to(args.device, DTYPES[args.dtype]).train()
 
 
-def loss_of(name, run, ids):
-    return run(ids, ids) if name.startswith("ours") else run(ids, labels=ids, use_cache=False).loss
+def loss_function(owner: str, run: Callable, ids, args) -> Callable[[], torch.Tensor]:
+    def loss():
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "mixed"):
+            return run(ids, ids) if owner == "ours" else run(ids, labels=ids, use_cache=False).loss
+
+    return loss
 
 
-def kept_megabytes(name, config, dtype, device, ids) -> str:
-    """What the forward pass keeps for the backward pass, parameters aside; eager only."""
-    if name.endswith("compiled"):
-        return ""
-    model, run = model_of(name, config, dtype, device)
+def agreement(config, weights, ids, args) -> dict[str, float]:
+    """Compare a step's loss and gradients in eager mode; ends the run if they are not the same."""
+    losses, gradients = [], []
+    for owner in ("ours", "transformers"):
+        model = build(owner, config, weights, args)
+        loss = loss_function(owner, model, ids, args)()
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: p.grad.float() for name, p in model.named_parameters()})
+    ours, theirs = gradients
+    far = sum((ours[name] - theirs[name]).square().sum().item() for name in theirs) ** 0.5
+    length = sum(grad.square().sum().item() for grad in theirs.values()) ** 0.5
+    found = {"loss": abs(losses[0] - losses[1]), "gradient": far / length}
+    print(f"losses {losses[0]:.5f} and {losses[1]:.5f}, gradients {far / length:.1e} apart")
+    for (name, value), limit in zip(found.items(), AGREE[args.dtype], strict=True):
+        if not value <= limit:
+            sys.exit(f"{name}: ours and transformers' are {value} apart, more than {limit}")
+    return found
+
+
+def kept_megabytes(model: torch.nn.Module, loss: Callable) -> float:
+    """What the forward pass keeps for the backward pass, parameters aside."""
     parameters = {p.data_ptr() for p in model.parameters()}
     seen = {}
 
@@ -105,14 +195,53 @@ def kept_megabytes(name, config, dtype, device, ids) -> str:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss_of(name, run, ids)
-    return f"{sum(seen.values()) / 1e6:.0f}"
+        loss()
+    return sum(seen.values()) / 1e6
+
+
+def table(candidates: list[Candidate], args: argparse.Namespace) -> str:
+    title = f"{args.layers} layers, {args.batch} x {args.seq} tokens, {args.dtype}, {args.device}"
+    memory = "kept for backward, MB" if args.device == "cpu" else "memory of a step, MB"
+    lines = [f"| {title} | ms per step | tokens/s | ours, same mode, takes | {memory} |"]
+    lines.append("|---|---|---|---|---|")
+    for one in candidates:
+        middle = statistics.median(one.seconds)
+        cells = [f"{1e3 * middle:.1f}", f"{args.batch * args.seq / middle:.0f}", ""]
+        if one.owner != "ours":
+            mine = next(c for c in candidates if (c.owner, c.mode) == ("ours", one.mode))
+            ratios = (a / b for a, b in zip(mine.seconds, one.seconds, strict=True))
+            cells[2] = f"{statistics.median(ratios):.2f} x"
+        cells.append("" if one.megabytes is None else f"{one.megabytes:.0f}")
+        lines.append(f"| {one.name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def save(args: argparse.Namespace, found: dict, agreed: dict) -> None:
+    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
+    facts = {
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "processor": processor(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "versions": versions | {"python": platform.python_version()},
+        "shape": {k: getattr(args, k) for k in ("layers", "batch", "seq", "dtype", "threads")},
+        "ours and transformers apart by": agreed,
+        "candidates": found,
+    }
+    with whole_file(args.out) as out:
+        out.write(json.dumps(facts, indent=1).encode())
 
 
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
+
+def say(what: str) -> None:
+    print(f"== {time.perf_counter() - STARTED:.0f} s: {what}", flush=True)
+
+
+STARTED = time.perf_counter()
 
 if __name__ == "__main__":
     main()

@@ -17,6 +17,12 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Do nothing; see `MobileLLM.reset_parameters`."""
 
+    @staticmethod
+    def is_plain(layer: nn.Module) -> bool:
+        """Whether a call of the layer is the product with its weight and nothing else."""
+        hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+        return type(layer) is Linear and type(layer.weight) is nn.Parameter and not hooked
+
 
 class Embedding(nn.Embedding):
     """A token embedding that can serve as the output head too."""

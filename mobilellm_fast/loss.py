@@ -18,11 +18,17 @@ from torch.utils.checkpoint import checkpoint
 from .errors import MobileLLMError
 
 IGNORED = -100  # a label that does not count, as in transformers
-CHUNK = 512  # tokens: 65 MB of float32 logits at a vocabulary of 32000, and wide enough a product
+# Tokens whose logits exist at once: 65 MB of float32 at a vocabulary of 32000, and wide enough a
+# product. A GPU wants wider ones, and adds to the gradient of the head, as large, less often.
+CHUNK = 512
+GPU_CHUNK = 2048
 
 
 def next_token_loss(
-    hidden: Tensor, head: Tensor | Callable[[Tensor], Tensor], labels: Tensor, chunk: int = CHUNK
+    hidden: Tensor,
+    head: Tensor | Callable[[Tensor], Tensor],
+    labels: Tensor,
+    chunk: int | None = None,
 ) -> Tensor:
     """Mean cross entropy of each position's prediction of the next label.
 
@@ -30,7 +36,7 @@ def next_token_loss(
         hidden: (batch, seq, n) float.
         head: (vocab, n), the matrix of the head, or what maps (tokens, n) to (tokens, vocab).
         labels: (batch, seq) int64; `hidden[:, t]` predicts `labels[:, t + 1]`, -100 does not count.
-        chunk: tokens whose logits exist at once.
+        chunk: tokens whose logits exist at once; None: 512, on a GPU 2048.
 
     Returns:
         A scalar: float32, or float64 for float64 `hidden`; NaN if no label counts.
@@ -40,6 +46,7 @@ def next_token_loss(
             f"[loss] labels must have shape {tuple(hidden.shape[:2])} and at least 2 tokens, "
             f"got {tuple(labels.shape)}"
         )
+    chunk = chunk or (GPU_CHUNK if hidden.is_cuda else CHUNK)
     hidden, labels = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten().long()
     if isinstance(head, Tensor):
         total = LinearCrossEntropy.apply(hidden, head, labels, chunk)
@@ -83,7 +90,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             total += F.nll_loss(logprobs, target, ignore_index=IGNORED, reduction="sum")
             if not any(wanted):
                 continue
-            grad = _grad_of_logits(logprobs, target).to(x.dtype)
+            grad = _grad_of_logits(logprobs, target, x.dtype)
             if ctx.one_chunk:
                 ctx.save_for_backward(grad, hidden, weight)
             if grad_hidden is not None:
@@ -111,9 +118,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
-def _grad_of_logits(logprobs: Tensor, target: Tensor) -> Tensor:
+def _grad_of_logits(logprobs: Tensor, target: Tensor, dtype: torch.dtype) -> Tensor:
     """`softmax - one_hot`, zero where the target does not count; overwrites its input."""
     grad = logprobs.exp_()
     ones = grad.new_full((len(target), 1), -1.0)
     grad.scatter_add_(1, target.clamp(min=0)[:, None], ones)
-    return grad.mul_((target != IGNORED)[:, None])
+    counts = (target != IGNORED)[:, None]
+    if dtype == grad.dtype:
+        return grad.mul_(counts)
+    return torch.mul(grad, counts, out=torch.empty_like(grad, dtype=dtype))  # one pass for both

@@ -421,4 +421,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, seq, hidden_size) -> the same shape."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj, self.up_proj
+        if Linear.is_plain(gate) and Linear.is_plain(up):
+            args = x, gate.weight, up.weight
+            if ops.swiglu.has_gpu_kernel(*args):
+                return self.down_proj(ops.swiglu(*args))
+        return self.down_proj(F.silu(gate(x)) * up(x))

@@ -34,7 +34,7 @@ def register(
     differentiable: Callable | None = None,
     once_differentiable: Callable | None = None,
 ) -> Callable:
-    """Make a reference function an op.
+    """Make a reference function an op, whose `has_gpu_kernel(*args)` tells where it would run.
 
     Args:
         reference: the specification; its name and signature become the op's.
@@ -58,12 +58,13 @@ def register(
     """
     name = f"mobilellm_fast::{reference.__name__}"
     fake = fake or functools.partial(_run_contiguous, reference)
+    gpu = GPU
 
     def takes(args: Iterable[Any]) -> bool:
         tensors = list(_tensors(args))
         together = all(t.device == tensors[0].device for t in tensors)
         floating = [t for t in tensors if t.is_floating_point()]
-        return together and tensors[0].device.type == GPU and cuda_takes(floating)
+        return together and tensors[0].device.type == gpu and cuda_takes(floating)
 
     def run_reference(*args: Any) -> Any:
         return _run_contiguous(reference, *args)
@@ -81,7 +82,7 @@ def register(
     if cpu is not None:
         op.register_kernel("cpu")(run_cpu)
     if cuda is not None:
-        op.register_kernel(GPU)(run_cuda)
+        op.register_kernel(gpu)(run_cuda)
     op.register_fake(fake)
 
     derivative = _Derivative(differentiable or reference, once_differentiable, takes)
@@ -109,6 +110,7 @@ def register(
                 return saving(*args, **kwargs)[0]
         return op(*args, **kwargs)
 
+    checked.has_gpu_kernel = lambda *args: cuda is not None and takes(args)
     return checked
 
 

@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
-import gguf
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
+
+pytest.importorskip("gguf")
+import gguf
 
 from mobilellm_fast.config import MobileLLMConfig
 

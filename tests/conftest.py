@@ -32,3 +32,14 @@ def elsewhere(tmp_path_factory):
     os.chdir(tmp_path_factory.mktemp("elsewhere"))
     yield
     os.chdir(home)
+
+
+@pytest.fixture(scope="session")
+def ops_on_gpu():
+    """The module `ops` with Triton kernels, and what it appends to the names of its operators.
+
+    Without a GPU the ops are registered once more, under other names, with the CPU in its part.
+    """
+    from interpreted import ops_with_kernels
+
+    return ops_with_kernels()

@@ -2,7 +2,10 @@
 
 import functools
 import importlib.util
+import inspect
 import os
+from types import ModuleType
+from unittest import mock
 
 import torch
 
@@ -29,3 +32,31 @@ def interpret_kernels() -> None:
             scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_and_mend
+
+
+@functools.cache
+def ops_with_kernels() -> tuple[ModuleType, str]:
+    """Return a module `ops` whose ops run kernels here, and what its operators' names end in."""
+    from mobilellm_fast import op_cuda, op_registry, ops  # imports Triton, in the end
+
+    if HAS_GPU:
+        return ops, ""
+    original = op_registry.register
+
+    def register(reference, **options):
+        def renamed(*args, **kwargs):
+            return reference(*args, **kwargs)
+
+        renamed.__name__ = f"{reference.__name__}_interpreted"
+        renamed.__signature__ = inspect.signature(reference)
+        return original(renamed, **options | {"cpu": None})
+
+    with (
+        mock.patch.object(op_registry, "GPU", "cpu"),
+        mock.patch.object(op_registry, "register", register),
+        mock.patch.object(op_cuda, "takes_one_half", op_cuda.takes_one_dtype),
+    ):
+        spec = importlib.util.find_spec("mobilellm_fast.ops")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module, "_interpreted"

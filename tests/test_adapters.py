@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from helpers import packed_weights, random_ids, random_weights, tiny_config, transformers_model
+from transformers import AutoTokenizer, pipeline
+
+pytest.importorskip("lm_eval")
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import AutoTokenizer, pipeline
 
 from mobilellm_fast.adapters.lm_eval import EvaluatedModel
 from mobilellm_fast.adapters.transformers import as_transformers

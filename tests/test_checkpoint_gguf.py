@@ -7,13 +7,15 @@ import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
-import gguf
 import numpy as np
 import pytest
 import transformers
 from checkpoint_files import damaged, gguf_name, write_gguf
 from helpers import MODEL_CONFIGS, random_weights, tiny_config
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+pytest.importorskip("gguf")
+import gguf
 
 from mobilellm_fast.checkpoint import open_checkpoint
 from mobilellm_fast.checkpoint.default_model import default_model

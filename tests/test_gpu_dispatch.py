@@ -1,18 +1,10 @@
-"""The ops reach the Triton kernels, forward and backward, in the caller's hands and compiled.
-
-Without a GPU the ops are registered once more, under other names, with the CPU in its part.
-"""
-
-import importlib.util
-import inspect
+"""The ops reach the Triton kernels, forward and backward, in the caller's hands and compiled."""
 
 import pytest
 import torch
 from gpu_cases import DTYPES, Maker
 from interpreted import HAS_GPU
 from torch.library import opcheck
-
-from mobilellm_fast import op_cuda, op_registry, ops
 
 pytest.importorskip("triton")
 from mobilellm_fast.kernels import (
@@ -27,32 +19,6 @@ from mobilellm_fast.kernels import (
 
 pytestmark = [pytest.mark.gpu] if HAS_GPU else []
 DTYPE = DTYPES[0]
-
-
-@pytest.fixture(scope="module")
-def ops_on_gpu():
-    """The module `ops`, and what it appends to the names of its operators."""
-    if HAS_GPU:
-        yield ops, ""
-        return
-
-    def register(reference, **options):
-        def renamed(*args, **kwargs):
-            return reference(*args, **kwargs)
-
-        renamed.__name__ = f"{reference.__name__}_interpreted"
-        renamed.__signature__ = inspect.signature(reference)
-        return original(renamed, **options | {"cpu": None})
-
-    with pytest.MonkeyPatch.context() as patch:
-        original = op_registry.register
-        patch.setattr(op_registry, "GPU", "cpu")
-        patch.setattr(op_registry, "register", register)
-        patch.setattr(op_cuda, "takes_one_half", op_cuda.takes_one_dtype)
-        spec = importlib.util.find_spec("mobilellm_fast.ops")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module, "_interpreted"
 
 
 def arguments(stem):

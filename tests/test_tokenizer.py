@@ -3,10 +3,8 @@
 import re
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
-import sentencepiece
 import transformers
 from checkpoint_files import add_field, damaged, write_json
 from tokenizer_builders import (
@@ -22,6 +20,10 @@ from tokenizer_builders import (
 )
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Reference
+
+pytest.importorskip("gguf")
+import gguf
+import sentencepiece
 
 from mobilellm_fast.checkpoint.default_model import default_model
 from mobilellm_fast.checkpoint.gguf_file import Metadata, read_gguf

@@ -6,9 +6,12 @@ import json
 import pydoc_data.topics
 
 import numpy as np
-import sentencepiece
+import pytest
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Reference
+
+pytest.importorskip("sentencepiece")
+import sentencepiece
 
 from mobilellm_fast.checkpoint.gguf_file import Metadata
 from mobilellm_fast.tokenizer.backends import parse_model
