@@ -1,4 +1,4 @@
-.PHONY: wheel-aarch64 wheel-aarch64-manylinux runner-aarch64 runner arm-test arm-model fuzz help dev build test bench ci lint format wheel sanitize clean
+.PHONY: test-kernels wheel-aarch64 wheel-aarch64-manylinux runner-aarch64 runner arm-test arm-model fuzz help dev build test bench ci lint format wheel sanitize clean
 PYTHON ?= python3
 SANITIZER ?= address
 SANITIZER_LIBRARY = $(subst address,asan,$(subst undefined,ubsan,$(subst thread,tsan,$(SANITIZER))))
@@ -20,6 +20,11 @@ build:           ## compile the extension beside the sources, only what changed
 
 test:            ## run TESTS (default: all)
 	$(PYTHON) -m pytest $(TESTS)
+
+test-kernels:    ## the C++ tests of the kernels, on every table that this machine runs
+	cmake -S . -B build/tests -DMLF_PYTHON=OFF -DMLF_TESTS=ON $(CMAKE_ARGS)
+	cmake --build build/tests --target test_kernels --parallel 2
+	ctest --test-dir build/tests --output-on-failure --parallel 2
 
 bench:           ## run all benchmarks (half an hour), and write docs/benchmarks/
 	$(PYTHON) -m pytest bench/ --benchmark-only --benchmark-json=benchmark.json

@@ -1,0 +1,308 @@
+// Attention, page by page, with keys and values of every format.
+#include <algorithm>
+
+#include "harness.h"
+
+namespace mlf::test {
+namespace {
+
+constexpr KVKind kKinds[] = {KVKind::fp32, KVKind::fp16, KVKind::int8};
+
+// x as a half-precision number holds it: rounded to nearest, to even where it is in the middle.
+double as_half(double x) {
+  if (x == 0) return 0;
+  const int exponent = std::max(std::ilogb(x), -14);
+  const double quantum = std::ldexp(1.0, exponent - 10);
+  return std::clamp(std::nearbyint(x / quantum) * quantum, -65504.0, 65504.0);
+}
+
+// A row as a page keeps it.
+std::vector<double> kept(KVKind kind, const float* x, int64_t dim) {
+  std::vector<double> values(x, x + dim);
+  if (kind == KVKind::fp16)
+    for (double& value : values) value = as_half(value);
+  if (kind != KVKind::int8) return values;
+  float largest = 0;
+  for (int64_t i = 0; i < dim; ++i) largest = std::fmax(largest, std::fabs(x[i]));
+  const float inverse = largest > 0 ? 127 / largest : 0;
+  for (int64_t i = 0; i < dim; ++i)
+    values[i] = static_cast<double>(largest / 127) * std::nearbyintf(x[i] * inverse);
+  return values;
+}
+
+// A page with room, zeros at first.
+struct Page {
+  std::vector<uint8_t> bytes;
+  PageView view;
+
+  Page(KVKind kind, int dim) {
+    view = {nullptr, kind, dim};
+    bytes.assign(view.nbytes() + 64, 0);
+    view.data = bytes.data() + (64 - reinterpret_cast<uintptr_t>(bytes.data()) % 64) % 64;
+  }
+  void store(const KernelTable& table, const std::vector<float>& keys,
+             const std::vector<float>& values) {
+    const int64_t dim = view.head_dim;
+    for (size_t slot = 0; slot < keys.size() / dim; ++slot)
+      table.kv_store(&keys[slot * dim], &values[slot * dim], view, static_cast<int>(slot));
+  }
+};
+
+template <class T>
+T at(const uint8_t* bytes, int64_t index) {
+  T value;
+  std::memcpy(&value, bytes + index * sizeof(T), sizeof(T));
+  return value;
+}
+double half_value(uint16_t bits) {
+  const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  const double size =
+      exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24);
+  return bits & 0x8000 ? -size : size;
+}
+
+MLF_TEST(kv_store) {
+  Random random(1);
+  for (const KVKind kind : kKinds)
+    for (const int dim : {2, 15, 16, 18, 64, 80}) {
+      Page page(kind, dim);
+      std::vector<float> keys = random.vector(kPageTokens * dim),
+                         values = random.vector(kPageTokens * dim);
+      for (int i = 0; i < dim; ++i) {
+        keys[3 * dim + i] *= 1e-6f;   // subnormal halves
+        values[4 * dim + i] *= 1e5f;  // too large for halves
+        keys[5 * dim + i] = 0;
+      }
+      page.store(check.table(), keys, values);
+      const std::string name = std::string(name_of(kind)) + " " + sizes({{"head_dim", dim}});
+      const PageView& view = page.view;
+      for (int64_t t = 0; t < kPageTokens; ++t) {
+        const std::vector<double> key = kept(kind, &keys[t * dim], dim),
+                                  value = kept(kind, &values[t * dim], dim);
+        bool right = true;
+        for (int64_t d = 0; d < dim; ++d) {
+          double k, v;
+          if (kind == KVKind::int8) {
+            k = view.key_scales()[t] *
+                static_cast<double>(at<int8_t>(view.keys() + t / 16 * view.key_tile_nbytes(),
+                                               (d / 4 * 16 + t % 16) * 4 + d % 4));
+            v = view.value_scales()[t] *
+                static_cast<double>(
+                    at<int8_t>(view.values(), (d / 16 * 32 + t / 4) * 64 + d % 16 * 4 + t % 4));
+          } else {
+            const int64_t key_at = (t / 16 * dim + d) * 16 + t % 16,
+                          value_at = t * view.padded_dim() + d;
+            k = kind == KVKind::fp32 ? at<float>(view.keys(), key_at)
+                                     : half_value(at<uint16_t>(view.keys(), key_at));
+            v = kind == KVKind::fp32 ? at<float>(view.values(), value_at)
+                                     : half_value(at<uint16_t>(view.values(), value_at));
+          }
+          right &= k == key[d] && v == value[d];
+        }
+        check.require(name + sizes({{", token", t}}), right);
+      }
+    }
+}
+
+// Queries, with room for their codes.
+struct QueryRows {
+  std::vector<float> values, scales;
+  std::vector<int8_t> codes;
+  std::vector<int32_t> offsets;
+  Queries view;
+
+  QueryRows(const KernelTable& table, std::vector<float> x, int64_t queries, int64_t dim,
+            bool coded)
+      : values(std::move(x)),
+        scales(queries),
+        codes(queries * 2 * round_up(dim, 16)),
+        offsets(2 * queries) {
+    view = {values.data(), codes.data(), scales.data(), offsets.data()};
+    if (coded) table.attend_prepare(view, queries, dim);
+  }
+};
+// The largest code of a number in 16 bits, so that n products with bytes fit 32.
+double wide_codes(int64_t n) {
+  return static_cast<double>(std::min<int64_t>(127 * 256, ((int64_t{1} << 31) - 1) / (128 * n)));
+}
+
+MLF_TEST(attend_prepare) {
+  Random random(2);
+  for (const int64_t dim : {2, 15, 16, 33, 64, 128})
+    for (const int64_t queries : {1, 3}) {
+      const int64_t padded = round_up(dim, 16);
+      const std::vector<float> x = random.vector(queries * dim, 5.0f);
+      const std::string name = sizes({{"queries", queries}, {"head_dim", dim}});
+      const std::vector<int8_t> codes =
+          check.run<int8_t>(name, queries * 2 * padded, [&](const KernelTable& table, int8_t* out) {
+            QueryRows rows(table, x, queries, dim, false);
+            rows.view.codes = out;
+            table.attend_prepare(rows.view, queries, dim);
+          });
+      const QueryRows rows(check.table(), x, queries, dim, true);
+      std::vector<float> got;
+      std::vector<double> want, bound;
+      for (int64_t i = 0; i < queries; ++i)
+        for (int64_t d = 0; d < padded; ++d) {
+          const int code = codes[2 * i * padded + d] + 256 * codes[(2 * i + 1) * padded + d];
+          got.push_back(rows.scales[i] * static_cast<float>(code));
+          want.push_back(d < dim ? x[i * dim + d] : 0);
+          bound.push_back(d < dim ? (0.5 + 0.01) * rows.scales[i] : 0);
+        }
+      check.close(name, got, want, bound);
+    }
+}
+
+struct Attention {
+  KVKind kind;
+  int dim;
+  int64_t queries;
+  std::vector<int> tokens;  // that each query sees
+};
+
+MLF_TEST(attend_page) {
+  Random random(3);
+  std::vector<Attention> cases;
+  for (const KVKind kind : kKinds) {
+    for (const int tokens : {1, 3, 15, 16, 17, 127, 128})
+      cases.push_back({kind, 64, 3, {tokens, tokens, tokens}});
+    for (const int dim : {2, 15, 18, 80, 128}) cases.push_back({kind, dim, 2, {37, 128}});
+    for (int64_t queries = 1; queries <= 9; ++queries) {
+      std::vector<int> tokens;
+      for (int64_t i = 0; i < queries; ++i)
+        tokens.push_back(static_cast<int>(11 * i));  // none, too
+      cases.push_back({kind, 18, queries, tokens});
+    }
+  }
+  for (const Attention& c : cases) {
+    const int64_t dim = c.dim, padded = round_up(dim, 16), n = c.queries;
+    const std::string name =
+        std::string(name_of(c.kind)) + " " +
+        sizes({{"head_dim", dim}, {"queries", n}, {"tokens", c.tokens.back()}});
+    const std::vector<float> q = random.vector(n * dim, 4.0f),
+                             keys = random.vector(kPageTokens * dim, 2.0f),
+                             values = random.vector(kPageTokens * dim, 3.0f);
+    const float scale = 1 / std::sqrt(static_cast<float>(dim));
+    const std::vector<float> got =
+        check.run<float>(name, n * (padded + 2), [&](const KernelTable& table, float* out) {
+          Page page(c.kind, c.dim);
+          page.store(table, keys, values);
+          const QueryRows rows(table, q, n, dim, c.kind == KVKind::int8);
+          table.attend_page(rows.view, page.view, c.tokens.data(),
+                            {out, out + n * padded, out + n * (padded + 1)}, n, scale);
+        });
+    std::vector<double> want(n * padded), bound(n * padded), sums, sum_bound;
+    for (int64_t i = 0; i < n; ++i) {
+      double largest = 0, size = 0, largest_q = 0, largest_v = 0, total = 0;
+      for (int64_t d = 0; d < dim; ++d) largest_q = std::fmax(largest_q, std::fabs(q[i * dim + d]));
+      std::vector<double> scores;
+      for (int t = 0; t < c.tokens[i]; ++t) {
+        const std::vector<double> key = kept(c.kind, &keys[t * dim], dim);
+        double score = 0, sizes_of = 0, sum_of_key = 0;
+        for (int64_t d = 0; d < dim; ++d) {
+          score += q[i * dim + d] * key[d] * scale;
+          sizes_of += std::fabs(q[i * dim + d] * key[d] * scale);
+          sum_of_key += std::fabs(key[d] * scale);
+        }
+        // an int8 page's queries are rounded to 16 bits
+        if (c.kind == KVKind::int8)
+          sizes_of += 0.51 * largest_q / wide_codes(padded) * sum_of_key / kUnit / (dim + 4);
+        scores.push_back(score);
+        size = std::fmax(size, sizes_of);
+        largest = t ? std::fmax(largest, score) : score;
+      }
+      const double score_error = (dim + 4) * kUnit * size;
+      // the largest score, in powers of two, is one of them
+      const double got_max = got[n * padded + i];
+      const bool right_max = c.tokens[i] == 0
+                                 ? std::isinf(got_max) && got_max < 0
+                                 : std::fabs(got_max - largest * 1.4426950408889634) <=
+                                       1.45 * score_error + 2 * kUnit * std::fabs(got_max);
+      check.require(name + ", largest", right_max);
+      std::vector<double> sizes_of(padded);
+      for (int t = 0; t < c.tokens[i]; ++t) {
+        const std::vector<double> value = kept(c.kind, &values[t * dim], dim);
+        const double weight = std::exp(scores[t] - largest);
+        total += weight;
+        for (int64_t d = 0; d < dim; ++d) {
+          want[i * padded + d] += weight * value[d];
+          sizes_of[d] += std::fabs(weight * value[d]);
+        }
+        float largest_of = 0;
+        for (int64_t d = 0; d < dim; ++d)
+          largest_of = std::fmax(largest_of, std::fabs(values[t * dim + d]));
+        largest_v = std::fmax(largest_v, largest_of);
+      }
+      const double relative =
+          std::expm1(2.2 * score_error) + (c.tokens[i] + 16 + 2 * std::fabs(largest)) * kUnit;
+      sums.push_back(total);
+      sum_bound.push_back(relative * total);
+      for (int64_t d = 0; d < dim; ++d) {
+        bound[i * padded + d] = relative * sizes_of[d] + 1e-37;
+        // an int8 page's weights, times the scales of their values, are rounded to 16 bits
+        if (c.kind == KVKind::int8)
+          bound[i * padded + d] += c.tokens[i] * 0.51 * largest_v / wide_codes(kPageTokens);
+      }
+    }
+    check.close(name, {got.begin(), got.begin() + n * padded}, want, bound);
+    check.close(name + ", sums", {got.begin() + n * (padded + 1), got.end()}, sums, sum_bound);
+  }
+}
+
+MLF_TEST(attend_merge) {
+  Random random(4);
+  for (const int64_t queries : {1, 3, 15, 16, 17, 33})
+    for (const int64_t padded : {16, 32, 80}) {
+      const std::string name = sizes({{"queries", queries}, {"padded_dim", padded}});
+      const int64_t n = queries * padded;
+      std::vector<float> into = random.vector(n + 2 * queries, 8.0f),
+                         from = random.vector(n + 2 * queries, 8.0f);
+      for (int64_t i = n + queries; i < n + 2 * queries; ++i)
+        into[i] = std::fabs(into[i]) + 1, from[i] = std::fabs(from[i]) + 1;
+      const auto view = [&](float* p) { return AttentionState{p, p + n, p + n + queries}; };
+      const std::vector<float> got =
+          check.run<float>(name, n + 2 * queries, [&](const KernelTable& table, float* out) {
+            std::copy(into.begin(), into.end(), out);
+            std::vector<float> other = from;
+            table.attend_merge(view(out), view(other.data()), queries, padded);
+          });
+      std::vector<double> want(got.size()), bound(got.size());
+      for (int64_t i = 0; i < queries; ++i) {
+        const double a = into[n + i], b = from[n + i], largest = std::fmax(a, b);
+        const double keep = std::exp2(a - largest), take = std::exp2(b - largest);
+        want[n + i] = largest;  // exactly
+        const auto merge = [&](int64_t at) {
+          want[at] = into[at] * keep + from[at] * take;
+          // a power, whose exponent is rounded once, and two products
+          bound[at] = (8 + 20) * kUnit * (std::fabs(into[at]) * keep + std::fabs(from[at]) * take);
+        };
+        merge(n + queries + i);
+        for (int64_t d = 0; d < padded; ++d) merge(i * padded + d);
+      }
+      check.close(name, got, want, bound);
+    }
+}
+
+MLF_TEST(attend_finish) {
+  Random random(5);
+  for (const int64_t dim : {2, 15, 16, 18, 64, 80})
+    for (const int64_t queries : {1, 3}) {
+      const int64_t padded = round_up(dim, 16);
+      const std::string name = sizes({{"queries", queries}, {"head_dim", dim}});
+      std::vector<float> values = random.vector(queries * padded), sums = random.vector(queries);
+      for (float& sum : sums) sum = std::fabs(sum) + 1;
+      const std::vector<float> got =
+          check.run<float>(name, queries * dim, [&](const KernelTable& table, float* out) {
+            table.attend_finish({values.data(), nullptr, sums.data()}, out, queries, dim);
+          });
+      std::vector<double> want, bound;
+      for (int64_t i = 0; i < queries * dim; ++i) {
+        want.push_back(static_cast<double>(values[i / dim * padded + i % dim]) / sums[i / dim]);
+        bound.push_back(2 * kUnit * std::fabs(want.back()) + 1e-44);
+      }
+      check.close(name, got, want, bound);
+    }
+}
+
+}  // namespace
+}  // namespace mlf::test
