@@ -3,6 +3,10 @@
 #include <stdexcept>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -30,6 +34,20 @@ bool runs_avx512vnni() {
          __builtin_cpu_supports("avx512vnni");
 }
 bool runs_avx512vnni_ymm() { return runs_avx512vnni(); }
+bool runs_amx_emulated() { return runs_avx512vnni(); }
+// Linux gives a process the registers of AMX when it asks for them; 18 is their number in XCR0.
+bool runs_amx() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr unsigned kTileAndInt8 = 3u << 24;
+  unsigned eax, ebx, ecx, edx = 0;
+  return runs_avx512vnni() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) &&
+         (edx & kTileAndInt8) == kTileAndInt8 &&
+         syscall(SYS_arch_prctl, kRequestPermission, 18) == 0;
+#else
+  return false;
+#endif
+}
 #elif defined(__aarch64__)
 bool runs_neon() { return true; }  // part of Armv8-A
 #if defined(__linux__)

@@ -21,6 +21,7 @@ namespace {
 #include "kernels/quantize.h"
 #include "kernels/tile_dot.h"
 #include "kernels/panel_dot.h"
+#include "kernels/matrix_dot.h"
 #include "kernels/linear.h"
 #include "kernels/embed.h"
 #include "kernels/rope.h"

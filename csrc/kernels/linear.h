@@ -32,27 +32,47 @@ inline void for_each_row_block(int64_t rows, Use use) {
 
 // Rows that are multiplied together, and their wide groups in one list.
 struct Panel {
-  static constexpr int64_t kMaxRows = 64, kMaxWide = kMaxCols / kGroup;
+  // A tenth of the groups of 64 rows of 5120 inputs; a megabyte would be too much of a small stack.
+  static constexpr int64_t kMaxRows = 64, kMaxWide = 1024;
 
   Activations x;
   int64_t rows;
   WideGroup wide[kMaxWide];
   int64_t wide_count = 0;
+#if defined(MLF_MATRIX)
+  MatrixScope scope;
+#endif
 
-  Panel(const Activations& all, int64_t first_row, int64_t left) : x(all.from_row(first_row)) {
-    const int64_t groups = x.groups();
-    rows = left < kMaxRows ? left : kMaxRows;
+  Panel(const Activations& all, int64_t first_row, int64_t left)
+      : x(all.from_row(first_row)),
+        rows(left < kMaxRows ? left : kMaxRows)
+#if defined(MLF_MATRIX)
+        ,
+        scope(x.kind != ActivationKind::floating && rows >= kMatrixRows)
+#endif
+  {
     if (!has_low_sums()) return;
-    while (rows > 1 && rows * groups > kMaxWide) rows /= 2;
-    for (int64_t group = 0; group < groups; ++group) {
-      for (int64_t row = 0; row < rows; ++row) {
-        wide[wide_count] = {static_cast<uint16_t>(row), static_cast<uint16_t>(group)};
-        wide_count += x.wide[row * groups + group];
-      }
-    }
+    while (has_low_sums() && count_wide() > kMaxWide) rows /= 2;
+    if (!has_low_sums()) return;
+    const int64_t groups = x.groups();
+    for (int64_t group = 0; group < groups; ++group)
+      for (int64_t row = 0; row < rows; ++row)
+        if (x.wide[row * groups + group]) wide[wide_count++] = wide_group(row, group);
   }
   bool has_low_sums() const {
     return x.kind != ActivationKind::floating && rows > kRowsWithLowCodes;
+  }
+  int64_t count_wide() const {
+    int64_t count = 0;
+    for (int64_t i = 0; i < rows * x.groups(); ++i) count += x.wide[i];
+    return count;
+  }
+  WideGroup wide_group(int64_t row, int64_t group) const {
+    const int64_t at = row * x.groups() + group;
+    WideGroup found{{}, x.offsets[2 * at + 1], low_scale(x.scales[at]),
+                    static_cast<int32_t>(row), static_cast<int32_t>(group)};
+    memcpy(found.codes, x.low_codes + row * x.padded_cols() + group * kGroup, kGroup);
+    return found;
   }
 
   WideGroups wide_groups() const { return {wide, wide + wide_count}; }
@@ -61,7 +81,7 @@ struct Panel {
   template <int T, class Use>
   void dot(const TileRef (&tiles)[T], Use use) const {
     VecF low[kMaxRows * kBlockTiles];
-    if (has_low_sums()) wide_dot<T>(x, wide_groups(), rows, tiles, low);
+    if (has_low_sums()) wide_dot<T>(wide_groups(), rows, tiles, low);
 #if defined(MLF_OWN_GROUP_DOT)
     if constexpr (T == 1) {
       if (rows >= kPanelRows && is_quantized(tiles[0].weight->kind)) {
@@ -72,10 +92,23 @@ struct Panel {
       }
     }
 #endif
+    int64_t done = 0;
+#if defined(MLF_MATRIX)
+    if constexpr (T <= kBlockTiles) {
+      if (rows >= kMatrixRows && is_quantized(tiles[0].weight->kind)) {
+        VecF y[kMaxRows * T];
+        done = matrix_rows(rows);
+        for (int t = 0; t < T; ++t)
+          matrix_dot<kMaxRows>(x, low + t, done, T, tiles[t], y + t);
+        for (int64_t row = 0; row < done; ++row) use(y + row * T, row, Constant<1>());
+      }
+    }
+#endif
     TileRef again[T];  // what the first rows have fetched is there
     for (int t = 0; t < T; ++t) again[t] = {tiles[t].weight, tiles[t].tile, 0};
-    for_each_row_block<T>(rows, [&](auto count, int64_t row) {
+    for_each_row_block<T>(rows - done, [&](auto count, int64_t first) {
       constexpr int M = decltype(count)::value;
+      const int64_t row = done + first;
       VecF y[M * T];
       tile_dot<M, T>(x.from_row(row), low + row * T, row ? again : tiles, y);
       use(y, row, count);

@@ -2,9 +2,12 @@
 // become bytes and scales floats once, not once per few rows. In blocks of groups that stay in the
 // first-level cache together with the rows that they are multiplied with. The operations on each
 // output are those of tile_dot, in the same order.
-#if defined(MLF_OWN_GROUP_DOT)
+#if defined(MLF_OWN_GROUP_DOT) || defined(MLF_MATRIX)
 
-#if !defined(MLF_PAIRED_PANELS)
+#if defined(MLF_MATRIX)
+constexpr int kPanelStep = 1;
+inline void panel_store_outputs(float* p, VecF v) { store(p, v); }
+#elif !defined(MLF_PAIRED_PANELS)
 constexpr int kPanelRows = 16;  // from so many rows on
 constexpr int kPanelStep = 1;
 
@@ -54,6 +57,9 @@ inline void prepare_block(TileReader& tile, typename Format::template Header<1>&
     }
   }
 }
+
+#endif
+#if defined(MLF_OWN_GROUP_DOT)
 
 // M rows of a panel. Where rows come in pairs, the last one of an odd number is its own partner.
 template <int M>

@@ -33,9 +33,13 @@ struct TileReader {
   }
 };
 
-// The wide groups of some rows, group by group: the rows that are wide in one share its weights.
+// The low codes of the wide groups of some rows, group by group: the rows that are wide in one share
+// its weights. They lie one behind the other, because they are read once for every few tiles.
 struct WideGroup {
-  uint16_t row, group;
+  int8_t codes[kGroup];
+  int32_t offset;
+  float scale;
+  int32_t row, group;
 };
 struct WideGroups {
   const WideGroup* begin;
@@ -291,30 +295,33 @@ struct Int4Tile {
   }
 };
 
-// low[row * stride] (16 outputs) = low codes of the wide groups of many rows . tile: group by
-// group, so that a group's weights are loaded once, for a row in nine or so.
-template <class Format>
-inline void wide_dot_tile(const uint8_t* tile, const Activations& x, const WideGroups& wide,
-                          int64_t stride, VecF* low) {
+// low[row * stride + t] (16 outputs) += low codes of the wide groups of many rows . tiles[t]: group
+// by group, so that a group's weights are loaded once, for a row in nine or so.
+template <class Format, int T>
+inline void wide_dot_tiles(const uint8_t* const* tiles, const WideGroups& wide, int64_t stride,
+                           VecF* low) {
   for (const WideGroup* at = wide.begin; at < wide.end;) {
     const int64_t group = at->group;
     // from the header that the group shares, where it has one
     const int64_t first = group / kGroupsPerHeader * kGroupsPerHeader;
-    TileReader reader{tile + header_line(Format::kKind, first) * kStepBytes, 0};
-    typename Format::template Header<1> header;
-    header.read(&reader, first);
+    TileReader readers[T];
+    MLF_UNROLL for (int t = 0; t < T; ++t) readers[t] = {
+        tiles[t] + header_line(Format::kKind, first) * kStepBytes, 0};
+    typename Format::template Header<T> header;
+    header.read(readers, first);
     if (group != first) {
-      reader.line = tile + header_line(Format::kKind, group) * kStepBytes;
-      header.read(&reader, group);
+      MLF_UNROLL for (int t = 0; t < T; ++t) readers[t].line =
+          tiles[t] + header_line(Format::kKind, group) * kStepBytes;
+      header.read(readers, group);
     }
-    typename Format::Codes codes;
-    codes.read(reader);
+    typename Format::Codes codes[T];
+    MLF_UNROLL for (int t = 0; t < T; ++t) codes[t].read(readers[t]);
     for (; at < wide.end && at->group == group; ++at) {
-      const int64_t i = at->row * x.groups() + group;
-      const VecF sum = codes.dot_row(x.low_codes + at->row * x.padded_cols() + group * kGroup,
-                                     x.offsets[2 * i + 1]);
-      VecF& total = low[at->row * stride];
-      total = header.add(sum, splat(low_scale(x.scales[i])), 0, total);
+      VecF* totals = low + at->row * stride;
+      MLF_UNROLL for (int t = 0; t < T; ++t) {
+        const VecF sum = codes[t].dot_row(at->codes, at->offset);
+        totals[t] = header.add(sum, splat(at->scale), t, totals[t]);
+      }
     }
   }
 }
@@ -419,16 +426,19 @@ struct TileRef {
 // low[row * T + t] (16 outputs) = low codes of the wide groups of `rows` rows . tiles[t], for more
 // rows than take them along.
 template <int T>
-__attribute__((noinline)) void wide_dot(const Activations& x, const WideGroups& wide, int64_t rows,
-                                        const TileRef* tiles, VecF* low) {
+__attribute__((noinline)) void wide_dot(const WideGroups& wide, int64_t rows, const TileRef* tiles,
+                                        VecF* low) {
+  constexpr int kAtOnce = T % kBlockTiles == 0 ? kBlockTiles : 1;  // what registers hold
   for (int64_t i = 0; i < rows * T; ++i) low[i] = splat(0.0f);
-  if (wide.begin == wide.end) return;
-  for (int t = 0; t < T; ++t) {
-    const uint8_t* tile = tiles[t].data();
-    const WeightKind kind = tiles[t].weight->kind;
-    if (kind == WeightKind::int4_g32) wide_dot_tile<Int4Tile>(tile, x, wide, T, low + t);
-    else if (kind == WeightKind::int8_g32) wide_dot_tile<Int8GroupTile>(tile, x, wide, T, low + t);
-    else wide_dot_tile<Int8Tile>(tile + kHeaderBytes, x, wide, T, low + t);
+  const WeightKind kind = tiles[0].weight->kind;
+  for (int t = 0; t < T; t += kAtOnce) {
+    const uint8_t* data[kAtOnce];
+    for (int i = 0; i < kAtOnce; ++i)
+      data[i] = tiles[t + i].data() + (kind == WeightKind::int8 ? kHeaderBytes : 0);
+    if (kind == WeightKind::int4_g32) wide_dot_tiles<Int4Tile, kAtOnce>(data, wide, T, low + t);
+    else if (kind == WeightKind::int8_g32)
+      wide_dot_tiles<Int8GroupTile, kAtOnce>(data, wide, T, low + t);
+    else wide_dot_tiles<Int8Tile, kAtOnce>(data, wide, T, low + t);
   }
 }
 

@@ -1,0 +1,4 @@
+// See vec_amx.h.
+#pragma once
+
+#include "vec_amx.h"
