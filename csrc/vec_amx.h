@@ -1,5 +1,6 @@
 // AVX-512 with VNNI, and AMX where there are many rows: a processor's matrix instructions multiply
-// 16 rows of codes with one group of a tile of weights, which is their operand as it lies in memory.
+// 16 rows of codes with one group of a tile of weights, which is their operand as it lies in
+// memory.
 //
 // Compiled twice: as table amx, and as table amx_emulated, with which a machine that has AVX-512
 // alone can test all but the instructions themselves.
@@ -59,11 +60,11 @@ class MatrixScope {
 inline void matrix_products(const uint8_t* const* groups, int64_t count, const int8_t* codes,
                             int64_t stride, MatrixSums* out) {
   asm volatile("" ::: "memory");  // tile loads do not tell the compiler what they read
-#define MLF_PRODUCT(i, a, w)                                 \
-  if (i < count - first) {                                   \
-    _tile_loadd(a, codes + (first + i) * kGroup, stride);    \
-    _tile_loadd(w, groups[first + i], kStepBytes);           \
-    _tile_dpbssd(i, a, w);                                   \
+#define MLF_PRODUCT(i, a, w)                              \
+  if (i < count - first) {                                \
+    _tile_loadd(a, codes + (first + i) * kGroup, stride); \
+    _tile_loadd(w, groups[first + i], kStepBytes);        \
+    _tile_dpbssd(i, a, w);                                \
   }
   _tile_zero(0);
   _tile_zero(1);
@@ -98,8 +99,9 @@ inline void matrix_products(const uint8_t* const* groups, int64_t count, const i
     for (int row = 0; row < kMatrixRows; ++row)
       for (int k = 0; k < kGroup; ++k)
         for (int n = 0; n < kTileRows; ++n)
-          out[group % kMatrixSums][row][n] += codes[row * stride + group * kGroup + k] *
-                                              weights[k / kStep * kStepBytes + n * kStep + k % kStep];
+          out[group % kMatrixSums][row][n] +=
+              codes[row * stride + group * kGroup + k] *
+              weights[k / kStep * kStepBytes + n * kStep + k % kStep];
   }
 }
 

@@ -69,8 +69,11 @@ struct Panel {
   }
   WideGroup wide_group(int64_t row, int64_t group) const {
     const int64_t at = row * x.groups() + group;
-    WideGroup found{{}, x.offsets[2 * at + 1], low_scale(x.scales[at]),
-                    static_cast<int32_t>(row), static_cast<int32_t>(group)};
+    WideGroup found{{},
+                    x.offsets[2 * at + 1],
+                    low_scale(x.scales[at]),
+                    static_cast<int32_t>(row),
+                    static_cast<int32_t>(group)};
     memcpy(found.codes, x.low_codes + row * x.padded_cols() + group * kGroup, kGroup);
     return found;
   }
@@ -98,8 +101,7 @@ struct Panel {
       if (rows >= kMatrixRows && is_quantized(tiles[0].weight->kind)) {
         VecF y[kMaxRows * T];
         done = matrix_rows(rows);
-        for (int t = 0; t < T; ++t)
-          matrix_dot<kMaxRows>(x, low + t, done, T, tiles[t], y + t);
+        for (int t = 0; t < T; ++t) matrix_dot<kMaxRows>(x, low + t, done, T, tiles[t], y + t);
         for (int64_t row = 0; row < done; ++row) use(y + row * T, row, Constant<1>());
       }
     }

@@ -5,8 +5,9 @@
 // Rows of a panel that are multiplied so.
 inline int64_t matrix_rows(int64_t rows) { return rows / kMatrixRows * kMatrixRows; }
 
-// totals[row * stride] += the first `count` groups of the block times 16 rows of x, whose own groups
-// start at `first`. Products of the next groups are on their way while sums are scaled and added.
+// totals[row * stride] += the first `count` groups of the block times 16 rows of x, whose own
+// groups start at `first`. Products of the next groups are on their way while sums are scaled and
+// added.
 template <class Format>
 inline void matrix_block(const PanelBlock& block, const Activations& x, int64_t first,
                          int64_t count, int64_t stride, VecF* totals) {
@@ -93,8 +94,7 @@ __attribute__((noinline)) void matrix_dot(const Activations& x, const VecF* low,
                                           int64_t stride, const TileRef& ref, VecF* y) {
   TileReader tile{ref.data(), ref.ahead};
   const WeightKind kind = ref.weight->kind;
-  if (kind == WeightKind::int4_g32)
-    return matrix_groups<Int4Tile>(tile, x, low, rows, stride, y);
+  if (kind == WeightKind::int4_g32) return matrix_groups<Int4Tile>(tile, x, low, rows, stride, y);
   if (kind == WeightKind::int8_g32)
     return matrix_groups<Int8GroupTile>(tile, x, low, rows, stride, y);
   const VecF scales = load(reinterpret_cast<const float*>(tile.next()));

@@ -33,8 +33,8 @@ struct TileReader {
   }
 };
 
-// The low codes of the wide groups of some rows, group by group: the rows that are wide in one share
-// its weights. They lie one behind the other, because they are read once for every few tiles.
+// The low codes of the wide groups of some rows, group by group: the rows that are wide in one
+// share its weights. They lie one behind the other, because they are read once for every few tiles.
 struct WideGroup {
   int8_t codes[kGroup];
   int32_t offset;
@@ -305,8 +305,8 @@ inline void wide_dot_tiles(const uint8_t* const* tiles, const WideGroups& wide, 
     // from the header that the group shares, where it has one
     const int64_t first = group / kGroupsPerHeader * kGroupsPerHeader;
     TileReader readers[T];
-    MLF_UNROLL for (int t = 0; t < T; ++t) readers[t] = {
-        tiles[t] + header_line(Format::kKind, first) * kStepBytes, 0};
+    MLF_UNROLL for (int t = 0; t < T; ++t)
+        readers[t] = {tiles[t] + header_line(Format::kKind, first) * kStepBytes, 0};
     typename Format::template Header<T> header;
     header.read(readers, first);
     if (group != first) {
