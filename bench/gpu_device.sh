@@ -58,10 +58,12 @@ say "built: $(cd "$site" && "$python" -c 'import mobilellm_fast._C as c; print(c
 
 if [ "${TESTS_SECONDS:-120}" != 0 ]; then
   say "tests"
-  limited "${TESTS_SECONDS:-120}" "$python" -m pytest tests -m gpu -n 8 -v --durations=10 "${tests_args[@]}" \
-    >"$out/tests.log" 2>&1
+  # one test at a time to each process: those that compile much stand side by side in the files
+  chunk=$("$python" -m pytest --help 2>/dev/null | grep -o -m1 -- --maxschedchunk)
+  limited "${TESTS_SECONDS:-120}" "$python" -m pytest tests -m gpu -n "$(nproc)" ${chunk:+"$chunk=1"} -v --tb=short \
+    --durations=20 --failures "$out/failures.log" "${tests_args[@]}" >"$out/tests.log" 2>&1
   say "tests ended with status $?: $(tail -1 "$out/tests.log")"
-  grep -E '^(FAILED|ERROR)' "$out/tests.log" | cut -c1-200 | head -40
+  cut -c1-300 "$out/failures.log" 2>/dev/null | head -40
 fi
 
 if [ "${TRAIN_SECONDS:-0}" != 0 ]; then

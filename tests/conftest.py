@@ -23,6 +23,27 @@ def pytest_addoption(parser):
         action="store_true",
         help="compile every build of the Triton kernels, not only the quick ones",
     )
+    parser.addoption("--failures", help="file that names each failing test as soon as it fails")
+
+
+def pytest_configure(config):
+    path = config.getoption("--failures")
+    if path and not hasattr(config, "workerinput"):  # of xdist's processes, the one that reports
+        config.pluginmanager.register(Failures(Path(path).absolute()))
+
+
+class Failures:
+    """Writes failures down at once: a run that is ended from outside has no summary."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            text = str(report.longrepr if crash is None else crash)
+            with self.path.open("a") as file:
+                file.write(f"{report.when} {report.nodeid}: {' '.join(text.split())[:600]}\n")
 
 
 @pytest.fixture(scope="session", autouse=True)

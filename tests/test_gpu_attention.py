@@ -62,11 +62,12 @@ LONG_DECODE_CASES = [
 
 
 def each(cases, long_cases):
-    """List (case, dtype): all dtypes where kernels are the same, else those that matter most."""
+    """List (case, dtype): all dtypes for few, since each kernel is compiled anew for each."""
     cases = cases + long_cases if HAS_GPU else cases
-    few = [(case, dtype) for case in cases[:2] for dtype in ALL]
-    rest = [(case, HALF) for case in cases[2:]]
-    rest += [] if HAS_GPU else [(case, torch.float32) for case in cases[2:]]
+    first = 1 if HAS_GPU else 2
+    few = [(case, dtype) for case in cases[:first] for dtype in ALL]
+    rest = [(case, HALF) for case in cases[first:]]
+    rest += [] if HAS_GPU else [(case, torch.float32) for case in cases[first:]]
     return few + rest
 
 
@@ -83,6 +84,11 @@ def compiled():
     calls = [functools.partial(attend, *run, tile) for run in ATTENTION for tile in tiles(*run)]
     calls += [functools.partial(differentiate, *run) for run in ATTENTION]
     calls += [functools.partial(decode, *run, *way) for run in DECODE for way in ways(*run)]
+    compile_together(calls)
+
+
+def compile_together(calls):
+    """Make calls side by side, so that their kernels are compiled at the same time."""
     with ThreadPoolExecutor(16) as pool:
         for done in [pool.submit(call) for call in calls]:
             done.result()
@@ -280,16 +286,23 @@ def test_specialized_kernel():
 def check_specialized():
     from mobilellm_fast.kernels.gqa_attention import Tile, forward
 
+    def tiles_of(case):
+        keys = 128 if case[-1] == 64 else 64
+        return Tile(128, keys, 8, 2, True, True), Tile(192, keys, 8, 3, True, True)
+
+    plain = Tile(128, 64, 8, 2)
     cases = [*CASES[:3], CASES[6], *LONG_CASES[:5]]
     runs = [(case, torch.bfloat16) for case in cases] + [(CASES[1], torch.float16)]
+    compile_together(
+        functools.partial(attend, *run, tile) for run in runs for tile in (*tiles_of(run[0]), plain)
+    )
     for case, dtype in runs:
         q, k, v, _ = inputs(*case, dtype)
         want = bounds.forward(q, k, v, case[-1] ** -0.5)
-        keys = 128 if case[-1] == 64 else 64
-        for tile in (Tile(128, keys, 8, 2, True, True), Tile(192, keys, 8, 3, True, True)):
+        for tile in tiles_of(case):
             out, lse = forward(q, k, v, case[-1] ** -0.5, tile)
             want.check(f"{case} {tile}: out", out)
-            other = forward(q, k, v, case[-1] ** -0.5, Tile(128, 64, 8, 2))[1]
+            other = forward(q, k, v, case[-1] ** -0.5, plain)[1]
             torch.testing.assert_close(lse, other, rtol=1e-5, atol=1e-5)
             for _ in range(20):  # whoever comes first
                 assert torch.equal(out, forward(q, k, v, case[-1] ** -0.5, tile)[0])
