@@ -28,7 +28,7 @@ from mobilellm_fast.kernels.gqa_decode import Cut
 
 # heads, key/value heads, batch, tokens
 PREFILL = [(9, 3, 4, 2048), (25, 5, 4, 2048), (9, 3, 1, 2048), (9, 3, 1, 512)]
-DECODE = [(9, 3, 1, 1024), (9, 3, 1, 4096), (25, 5, 1, 2048), (25, 5, 8, 4096), (9, 3, 64, 512)]
+DECODE = [(9, 3, 1, 1024), (9, 3, 1, 2048), (9, 3, 1, 4096), (25, 5, 1, 2048), (25, 5, 8, 4096)]
 FORWARD_TILES = [
     *(Tile(128, 64, 8, stages, tma) for stages in (2, 3, 4) for tma in (False, True)),
     *(Tile(128, 128, 8, 2, tma) for tma in (False, True)),
@@ -41,10 +41,12 @@ SPECIALIZED_TILES = [
     *(Tile(rows, 64, 8, 4, True, True) for rows in (128, 192)),
 ]
 CUTS = [
-    *(Cut(128, splits, warps, 2) for splits in (32, 16) for warps in (4, 8)),
-    *(Cut(64, splits, warps, 2) for splits in (64, 32) for warps in (2, 4)),
-    *(Cut(keys, 64, 2, 1) for keys in (32, 64)),
     Cut(64, 32, 4, 3),
+    Cut(64, 32, 2, 3),
+    Cut(64, 64, 4, 3),
+    Cut(64, 16, 4, 4),
+    Cut(32, 32, 2, 4),
+    Cut(128, 32, 4, 2),
 ]
 
 
@@ -193,9 +195,7 @@ def sweep_decode(heads: int, kv_heads: int, batch: int, tokens: int) -> dict[str
         )
 
     print(f"decode {heads}/{kv_heads} heads, batch {batch}, {tokens} tokens, {count} caches")
-    for cut, last in itertools.product(CUTS, (True, False)):
-        if not last and cut != CUTS[0]:
-            continue
+    for cut, last in [*((cut, True) for cut in CUTS), (CUTS[0], False)]:
         try:
             out = gqa_decode.gqa_decode(*sets[0], lengths, cut=cut, merge_last=last)
         except Exception as error:
@@ -229,8 +229,8 @@ def main() -> None:
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     found = {}
     for kind, sizes, sweep in (
-        ("prefill", PREFILL, sweep_prefill),
         ("decode", DECODE, sweep_decode),
+        ("prefill", PREFILL, sweep_prefill),
     ):
         if options.only in (None, kind):
             for size in sizes:

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .counters import counters_of
+from .early_launch import early_options, let_next_start, wait_for_previous
 
 LOG2_E = 1.4426950408889634
 
@@ -37,98 +38,98 @@ class Cut(NamedTuple):
     stages: int
 
 
-TILE_BYTES = 16 << 10  # of keys, and of values: what an SM reads in less time than a launch takes
-
-
-@triton.jit
-def _load_spans(acc, peak, rows, in_group, limit, COLUMNS: tl.constexpr):
-    """Load sums (spans, heads, COLUMNS) and peaks (spans, heads) of some of the first rows."""
-    exists = in_group & (rows < limit)
-    pointers = acc + rows[:, :, None] * COLUMNS + tl.arange(0, COLUMNS)[None, None, :]
-    # .cg: written by other programs, so not to be found in this SM's cache
-    sums = tl.load(pointers, exists[:, :, None], 0.0, cache_modifier=".cg")
-    return sums, tl.load(peak + rows, exists, float("-inf"), cache_modifier=".cg")
+# Of keys, and of values. Small, so that a short context has many programs; a long one has spans of
+# several tiles.
+TILE_BYTES = 8 << 10
 
 
 @triton.jit
 def _merge_spans(
-    acc, peak, total, out, splits, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    acc, peak, total, out, out_stride_head, splits, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     HEADS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Merge what the programs of one group left: acc, peak and total of each span and head.
+    """Merge what the programs of one group left: acc, peak and total of each head and span.
+
+    Spans lie side by side, so that those of a column come to few neighbouring lanes, which add
+    them up without a barrier.
 
     Args:
-        acc: (splits, GROUP, COLUMNS), sums of the values times 2^(score - peak).
-        peak, total: (splits, GROUP), largest score and sum of 2^(score - peak).
-        out: pointers (HEADS, COLUMNS), HEADS the power of 2 that holds GROUP.
+        acc: (GROUP, COLUMNS, SPLITS), sums of the values times 2^(score - peak).
+        peak, total: (GROUP, SPLITS), largest score and sum of 2^(score - peak).
+        out: (GROUP, HEAD_DIM).
+        HEADS: a power of 2; so many heads at a time.
     """
-    STEP: tl.constexpr = max(1, min(SPLITS, 64 // HEADS))  # spans that fit into registers
-    heads = tl.arange(0, HEADS)
-    all_rows = tl.arange(0, SPLITS)[:, None] * GROUP + heads[None, :]
-    in_group = (heads < GROUP)[None, :]
-    exists = in_group & (all_rows < splits * GROUP)
-    # Everything that is needed first is asked for before anything is waited for.
-    rows = tl.arange(0, STEP)[:, None] * GROUP + heads[None, :]
-    sums, step_peaks = _load_spans(acc, peak, rows, in_group, splits * GROUP, COLUMNS)
-    peaks = tl.load(peak + all_rows, exists, float("-inf"), cache_modifier=".cg")
-    totals = tl.load(total + all_rows, exists, 0.0, cache_modifier=".cg")
-    highest = tl.where(heads < GROUP, tl.max(peaks, 0), 0.0)
-    whole = tl.sum(totals * tl.exp2(peaks - highest[None, :]), 0)
-    merged = tl.zeros((HEADS, COLUMNS), tl.float32)
-    for _ in range(0, splits, STEP):
-        rows += STEP * GROUP
-        shrink = tl.exp2(step_peaks - highest[None, :])
-        shrunk = sums * shrink[:, :, None]
-        sums, step_peaks = _load_spans(acc, peak, rows, in_group, splits * GROUP, COLUMNS)
-        merged += tl.sum(shrunk, 0)
+    spans = tl.arange(0, SPLITS)
     columns = tl.arange(0, COLUMNS)
-    mask = (heads < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
-    whole = tl.where(heads < GROUP, whole, 1.0)
-    tl.store(out, (merged / whole[:, None]).to(out.dtype.element_ty), mask)
+    for first in tl.static_range(0, GROUP, HEADS):
+        heads = first + tl.arange(0, HEADS)
+        exists = (heads < GROUP)[:, None] & (spans < splits)[None, :]
+        # by fours, which are loaded as one
+        read = (heads < GROUP)[:, None] & (spans // 4 * 4 < splits)[None, :]
+        rows = heads[:, None, None] * COLUMNS + columns[None, :, None]
+        # .cg: written by other programs, so not to be found in this SM's cache
+        sums = tl.load(
+            acc + rows * SPLITS + spans[None, None, :], read[:, None, :], 0.0, cache_modifier=".cg"
+        )
+        at = heads[:, None] * SPLITS + spans[None, :]
+        peaks = tl.load(peak + at, read, 0.0, cache_modifier=".cg")
+        totals = tl.load(total + at, read, 0.0, cache_modifier=".cg")
+        sums = tl.where(exists[:, None, :], sums, 0.0)
+        peaks = tl.where(exists, peaks, float("-inf"))
+        totals = tl.where(exists, totals, 0.0)
+        highest = tl.where(heads < GROUP, tl.max(peaks, 1), 0.0)
+        shrink = tl.exp2(peaks - highest[:, None])
+        whole = tl.where(heads < GROUP, tl.sum(totals * shrink, 1), 1.0)
+        merged = tl.sum(sums * shrink[:, None, :], 2) / whole[:, None]
+        mask = (heads < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
+        pointers = out + heads[:, None] * out_stride_head + columns[None, :]
+        tl.store(pointers, merged.to(out.dtype.element_ty), mask)
 
 
 @triton.jit
-def _cut(length, KEYS: tl.constexpr, SPLITS: tl.constexpr):
-    """Return the keys of a span, a multiple of KEYS, and the number of spans, at least 1."""
-    span = tl.maximum(tl.cdiv(length, KEYS * SPLITS), 1) * KEYS
-    return span, tl.maximum(tl.cdiv(length, span), 1)
+def _span(length, KEYS: tl.constexpr, SPLITS: tl.constexpr):
+    """Return the keys of a span, a multiple of KEYS."""
+    return tl.maximum(tl.cdiv(length, KEYS * SPLITS), 1) * KEYS
 
 
-@triton.jit(do_not_specialize=["capacity", "kv_heads"])
+@triton.jit(do_not_specialize=["capacity"])
 def _decode(
     q, k, v, lengths, out, acc_spans, peak_spans, total_spans, counters, qk_scale, q_stride_batch,
     q_stride_head, k_stride_batch, k_stride_head, k_stride_seq, v_stride_batch, v_stride_head,
-    v_stride_seq, out_stride_batch, out_stride_head, capacity, kv_heads, GROUP: tl.constexpr,
+    v_stride_seq, out_stride_batch, out_stride_head, capacity, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
     KEYS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, MERGE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    pair = tl.program_id(0)  # of sequence and key/value head
-    split = tl.program_id(1)
-    batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
-    length = tl.minimum(tl.load(lengths + batch), capacity)
-    span, splits = _cut(length, KEYS, SPLITS)
-    if split >= splits:
-        return
-
+    let_next_start(EARLY)
+    # spans come last: the first ones, which exist, are started first
+    split = tl.program_id(2)
+    batch, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    pair = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
     rows = tl.arange(0, ROWS)  # query heads of the group, as many as a matrix product takes
     columns = tl.arange(0, COLUMNS)
     keys = tl.arange(0, KEYS)
     mask = (rows < GROUP)[:, None] & (columns < HEAD_DIM)[None, :]
     q += batch * q_stride_batch + kv_head * GROUP * q_stride_head
-    q_tile = tl.load(q + rows[:, None] * q_stride_head + columns[None, :], mask, 0.0)
+    q_offsets = rows[:, None] * q_stride_head + columns[None, :]
     k += batch * k_stride_batch + kv_head * k_stride_head
     v += batch * v_stride_batch + kv_head * v_stride_head
     k_offsets = keys[:, None] * k_stride_seq + columns[None, :]
     v_offsets = keys[:, None] * v_stride_seq + columns[None, :]
 
+    wait_for_previous(EARLY)  # no sooner: addresses do not depend on it
+    length = tl.minimum(tl.load(lengths + batch), capacity)
+    span = _span(length, KEYS, SPLITS)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
+    weights_sum = tl.zeros((ROWS, KEYS), tl.float32)  # of each place in a tile
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     stop = tl.minimum((split + 1) * span, length)
     for first in tl.range(split * span, stop, KEYS, num_stages=STAGES):
         # what lies beyond the length may be anything: it is not read
         exists = first + keys < stop
         at = tl.cast(first, tl.int64)
+        # not before the loop (which the compiler is kept from seeing): keys would wait for it
+        q_tile = tl.load(q + (first >> 30) * 16 + q_offsets, mask, 0.0)
         read = exists[:, None] & (columns < HEAD_DIM)[None, :]
         k_tile = tl.load(k + at * k_stride_seq + k_offsets, read, 0.0)
         v_tile = tl.load(v + at * v_stride_seq + v_offsets, read, 0.0)
@@ -137,65 +138,69 @@ def _decode(
         new_peak = tl.maximum(peak, tl.max(scores, 1) * qk_scale)
         weights = tl.exp2(scores * qk_scale - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(weights, 1)
+        weights_sum = weights_sum * shrink[:, None] + weights
         acc = acc * shrink[:, None]
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
         peak = new_peak
 
+    # here and not before the loop, so that the length comes while addresses are computed
+    if (split > 0) & (split * span >= length):
+        return
     out += batch * out_stride_batch + kv_head * GROUP * out_stride_head
-    if splits == 1:
+    if span >= length:
+        total = tl.sum(weights_sum, 1)
         result = acc / tl.where(total == 0, 1.0, total)[:, None]  # no keys: zeros
         pointers = out + rows[:, None] * out_stride_head + columns[None, :]
         tl.store(pointers, result.to(out.dtype.element_ty), mask)
         return
-    first_row = pair.to(tl.int64) * SPLITS * GROUP
+    first_row = pair.to(tl.int64) * GROUP * SPLITS
     acc_spans += first_row * COLUMNS
     peak_spans += first_row
     total_spans += first_row
-    at = split * GROUP + rows
-    pointers = acc_spans + at[:, None] * COLUMNS + columns[None, :]
+    pointers = acc_spans + (rows[:, None] * COLUMNS + columns[None, :]) * SPLITS + split
     tl.store(pointers, acc, (rows < GROUP)[:, None])
+    at = rows * SPLITS + split
+    total = tl.sum(weights_sum, 1)
     tl.store(peak_spans + at, peak, rows < GROUP)
     tl.store(total_spans + at, total, rows < GROUP)
     if MERGE:
+        splits = tl.cdiv(length, span)
         tl.debug_barrier()  # all threads have stored before one of them releases
         arrived = tl.atomic_add(counters + pair, 1, sem="acq_rel", scope="gpu")
         if arrived == splits - 1:
             tl.store(counters + pair, 0)  # for the next launch
-            heads = tl.arange(0, HEADS)
-            out_pointers = out + heads[:, None] * out_stride_head + columns[None, :]
             _merge_spans(
-                acc_spans, peak_spans, total_spans, out_pointers, splits, GROUP, HEAD_DIM, HEADS,
-                COLUMNS, SPLITS,
+                acc_spans, peak_spans, total_spans, out, out_stride_head, splits, GROUP, HEAD_DIM,
+                HEADS, COLUMNS, SPLITS,
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["capacity", "kv_heads"])
+@triton.jit(do_not_specialize=["capacity"])
 def _merge(
     lengths, out, acc_spans, peak_spans, total_spans, out_stride_batch, out_stride_head, capacity,
-    kv_heads, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr,
     COLUMNS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Merge spans in a launch of their own."""
-    pair = tl.program_id(0)
-    batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+    batch, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    pair = batch * tl.num_programs(1) + kv_head
     length = tl.minimum(tl.load(lengths + batch), capacity)
-    _, splits = _cut(length, KEYS, SPLITS)
-    if splits == 1:  # written
+    span = _span(length, KEYS, SPLITS)
+    if span >= length:  # written
         return
-    first_row = pair.to(tl.int64) * SPLITS * GROUP
+    splits = tl.cdiv(length, span)
+    first_row = pair * GROUP * SPLITS
     out += batch * out_stride_batch + kv_head * GROUP * out_stride_head
-    pointers = out + tl.arange(0, HEADS)[:, None] * out_stride_head + tl.arange(0, COLUMNS)[None, :]
     _merge_spans(
-        acc_spans + first_row * COLUMNS, peak_spans + first_row, total_spans + first_row, pointers,
-        splits, GROUP, HEAD_DIM, HEADS, COLUMNS, SPLITS,
+        acc_spans + first_row * COLUMNS, peak_spans + first_row, total_spans + first_row, out,
+        out_stride_head, splits, GROUP, HEAD_DIM, HEADS, COLUMNS, SPLITS,
     )  # fmt: skip
 
 
 def cut_of(head_dim: int, dtype: torch.dtype) -> Cut:
     """Return the kernel's cut."""
     keys = TILE_BYTES // (_columns(head_dim) * dtype.itemsize)
-    return Cut(max(16, min(keys, 128)), 32, 4, 2)
+    return Cut(max(16, min(keys, 128)), 32, 4, 3)
 
 
 def gqa_decode(
@@ -248,15 +253,15 @@ def gqa_decode(
     acc, peak, total = spans.split([rows * columns, rows, rows])
     sizes = _constants(head_dim, group, cut)
     counters = counters_of(q.device, pairs) if merge_last else lengths  # not used then
-    _decode[(pairs, grid_splits)](
+    _decode[(batch, kv_heads, grid_splits)](
         q, k_cache, v_cache, lengths, out, acc, peak, total, counters, scale * LOG2_E,
         *q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], *out.stride()[:2], capacity,
-        kv_heads, **sizes, ROWS=max(16, sizes["HEADS"]), STAGES=cut.stages, MERGE=merge_last,
-        num_warps=cut.warps,
+        **sizes, ROWS=max(16, triton.next_power_of_2(group)), STAGES=cut.stages, MERGE=merge_last,
+        num_warps=cut.warps, **early_options(q.device),
     )  # fmt: skip
     if not merge_last and grid_splits > 1:
-        _merge[(pairs,)](
-            lengths, out, acc, peak, total, *out.stride()[:2], capacity, kv_heads, **sizes
+        _merge[(batch, kv_heads)](
+            lengths, out, acc, peak, total, *out.stride()[:2], capacity, **sizes
         )
     return out
 
@@ -265,7 +270,7 @@ def _constants(head_dim: int, group: int, cut: Cut) -> dict[str, int]:
     return dict(
         GROUP=group,
         HEAD_DIM=head_dim,
-        HEADS=triton.next_power_of_2(group),
+        HEADS=min(triton.next_power_of_2(group), 4),
         COLUMNS=_columns(head_dim),
         KEYS=cut.keys,
         SPLITS=cut.splits,

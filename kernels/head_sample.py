@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .counters import counters_of
+from .early_launch import early_options, let_next_start, wait_for_previous
 from .tiles import depth, processors
 from .weight_rows import kind_of, times_matrix, times_vector, vector_shape
 
@@ -19,7 +20,7 @@ NOBODY = tl.constexpr(2147483647)  # no row; the smallest row wins a tie
 LOWEST = tl.constexpr(float("-inf"))
 FIELDS = tl.constexpr(4)  # of a share: best score, its logit, largest logit, sum of e^(logit - it)
 ROWS, TOKENS = 64, 16  # of a program with several tokens
-BLOCK = 1024  # shares that are joined at a time
+BLOCK = 1024  # shares that are joined at a time, at most
 
 
 def head_sample(
@@ -67,8 +68,9 @@ def head_sample(
             ROWS=shape.rows,
             GROUPS=shape.groups,
             SAMPLE=temperature > 0,
-            BLOCK=BLOCK,
+            BLOCK=_block(shares),
             num_warps=shape.warps,
+            **early_options(x.device),
         )
     else:
         shares = triton.cdiv(vocab, ROWS)
@@ -83,8 +85,12 @@ def head_sample(
             num_warps=4,
             num_stages=depth(4),
         )
-        _join_shares[(tokens,)](found, best, ids, logprobs, shares, vocab, BLOCK=BLOCK)
+        _join_shares[(tokens,)](found, best, ids, logprobs, shares, vocab, BLOCK=_block(shares))
     return ids, logprobs
+
+
+def _block(shares: int) -> int:
+    return min(triton.next_power_of_2(shares), BLOCK)
 
 
 def _shares(x: Tensor, shares: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -115,14 +121,6 @@ def _score(logit, number, live, inverse, seed, SAMPLE: tl.constexpr):
 
 
 @triton.jit
-def _best_of(score, logit, row):  # along the first axis -> best score, its row, its logit
-    top = tl.max(score, 0, keep_dims=True)
-    chosen = tl.min(tl.where(score == top, row, NOBODY), 0, keep_dims=True)
-    its_logit = tl.max(tl.where(row == chosen, logit, LOWEST), 0)
-    return tl.max(score, 0), tl.min(chosen, 0), its_logit
-
-
-@triton.jit
 def _better(score, row, logit, other_score, other_row, other_logit):
     """Lane by lane, the better of two candidates; the smaller row of equal ones."""
     wins = (other_score > score) | ((other_score == score) & (other_row < row))
@@ -139,10 +137,13 @@ def _add_weights(top, weights, other_top, other_weights):
 
 
 @triton.jit
-def _sum_weights(top, weights):  # (n,) each -> scalars
-    largest = tl.max(top, 0)
-    shift = tl.where(largest == LOWEST, 0.0, largest)
-    return largest, tl.sum(weights * tl.exp(top - shift), 0)
+def _joined(
+    score, row, logit, top, weights, other_score, other_row, other_logit, other_top, other_weights
+):
+    """Lane by lane, what is known of the rows of both sides."""
+    score, row, logit = _better(score, row, logit, other_score, other_row, other_logit)
+    top, weights = _add_weights(top, weights, other_top, other_weights)
+    return score, row, logit, top, weights
 
 
 @triton.jit
@@ -174,32 +175,35 @@ def _head_vector(
     GROUPS: tl.constexpr,
     SAMPLE: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """Every `tl.num_programs`-th tile of rows; the program that finishes last joins all shares."""
+    """An equal share of the rows, tile by tile; the program that finishes last joins all shares."""
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     share = tl.program_id(0)
     shares = tl.num_programs(0)
+    # to within a row, so that no multiprocessor reads a tile more than others
+    first, end = share * vocab // shares, (share + 1) * vocab // shares
     score = tl.full((ROWS,), LOWEST, tl.float32)
     row = tl.full((ROWS,), NOBODY, tl.int32)
     logit = tl.full((ROWS,), LOWEST, tl.float32)
     top = tl.full((ROWS,), LOWEST, tl.float32)
     weights = tl.zeros((ROWS,), tl.float32)
-    for tile in range(share, tl.cdiv(vocab, ROWS), shares):
-        its_row = tile * ROWS + tl.arange(0, ROWS)
-        live = its_row < vocab
+    for start in range(first, end, ROWS):
+        its_row = start + tl.arange(0, ROWS)
+        live = its_row < end
         # x, but not for the compiler, which would keep all of it in registers between tiles
-        inputs = x + (tile >> 30) * 16
+        inputs = x + (start >> 30) * 16
         its_logit = times_vector(inputs, codes, scales, its_row, live, COLS, KIND, ROWS, GROUPS)
         its_logit = tl.where(live, its_logit, LOWEST)
         its_score = _score(its_logit, its_row, live, inverse, seed, SAMPLE)
-        score, row, logit = _better(score, row, logit, its_score, its_row, its_logit)
-        top, weights = _add_weights(top, weights, its_logit, tl.where(live, 1.0, 0.0))
-    best_score, best_row, best_logit = _best_of(score, logit, row)
-    top, weights = _sum_weights(top, weights)
-    place = share * 0
-    _store_share(
-        *(found, best, place, shares, share, True),
-        *(best_score, best_row, best_logit, top, weights),
-    )
+        score, row, logit, top, weights = _joined(
+            *(score, row, logit, top, weights),
+            *(its_score, its_row, its_logit, its_logit, tl.where(live, 1.0, 0.0)),
+        )
+    # one pass through the threads for all of it: each has barriers
+    known = tl.reduce((score, row, logit, top, weights), 0, _joined)
+    _store_share(found, best, share * 0, shares, share, True, *known)
     tl.debug_barrier()  # all threads have stored before one of them releases
     arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
     if arrived == shares - 1:
@@ -242,7 +246,9 @@ def _head_tiles(
     number = token.to(tl.int64)[None, :] * vocab + row[:, None]
     score = _score(logit, number, known, inverse, seed, SAMPLE)
     rows = row[:, None] + tl.zeros((1, TOKENS), tl.int32)
-    top_score, chosen, its_logit = _best_of(score, logit, rows)
+    top_score = tl.max(score, 0)
+    chosen = tl.min(tl.where(score == top_score[None, :], rows, NOBODY), 0)
+    its_logit = tl.max(tl.where(rows == chosen[None, :], logit, LOWEST), 0)
     top = tl.max(logit, 0)
     weights = tl.sum(tl.exp(logit - top[None, :]), 0)
     _store_share(
@@ -273,11 +279,12 @@ def _join(found, best, ids, logprobs, shares, vocab, BLOCK: tl.constexpr):
         its_score = tl.load(found + share, mask=live, other=LOWEST)
         its_row = tl.load(best + share, mask=live, other=NOBODY)
         its_logit = tl.load(found + shares + share, mask=live, other=LOWEST)
-        score, row, logit = _better(score, row, logit, its_score, its_row, its_logit)
         its_top = tl.load(found + 2 * shares + share, mask=live, other=LOWEST)
         its_weights = tl.load(found + 3 * shares + share, mask=live, other=0)
-        top, weights = _add_weights(top, weights, its_top, its_weights)
-    _, chosen, its_logit = _best_of(score, logit, row)
-    largest, total = _sum_weights(top, weights)
+        score, row, logit, top, weights = _joined(
+            *(score, row, logit, top, weights),
+            *(its_score, its_row, its_logit, its_top, its_weights),
+        )
+    _, chosen, its_logit, largest, total = tl.reduce((score, row, logit, top, weights), 0, _joined)
     tl.store(ids, tl.minimum(chosen, vocab - 1).to(tl.int64))
     tl.store(logprobs, its_logit - largest - tl.log(total))

@@ -123,25 +123,27 @@ def _delta():
     )
 
 
-def _decode(dtype="bf16", head_dim=64, group=3, kernel="_decode", **options):
+def _decode(dtype="bf16", head_dim=64, group=3, kernel="_decode", early=False, **options):
     from mobilellm_fast.kernels import gqa_decode
 
     cut = gqa_decode.cut_of(head_dim, DTYPES[dtype])
     constants = gqa_decode._constants(head_dim, group, cut)
     names = ["lengths", "out", "acc_spans", "peak_spans", "total_spans"]
     if kernel == "_decode":
-        constants |= dict(ROWS=max(16, constants["HEADS"]), STAGES=cut.stages, MERGE=True)
+        constants["ROWS"] = max(16, 1 << (group - 1).bit_length())
+        constants |= dict(STAGES=cut.stages, MERGE=True, EARLY=early)
         names += ["q", "k", "v", "counters", "qk_scale", *_strides("q", axes=("batch", "head"))]
         names += _strides("k", "v", axes=("batch", "head", "seq"))
-    names += [*_strides("out", axes=("batch", "head")), "capacity", "kv_heads"]
+    names += [*_strides("out", axes=("batch", "head")), "capacity"]
     copies = ("HMMA", "LDGSTS.E.BYPASS.128") if kernel == "_decode" else ("LDG.E.128",)
     return Build(
-        f"gqa_decode{kernel}-{dtype}-{head_dim}-{group}",
+        f"gqa_decode{kernel}-{dtype}-{head_dim}-{group}{'-early' * early}",
         f"gqa_decode:{kernel}",
-        _types(names, dtype, ("capacity", "kv_heads")),
+        _types(names, dtype, ("capacity",)),
         constants,
         warps=cut.warps,
         needs={} if dtype == "fp32" else dict.fromkeys(("sm_80", "sm_90"), copies),
+        options={"launch_pdl": True} if early else {},
         **options,
     )
 
@@ -165,6 +167,7 @@ def _builds():
     yield _decode(quick=True, registers=128)
     yield from (_decode(group=group, registers=168) for group in (1, 4, 5))
     yield from (_decode(head_dim=head_dim) for head_dim in (80, 128))
+    yield _decode(early=True, arches=("sm_90",))
     yield _decode("fp16")
     yield _decode("fp32")
     yield _decode(kernel="_merge")
