@@ -23,31 +23,17 @@ from mobilellm_fast.kernels.tiles import Tiling, choose, processors
 from mobilellm_fast.kernels.weight_rows import VectorShape
 
 # tokens, outputs, inputs
-SWIGLU = [(2048, 1536, 576), (8192, 1536, 576), (2048, 4352, 1600), (4096, 3072, 1152)]
-INT8 = [(1024, 1152, 1152), (2048, 3072, 1152), (2048, 1600, 4352), (4096, 4352, 1600)]
+SWIGLU = [(2048, 1536, 576), (8192, 1536, 576), (8192, 4352, 1600)]
+INT8 = [(1024, 1152, 1152), (1024, 3072, 1152), (4096, 1600, 4352), (4096, 4352, 1600)]
 HEADS = [(49152, 576), (32000, 576), (32000, 1600)]
 SWIGLU_TILINGS = [
-    *swiglu_kernels.WITH_COPY_ENGINE[:3],
+    *swiglu_kernels.WITH_COPY_ENGINE[:2],
     Tiling(128, 128, 64, 8, 3, 1, 1),
-    Tiling(128, 128, 32, 8, 6, 1, 1),
-    Tiling(128, 64, 64, 8, 3, 2, 1),
-    Tiling(128, 64, 64, 4, 3, 1, 1),
-    Tiling(128, 64, 32, 4, 6, 2, 1),
-    Tiling(64, 128, 64, 4, 2, 2, 1),
-    Tiling(64, 128, 32, 4, 4, 2, 1),
-    Tiling(256, 64, 64, 8, 3, 1, 1),
-    Tiling(64, 64, 64, 4, 3, 3, 1),
+    Tiling(128, 64, 64, 4, 3, 2, 1),
 ]
 INT8_TILINGS = [
     *int8_kernels.WITH_COPY_ENGINE[:4],
-    Tiling(128, 256, 64, 8, 5, 1, 1),
-    Tiling(256, 128, 128, 8, 3, 1, 1),
-    Tiling(128, 128, 128, 4, 3, 1, 1),
-    Tiling(128, 128, 128, 4, 2, 2, 1),
-    Tiling(128, 128, 64, 4, 4, 2, 1),
     Tiling(128, 64, 128, 4, 3, 2, 1),
-    Tiling(64, 256, 128, 4, 2, 2, 1),
-    Tiling(64, 128, 128, 4, 4, 1, 1),
 ]
 SHAPES = [
     (4, 1, 16),

@@ -22,8 +22,10 @@ from .tiles import (
     tile_place,
 )
 
-LARGE = Tiling(128, 256, 128, 8, 3, 1, 1.0)
-MEDIUM = Tiling(128, 128, 128, 8, 4, 1, 0.9)
+# Speeds are those of an H100: LARGE reads least, but its scaling and storing is not hidden behind
+# products; two programs with the tiles of MEDIUM take turns.
+LARGE = Tiling(128, 256, 128, 8, 3, 1, 1.03)
+MEDIUM = Tiling(128, 128, 64, 4, 4, 2, 1.0)
 SMALL = Tiling(64, 128, 128, 4, 3, 2, 0.85)
 TINY = Tiling(64, 64, 128, 4, 4, 2, 0.6)
 FEW = Tiling(16, 64, 128, 4, 4, 2, 0.3)
@@ -114,16 +116,17 @@ def _int8_gemm(
         tile_row, tile_col = tile_place(tile, down, across, BAND)
         row = tile_row * ROWS
         col = tile_col * OUTPUTS
+        # asked for before the products, which hide how long that takes
+        r = row + tl.arange(0, ROWS)
+        c = col + tl.arange(0, OUTPUTS)
+        row_scale = tl.load(x_scales + r, mask=r < rows, other=0)
+        col_scale = tl.load(weight_scales + c, mask=c < outputs, other=0)
         total = tl.zeros((ROWS, OUTPUTS), tl.int32)
         for step in range(tl.cdiv(cols, INPUTS)):
             k = step * INPUTS
             left = load_tile(x, row, k, rows, cols, ROWS, INPUTS, TMA)
             right = load_tile(weight, col, k, outputs, cols, OUTPUTS, INPUTS, TMA)
             total = tl.dot(left, right.T, total, out_dtype=tl.int32)
-        r = row + tl.arange(0, ROWS)
-        c = col + tl.arange(0, OUTPUTS)
-        row_scale = tl.load(x_scales + r, mask=r < rows, other=0)
-        col_scale = tl.load(weight_scales + c, mask=c < outputs, other=0)
         scaled = total.to(tl.float32) * row_scale[:, None] * col_scale[None, :]
         if BIAS:
             scaled += tl.load(bias + c, mask=c < outputs, other=0).to(tl.float32)[None, :]

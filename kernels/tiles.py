@@ -42,9 +42,14 @@ class Tiling:
         return triton.cdiv(rows, self.rows) * triton.cdiv(outputs, self.outputs)
 
     def cost(self, rows: int, outputs: int, processors: int) -> float:
-        """Estimate the time of a result: the tiles of the multiprocessor with most of them."""
+        """Estimate the time of a result: the tiles of the multiprocessor with most of them.
+
+        One that has fewer tiles than programs is slower, by about a half: a program alone waits for
+        its loads, its sums and its stores in turn.
+        """
         most = triton.cdiv(self.tiles(rows, outputs), processors)
-        return most * self.rows * self.outputs / self.speed
+        slowdown = 1.0 if most >= self.programs else 1.5
+        return most * self.rows * self.outputs * slowdown / self.speed
 
 
 def choose(tilings: Sequence[Tiling], rows: int, outputs: int, processors: int) -> Tiling:

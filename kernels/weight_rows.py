@@ -29,7 +29,7 @@ HALF = tl.constexpr(16)  # bytes of a group of 4-bit codes
 MANY_ROWS = 16384
 LONGEST = 32  # steps along a row
 # Programs of 4 warps for whose registers a multiprocessor has place, at MobileLLM's widths.
-RESIDENT = {"float": 5, "int8": 4, "int8_g32": 4, "int4_g32": 2}
+RESIDENT = {"float": 4, "int8": 4, "int8_g32": 4, "int4_g32": 2}
 
 
 def kind_of(codes: Tensor, scales: Tensor | None) -> str:

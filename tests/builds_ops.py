@@ -148,7 +148,7 @@ def _weight_tiles(
     )
 
 
-def _head(kind, sample, tokens, quick=False):
+def _head(kind, sample, tokens, quick=False, early=False):
     types = {"x": "*bf16:16", "codes": CODES[kind], "scales": SCALES[kind], "found": "*fp32:16"}
     types |= {"best": "*i32:16", "vocab": "i32:16", "inverse": "fp32", "seed": "i32"}
     constants = {"KIND": kind, "SAMPLE": sample, "GROUPS": 2}
@@ -156,14 +156,14 @@ def _head(kind, sample, tokens, quick=False):
         shape = _vector_shape(kind, 49152, 576)
         types |= {"counter": "*i32:16", "ids": "*i64:16", "logprobs": "*fp32:16"}
         constants |= {"COLS": 576, "ROWS": shape.rows, "GROUPS": shape.groups}
-        constants |= {"BLOCK": head_sample.BLOCK}
+        constants |= {"BLOCK": head_sample.BLOCK, "EARLY": early}
         warps = shape.warps
     else:
         types |= {"tokens": "i32", "cols": "i32:16"}
         constants |= {"ROWS": head_sample.ROWS, "TOKENS": head_sample.TOKENS}
         warps = 4
     return Build(
-        f"head_sample-{kind}-{tokens}{'-sampled' * sample}",
+        f"head_sample-{kind}-{tokens}{'-sampled' * sample}{'-early' * early}",
         f"head_sample:_head_{'vector' if tokens == 1 else 'tiles'}",
         types,
         constants,
@@ -172,6 +172,7 @@ def _head(kind, sample, tokens, quick=False):
         registers=65536 // (128 * RESIDENT[kind]) if tokens == 1 else 128,
         serial=True,
         needs={"sm_90": ("LDG.E.128",) if tokens == 1 else ("HGMMA",)},
+        options={"launch_pdl": True} if early else {},
         quick=quick,
     )
 
@@ -214,7 +215,6 @@ BUILDS = [
     ),
     _swiglu("large", swiglu.LARGE, "sm_90", HOPPER, quick=True),
     _swiglu("large-saving", swiglu.LARGE, "sm_90", HOPPER, save=True),
-    _swiglu("medium", swiglu.MEDIUM, "sm_90", HOPPER, quick=True),
     _swiglu("small", swiglu.SMALL, "sm_90", HOPPER),
     _swiglu("few", swiglu.FEW, "sm_90", ("UTMALDG", "HMMA.16816.F32.BF16")),
     *(
@@ -265,6 +265,7 @@ BUILDS = [
             _head(kind, sample, tokens, quick=(kind, sample, tokens) == ("float", True, 1))
         )
     ),
+    *(replace(_head(kind, False, 1, early=True), arches=("sm_90",)) for kind in CODES),
     Build(
         "head_sample-join",
         "head_sample:_join_shares",
