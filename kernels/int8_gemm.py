@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .early_launch import early_options, let_next_start, wait_for_previous
 from .tiles import (
     BAND,
     Tiling,
@@ -87,6 +88,7 @@ def int8_gemm(
         num_warps=t.warps,
         num_stages=depth(t.stages),
         enable_fp_fusion=False,
+        **early_options(x.device),
     )
     return out
 
@@ -109,7 +111,10 @@ def _int8_gemm(
     BIAS: tl.constexpr,
     TMA: tl.constexpr,
     STORE_TMA: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    let_next_start(EARLY)
+    wait_for_previous(EARLY)
     down = tl.cdiv(rows, ROWS)
     across = tl.cdiv(outputs, OUTPUTS)
     for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0)):

@@ -56,6 +56,7 @@ def _product(name, kernel, tiling, arch, matrices, others, constants, needs=(), 
         needs={arch: needs},
         arches=(arch,),
         quick=quick,
+        options={"launch_pdl": True} if constants.get("EARLY") else {},
     )
 
 
@@ -91,7 +92,10 @@ def _int8_gemm(name, tiling, arch, needs, quick=False):
             **dict.fromkeys(("x_scales", "weight_scales", "bias"), "*fp32:16"),
             **dict.fromkeys(("rows", "outputs", "cols"), "i32:16"),
         ),
-        dict(ROWS=tiling.rows, OUTPUTS=tiling.outputs, INPUTS=tiling.inputs, BIAS=False),
+        dict(
+            **dict(ROWS=tiling.rows, OUTPUTS=tiling.outputs, INPUTS=tiling.inputs),
+            **dict(BIAS=False, EARLY=arch == "sm_90"),
+        ),
         needs,
         quick,
     )
