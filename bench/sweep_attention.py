@@ -30,18 +30,14 @@ from mobilellm_fast.kernels.gqa_decode import Cut
 PREFILL = [(9, 3, 4, 2048), (25, 5, 4, 2048), (9, 3, 1, 2048), (9, 3, 1, 512)]
 DECODE = [(9, 3, 1, 1024), (9, 3, 1, 2048), (9, 3, 1, 4096), (25, 5, 1, 2048), (25, 5, 8, 4096)]
 FORWARD_TILES = [
-    *(Tile(128, 64, 8, stages, tma) for stages in (2, 3, 4) for tma in (False, True)),
-    *(Tile(128, 128, 8, 2, tma) for tma in (False, True)),
+    *(Tile(128, 64, 8, stages, tma) for stages in (3, 4) for tma in (False, True)),
     *(Tile(64, 128, 4, 2, tma) for tma in (False, True)),
-    *(Tile(64, 64, 4, stages, tma) for stages in (2, 3) for tma in (False, True)),
-    *(Tile(128, 64, 4, 2, tma) for tma in (False, True)),
+    *(Tile(64, 64, 4, 3, tma) for tma in (False, True)),
 ]
-SPECIALIZED_TILES = [
-    *(Tile(rows, 128, 8, stages, True, True) for rows in (128, 192) for stages in (2, 3)),
-    *(Tile(rows, 64, 8, 4, True, True) for rows in (128, 192)),
-]
+SPECIALIZED_TILES = [Tile(rows, 128, 8, 2, True, True) for rows in (128, 192)]
 CUTS = [
     Cut(64, 32, 4, 3),
+    Cut(64, 32, 8, 3),
     Cut(64, 32, 2, 3),
     Cut(64, 64, 4, 3),
     Cut(64, 16, 4, 4),
@@ -210,6 +206,8 @@ def sweep_decode(heads: int, kv_heads: int, batch: int, tokens: int) -> dict[str
         ]
         note(f"{tuple(cut)} {'' if last else 'two launches'}", calls)
     note("SDPA", [lambda s=s: sdpa_decode(*s) for s in sets])
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        note("SDPA of cuDNN", [lambda s=s: sdpa_decode(*s) for s in sets])
     return found
 
 
