@@ -154,7 +154,8 @@ def unpack(folder: Path):
     def weight(parts: dict[str, np.ndarray]) -> np.ndarray:
         if "values" in parts:
             return parts["values"]
-        kind = "int8_g32" if "mins" not in parts else "int4_g32"
+        signed = parts["codes"].dtype == np.int8
+        kind = "int4_g32" if "mins" in parts else "int8_g32" if signed else "int4_sym_g32"
         return QuantizedTensor(kind, **parts).dequantize()
 
     weights = {name: weight(parts) for name, parts in tensors.items()}

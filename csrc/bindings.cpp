@@ -53,11 +53,10 @@ float* output(py::array& a, const char* name, std::vector<int64_t> shape) {
 }
 
 WeightKind to_kind(const std::string& kind_name, const char* name) {
-  const std::map<std::string, WeightKind> kinds = {{"fp32", WeightKind::fp32},
-                                                   {"bf16", WeightKind::bf16},
-                                                   {"int8", WeightKind::int8},
-                                                   {"int8_g32", WeightKind::int8_g32},
-                                                   {"int4_g32", WeightKind::int4_g32}};
+  const std::map<std::string, WeightKind> kinds = {
+      {"fp32", WeightKind::fp32},         {"bf16", WeightKind::bf16},
+      {"int8", WeightKind::int8},         {"int8_g32", WeightKind::int8_g32},
+      {"int4_g32", WeightKind::int4_g32}, {"int4_sym_g32", WeightKind::int4_sym_g32}};
   const auto kind = kinds.find(kind_name);
   if (kind == kinds.end())
     throw py::value_error(std::string(name) + ": unknown weight kind " + kind_name);

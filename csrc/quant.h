@@ -9,7 +9,7 @@
 
 namespace mlf {
 
-enum class WeightKind : int32_t { fp32, bf16, int8, int8_g32, int4_g32 };
+enum class WeightKind : int32_t { fp32, bf16, int8, int8_g32, int4_g32, int4_sym_g32 };
 
 constexpr int kTileRows = 16;  // output rows of a tile: int32 lanes of one 512-bit register
 constexpr int kStep = 4;       // inputs of one row side by side: one lane of a dot instruction
@@ -24,6 +24,7 @@ MLF_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1)
 MLF_INLINE constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 MLF_INLINE constexpr bool is_quantized(WeightKind kind) { return kind >= WeightKind::int8; }
+MLF_INLINE constexpr bool is_int4(WeightKind kind) { return kind >= WeightKind::int4_g32; }
 
 // A tile is one forward stream: hardware prefetchers lose a stream that looks back, for instance at
 // scales kept apart from the codes (measured: half the bandwidth). Its records, each a multiple of
@@ -32,13 +33,16 @@ MLF_INLINE constexpr bool is_quantized(WeightKind kind) { return kind >= WeightK
 //   int8_g32  for each two groups: fp16 scale[2][16], then their steps (the last may stand alone)
 //   int4_g32  for each group: fp16 scale[16], fp16 min[16], then 4 x 64 bytes: step j in the low
 //             nibbles, step j + 4 in the high ones
+//   int4_sym_g32  for each two groups: fp16 scale[2][16], then codes as of int4_g32; the minimum is
+//             kSymmetricMin scales
 constexpr int kHeaderBytes = 64;
+constexpr float kSymmetricMin = -8;  // codes 0..15 stand for -8..7
 MLF_INLINE constexpr int64_t tile_nbytes(WeightKind kind, int64_t cols) {
   const int64_t groups = ceil_div(cols, kGroup);
   const int64_t headers = kind == WeightKind::int8       ? 1
-                          : kind == WeightKind::int8_g32 ? ceil_div(groups, 2)
-                                                         : groups;
-  const int64_t code_nbytes = kTileRows * groups * kGroup / (kind == WeightKind::int4_g32 ? 2 : 1);
+                          : kind == WeightKind::int4_g32 ? groups
+                                                         : ceil_div(groups, 2);
+  const int64_t code_nbytes = kTileRows * groups * kGroup / (is_int4(kind) ? 2 : 1);
   return headers * kHeaderBytes + code_nbytes;
 }
 

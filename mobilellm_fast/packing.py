@@ -76,7 +76,8 @@ def pack_checkpoint(
     check_format(format)
     checkpoint = open_path(path, name)
     if format == "auto":
-        format = checkpoint.format or ("int4" if checkpoint.dtype == "int4" else float_format)
+        in_4_bits = checkpoint.dtype in ("int4", "int4_sym")
+        format = checkpoint.format or ("int4" if in_4_bits else float_format)
     if format in KEPT_FORMATS and checkpoint.tokenizer:
         checkpoint.tokenizer.compile()  # now: what it needs would come on top of the weights
     weights, buffer = read_weights(checkpoint, format)

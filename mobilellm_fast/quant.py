@@ -2,16 +2,17 @@
 
 A weight matrix has ``rows`` output channels and ``cols`` inputs. Its *kind* says how it is stored:
 
-============  =======================================================  ===================
-kind          value of an element                                      bits per weight
-============  =======================================================  ===================
-``fp32``      itself, float32, row-major                               32
-``bf16``      itself, upper half of a float32 as uint16, row-major     16
-``int8``      ``scale[row] * code``, code in [-127, 127]               8 + 32 / cols
-``int8_g32``  ``scale[row, group] * code`` (GGUF Q8_0)                 8.5
-``int4_g32``  ``scale[row, group] * code + min[row, group]``,          5
-              code in [0, 15] (GGUF Q4_0, Q4_1)
-============  =======================================================  ===================
+================  ===================================================  ===================
+kind              value of an element                                  bits per weight
+================  ===================================================  ===================
+``fp32``          itself, float32, row-major                           32
+``bf16``          itself, upper half of a float32 as uint16            16
+``int8``          ``scale[row] * code``, code in [-127, 127]           8 + 32 / cols
+``int8_g32``      ``scale[row, group] * code`` (GGUF Q8_0)             8.5
+``int4_g32``      ``scale[row, group] * code + min[row, group]``,      5
+                  code in [0, 15] (GGUF Q4_1)
+``int4_sym_g32``  ``scale[row, group] * (code - 8)`` (GGUF Q4_0)       4.5
+================  ===================================================  ===================
 
 Groups are 32 consecutive inputs of one row, because MobileLLM's widths (576, 960, 1152, 1600)
 are multiples of 32 but not of 128. Quantized kinds are packed into *tiles* of 16 rows; inside a
@@ -36,7 +37,8 @@ TILE_ROWS = 16  # rows of a packed tile: the int32 lanes of one 512-bit register
 STEP = 4  # inputs of one row that lie next to each other: one lane of a dot-product instruction
 ALIGNMENT = 64  # bytes: one cache line, one 512-bit load
 ROWS_PER_BLOCK = 4096  # rows converted at a time: 9 MB of float32 at 576 columns
-QUANTIZED_KINDS = ("int8", "int8_g32", "int4_g32")
+INT4_KINDS = ("int4_g32", "int4_sym_g32")
+QUANTIZED_KINDS = ("int8", "int8_g32", *INT4_KINDS)
 KINDS = ("fp32", "bf16", *QUANTIZED_KINDS)
 
 
@@ -45,8 +47,8 @@ class QuantizedTensor:
     """A weight matrix on a quantization grid, not yet packed.
 
     Args:
-        kind: ``"int8"``, ``"int8_g32"`` or ``"int4_g32"``.
-        codes: ``(rows, cols)`` int8, or uint8 in 0..15 for ``int4_g32``.
+        kind: one of `QUANTIZED_KINDS`.
+        codes: ``(rows, cols)`` int8, or uint8 in 0..15 for `INT4_KINDS`.
         scales: ``(rows,)`` float32 for ``int8``, else ``(rows, cols / 32)`` float16.
         mins: ``(rows, cols / 32)`` float16 for ``int4_g32``, else ``None``.
     """
@@ -59,6 +61,13 @@ class QuantizedTensor:
     @property
     def shape(self) -> tuple[int, int]:
         return self.codes.shape
+
+    @property
+    def minimums(self) -> np.ndarray | None:
+        """What is added to scaled codes, ``(rows, cols / 32)`` float32, or None for nothing."""
+        if self.kind == "int4_sym_g32":
+            return np.float32(-8) * self.scales.astype(np.float32)
+        return None if self.mins is None else self.mins.astype(np.float32)
 
     def take_rows(self, index: np.ndarray) -> QuantizedTensor:
         """Return the rows ``index`` (a permutation or a selection) in that order."""
@@ -74,8 +83,8 @@ class QuantizedTensor:
         codes = np.zeros((rows, groups * GROUP), np.float32)
         codes[:, :cols] = self.codes
         values = codes.reshape(rows, groups, GROUP) * self.scales.astype(np.float32)[..., None]
-        if self.mins is not None:
-            values += self.mins.astype(np.float32)[..., None]
+        if self.minimums is not None:
+            values += self.minimums[..., None]
         return np.ascontiguousarray(values.reshape(rows, -1)[:, :cols])
 
 
@@ -131,7 +140,7 @@ def quantize(weight: np.ndarray, kind: str) -> QuantizedTensor:
 
     Args:
         weight: ``(rows, cols)`` float32, finite.
-        kind: ``"int8"``, ``"int8_g32"`` or ``"int4_g32"``.
+        kind: one of `QUANTIZED_KINDS`.
 
     Raises:
         MobileLLMError: unknown kind, or a weight that is not finite.
@@ -152,10 +161,15 @@ def quantize(weight: np.ndarray, kind: str) -> QuantizedTensor:
     # Pad with the row's last value: it widens no group's range.
     padded = np.pad(weight, ((0, 0), (0, -cols % GROUP)), mode="edge")
     groups = padded.reshape(rows, -1, GROUP)
+    mins = None
     if kind == "int8_g32":
-        mins = None
         scales = (np.abs(groups).max(axis=2) / np.float32(127)).astype(np.float16)
         offset, low, high, code_type = np.float32(0), -127, 127, np.int8
+    elif kind == "int4_sym_g32":  # the value of largest magnitude is code 0, of either sign
+        peak = np.take_along_axis(groups, np.abs(groups).argmax(axis=2)[..., None], axis=2)
+        scales = (peak[..., 0] / np.float32(-8)).astype(np.float16)
+        offset = np.float32(-8) * scales.astype(np.float32)[..., None]
+        low, high, code_type = 0, 15, np.uint8
     else:
         mins = groups.min(axis=2).astype(np.float16)
         offset, low, high, code_type = mins.astype(np.float32)[..., None], 0, 15, np.uint8
@@ -168,7 +182,7 @@ def quantize(weight: np.ndarray, kind: str) -> QuantizedTensor:
 
 def _reciprocal(scales: np.ndarray) -> np.ndarray:
     """1 / scale, and 0 where the scale is 0 or too small for that (a row or group of zeros)."""
-    return np.divide(1, scales, out=np.zeros_like(scales), where=scales > 2.0**-100)
+    return np.divide(1, scales, out=np.zeros_like(scales), where=np.abs(scales) > 2.0**-100)
 
 
 def pack(
@@ -214,8 +228,8 @@ def unpack(weight: PackedWeight) -> QuantizedTensor:
     body = weight.data.reshape(tiles, tile_nbytes(kind, cols))
     headers, quants = (np.ascontiguousarray(part) for part in _records(body, kind, groups))
 
-    if kind == "int4_g32":
-        both = quants.reshape(tiles, groups, 1, 4, TILE_ROWS, STEP)
+    if kind in INT4_KINDS:
+        both = quants.reshape(tiles, -1, 1, 4, TILE_ROWS, STEP)
         quants = np.concatenate([both & 15, both >> 4], axis=2)
     steps = quants.reshape(tiles, -1, TILE_ROWS, STEP)
     codes = steps.swapaxes(1, 2).reshape(tiles * TILE_ROWS, -1)[:rows, :cols]
@@ -226,10 +240,11 @@ def unpack(weight: PackedWeight) -> QuantizedTensor:
             kind, codes.view(np.int8), headers.view(np.float32).reshape(-1)[:rows]
         )
     per_header = headers.view(np.float16).reshape(tiles, -1, 2, TILE_ROWS)
-    if kind == "int8_g32":
+    if kind != "int4_g32":
         scales = per_header.reshape(tiles, -1, TILE_ROWS).swapaxes(1, 2)
         scales = scales.reshape(tiles * TILE_ROWS, -1)[:rows, :groups]
-        return QuantizedTensor(kind, codes.view(np.int8), np.ascontiguousarray(scales))
+        codes = codes if kind in INT4_KINDS else codes.view(np.int8)
+        return QuantizedTensor(kind, codes, np.ascontiguousarray(scales))
     fields = per_header.transpose(2, 0, 3, 1).reshape(2, tiles * TILE_ROWS, groups)[:, :rows]
     return QuantizedTensor(kind, codes, fields[0].copy(), fields[1].copy())
 
@@ -238,21 +253,21 @@ def _write_tiles(tensor: QuantizedTensor, body: np.ndarray) -> None:
     """Write the codes and scales of ``tensor`` into ``body``, ``(tiles, tile_nbytes)`` uint8."""
     (rows, cols), kind = tensor.shape, tensor.kind
     tiles, groups = len(body), _ceil_div(cols, GROUP)
-    even_groups = groups + groups % 2 if kind == "int8_g32" else groups
+    even_groups = groups + (groups % 2 if _groups_per_header(kind, groups) == 2 else 0)
 
     codes = np.zeros((tiles * TILE_ROWS, even_groups * GROUP), np.uint8)
     codes[:rows, :cols] = tensor.codes.view(np.uint8)
     # Four codes of one row travel together, so move them as one uint32.
     words = codes.view(np.uint32).reshape(tiles, TILE_ROWS, -1).swapaxes(1, 2)
     quants = np.ascontiguousarray(words).view(np.uint8).reshape(tiles, even_groups, 2, -1)
-    if kind == "int4_g32":  # steps 0..3 of a group in the low nibbles, 4..7 in the high ones
+    if kind in INT4_KINDS:  # steps 0..3 of a group in the low nibbles, 4..7 in the high ones
         quants = quants[:, :, 0] | (quants[:, :, 1] << 4)
 
     if kind == "int8":
         scales = np.zeros(tiles * TILE_ROWS, np.float32)
         scales[:rows] = tensor.scales
         header = scales.reshape(tiles, 1, TILE_ROWS)
-    elif kind == "int8_g32":
+    elif kind != "int4_g32":
         scales = np.zeros((tiles * TILE_ROWS, even_groups), np.float16)
         scales[:rows, :groups] = tensor.scales
         header = scales.reshape(tiles, TILE_ROWS, -1, 2).transpose(0, 2, 3, 1)
@@ -268,9 +283,9 @@ def _write_tiles(tensor: QuantizedTensor, body: np.ndarray) -> None:
 
 def _records(body: np.ndarray, kind: str, groups: int) -> tuple[np.ndarray, np.ndarray]:
     """Split tiles into headers (tiles, records, 64) and codes (tiles, records, bytes)."""
-    records = {"int8": 1, "int8_g32": _ceil_div(groups, 2), "int4_g32": groups}[kind]
-    per_record = {"int8": groups, "int8_g32": 2, "int4_g32": 1}[kind]
-    code_nbytes = per_record * GROUP * TILE_ROWS // (2 if kind == "int4_g32" else 1)
+    per_record = _groups_per_header(kind, groups)
+    records = _ceil_div(groups, per_record)
+    code_nbytes = per_record * GROUP * TILE_ROWS // (2 if kind in INT4_KINDS else 1)
     whole = np.zeros((len(body), records * (ALIGNMENT + code_nbytes)), np.uint8)
     whole[:, : body.shape[1]] = body
     whole = whole.reshape(len(body), records, -1)
@@ -280,9 +295,13 @@ def _records(body: np.ndarray, kind: str, groups: int) -> tuple[np.ndarray, np.n
 def tile_nbytes(kind: str, cols: int) -> int:
     """Bytes of one tile (16 rows); `csrc/quant.h` shows its layout."""
     groups = _ceil_div(cols, GROUP)
-    headers = {"int8": 1, "int8_g32": _ceil_div(groups, 2), "int4_g32": groups}[kind]
-    code_bits = 4 if kind == "int4_g32" else 8
+    headers = _ceil_div(groups, _groups_per_header(kind, groups))
+    code_bits = 4 if kind in INT4_KINDS else 8
     return headers * ALIGNMENT + groups * GROUP * TILE_ROWS * code_bits // 8
+
+
+def _groups_per_header(kind: str, groups: int) -> int:
+    return {"int8": groups, "int4_g32": 1}.get(kind, 2)
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -315,13 +334,13 @@ def kind_of(format: str, name: str, dtype: str) -> str:
     stores the embedding and the head of a float checkpoint in int8, where four bits cost most, and
     `int4_all` stores every matrix in four bits.
     """
-    own = {"int4": "int4_g32", "int8": "int8_g32"}.get(dtype)
+    own = {"int4": "int4_g32", "int4_sym": "int4_sym_g32", "int8": "int8_g32"}.get(dtype)
     if format in ("fp32", "bf16"):
         return format
     if format == "w8a8":  # the paper's scheme, exactly
         return "int8"
     if format == "int4_all":
-        return "int4_g32"
+        return own if own in INT4_KINDS else "int4_g32"
     if format == "int8":
         return "int8_g32" if own == "int8_g32" else "int8"
     if own is not None:
@@ -335,6 +354,6 @@ def kinds_of(format: str) -> tuple[str, ...]:
         "w8a8": ("int8",),
         "int8": ("int8", "int8_g32"),
         "int4": QUANTIZED_KINDS,
-        "int4_all": ("int4_g32",),
+        "int4_all": INT4_KINDS,
     }
     return several.get(format, (format,))

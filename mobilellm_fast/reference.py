@@ -246,7 +246,7 @@ def linear(
         x: (..., cols) float.
         packed: the data of a `quant.PackedWeight`: flat uint8 tiles, or (rows, cols) float32, or
             the bits of (rows, cols) bfloat16 as a 16-bit integer.
-        kind: "fp32", "bf16", "int8", "int8_g32" or "int4_g32", see `mobilellm_fast.quant`.
+        kind: one of `quant.KINDS`, see there.
         rows, cols: output and input features.
         activation: "float" leaves `x` as it is; the others round it to 8-bit codes, symmetrically:
             "int8" with one scale per row, "int8_g32" with one per group of 32 inputs, and to 16

@@ -139,8 +139,8 @@ def _linear(x: Tensor, packed: Tensor, kind: str, rows: int, cols: int, activati
     sums = torch.einsum("mgi,rgi->mrg", values, weight_codes)
     scales = torch.from_numpy(grid.scales).to(torch.float64).reshape(rows, -1)
     size = (sums * scales).abs().sum(-1)
-    if grid.mins is not None:
-        mins = torch.from_numpy(grid.mins).to(torch.float64).abs()
+    if grid.minimums is not None:
+        mins = torch.from_numpy(grid.minimums).to(torch.float64).abs()
         size += values.sum(-1).abs() @ mins.T
     # an fma for each of them; the products with the scales of input and weight
     terms = 2 * weight_codes.shape[1] + 3

@@ -8,7 +8,7 @@ from mobilellm_fast import quant, row_major
 
 # What the kernels compute in; the interpreter knows no 16-bit arithmetic.
 DTYPES = [torch.bfloat16, torch.float16] if HAS_GPU else [torch.float32]
-KINDS = ("float", *quant.QUANTIZED_KINDS)
+KINDS = ("float", *row_major.KINDS)
 
 ROWS = [(3, 1), (2, 45), (5, 576), (3, 1600), (20, 17)]
 ROPE = [(2, 5, 3, 6), (1, 7, 9, 64), (2, 3, 25, 80)]  # batch, seq, heads, head_dim

@@ -96,7 +96,8 @@ def test_types_equal_transformers(tmp_path, kind):
     assert_same(read_all(path), transformers_weights(path))
     if kind == "F32":  # so the permutation of our own writer was undone
         assert_same(read_all(path), WEIGHTS)
-    stored = {"F16": "float16", "BF16": "bfloat16", "Q4_0": "int4", "Q4_1": "int4", "Q8_0": "int8"}
+    stored = {"F16": "float16", "BF16": "bfloat16", "Q8_0": "int8"}
+    stored |= {"Q4_0": "int4_sym", "Q4_1": "int4"}
     assert open_checkpoint(path).dtype == stored.get(kind, "float32")
 
 
@@ -152,7 +153,8 @@ def test_grids_are_kept_bit_for_bit(tmp_path, kind):
     path = write_gguf(tmp_path / "m.gguf", CONFIG, WEIGHTS, matrices=kind)
     name = "model.layers.0.mlp.down_proj.weight"  # (64, 96), not permuted
     tensor = open_checkpoint(path).read(name)
-    assert tensor.kind == ("int8_g32" if kind == "Q8_0" else "int4_g32")
+    kinds = {"Q4_0": "int4_sym_g32", "Q4_1": "int4_g32", "Q8_0": "int8_g32"}
+    assert tensor.kind == kinds[kind]
     assert tensor.scales.dtype == np.float16
     stored = gguf.quants.quantize(WEIGHTS[name], gguf.GGMLQuantizationType[kind])
     blocks = stored.reshape(64, 3, -1)
@@ -162,7 +164,7 @@ def test_grids_are_kept_bit_for_bit(tmp_path, kind):
             assert tensor.scales[row, group] == scale
             assert tensor.codes[row, group * 32 : group * 32 + 32].tolist() == codes
             if kind != "Q8_0":
-                assert tensor.mins[row, group] == low
+                assert tensor.minimums[row, group] == low
     assert tensor.codes.min() >= (-127 if kind == "Q8_0" else 0)
 
 

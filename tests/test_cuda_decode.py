@@ -124,7 +124,7 @@ def test_quantized_weights(tier, format):
         assert_close(ours.forward([token], cache), oracle.forward([token], expected))
 
 
-@pytest.mark.parametrize("kind", ["int8", "int8_g32", "int4_g32"])
+@pytest.mark.parametrize("kind", quant.QUANTIZED_KINDS)
 @pytest.mark.parametrize("cols", [32, 40, 576])
 def test_row_major_weights_keep_their_values(kind, cols):
     values = np.random.default_rng(0).normal(size=(7, cols)).astype(np.float32)

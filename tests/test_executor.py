@@ -54,6 +54,25 @@ def run(executor, ids, chunk=None) -> np.ndarray:
     return np.concatenate(logits)
 
 
+@pytest.mark.parametrize("isa", _C.supported_isas())
+def test_minimums_that_are_not_stored_change_no_bit(isa):
+    """The grid of Q4_0 in 4.5 bits, and in the 5 that Q4_1 takes."""
+    config = tiny_config(layer_sharing="reverse", vocab_size=150)  # tied: embedding and head, too
+    short, long = random_weights(config), {}
+    for name, values in short.items():
+        if values.ndim == 2:
+            grid = quant.quantize(values, "int4_sym_g32")
+            mins = grid.minimums.astype(np.float16)
+            stored = quant.QuantizedTensor("int4_g32", grid.codes, grid.scales, mins)
+            short[name], long[name] = quant.pack(grid), quant.pack(stored)
+        else:
+            long[name] = values
+    ids = random_ids(config, 70)
+    for chunk in (1, 5, 70):
+        a, b = (run(Executor(config, w, "int4_all", isa=isa), ids, chunk) for w in (short, long))
+        assert np.array_equal(a, b)
+
+
 @pytest.mark.parametrize("name", MODEL_CONFIGS)
 def test_prefill_and_steps_equal_transformers(name):
     config = MODEL_CONFIGS[name]

@@ -9,13 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from helpers import SHARING, random_ids, random_weights, tiny_config
+from helpers import SHARING, packed_weights, random_ids, random_weights, tiny_config
 from safetensors.numpy import save_file
 
 from mobilellm_fast import _C, cli, packing
 from mobilellm_fast.engine import Engine
 from mobilellm_fast.errors import CheckpointError, MobileLLMError
 from mobilellm_fast.image import PREFIX, VERSION, open_image
+from mobilellm_fast.model import MobileLLM
 from mobilellm_fast.packing import load_image, pack_checkpoint
 
 
@@ -54,6 +55,19 @@ def test_an_image_gives_back_the_same_bits(checkpoint, tmp_path, format):
     assert image.tokenizer is None
     assert image.chat_template is None
     assert np.array_equal(image.buffer, packed.buffer)
+    assert np.array_equal(logits(image), logits(packed))
+
+
+def test_images_hold_grids_without_minimums(tmp_path):
+    config = tiny_config()
+    weights = packed_weights(random_weights(config), "int4_sym_g32")
+    lm = MobileLLM.from_weights(config, weights, "int4")
+    lm.save_pretrained(tmp_path / "lm")
+    packed = pack_checkpoint(tmp_path / "lm", "tiny", "int4")
+    packed.save(tmp_path / "tiny.mlf")
+    image = open_image(tmp_path / "tiny.mlf")
+    kinds = {w.kind for w in image.weights.values() if not isinstance(w, np.ndarray)}
+    assert kinds == {"int4_sym_g32"}
     assert np.array_equal(logits(image), logits(packed))
 
 

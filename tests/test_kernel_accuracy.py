@@ -71,8 +71,8 @@ def test_quantize_per_token_at_its_limits(isa):
 def test_linear_saturates_nowhere(cols, kind, activation, isa):
     """Every product and every sum at its largest, with either sign."""
     signs = np.array([[1, 1], [1, -1], [-1, -1]])
-    codes = np.zeros((6, cols), np.uint8 if kind == "int4_g32" else np.int8)
-    top, bottom = (15, 0) if kind == "int4_g32" else (127, -127)
+    codes = np.zeros((6, cols), np.uint8 if kind in quant.INT4_KINDS else np.int8)
+    top, bottom = (15, 0) if kind in quant.INT4_KINDS else (127, -127)
     codes[:3, ::2] = np.where(signs[:, :1] > 0, top, bottom)
     codes[:3, 1::2] = np.where(signs[:, 1:] > 0, top, bottom)
     codes[3:] = top - codes[:3] + bottom
@@ -81,7 +81,7 @@ def test_linear_saturates_nowhere(cols, kind, activation, isa):
         tensor = quant.QuantizedTensor(kind, codes, np.ones(6, np.float32))
     else:
         ones = np.ones((6, groups), np.float16)
-        tensor = quant.QuantizedTensor(kind, codes, ones, -8 * ones if "int4" in kind else None)
+        tensor = quant.QuantizedTensor(kind, codes, ones, -8 * ones if kind == "int4_g32" else None)
     x = np.full((4, cols), 127, np.float32)  # so the scale is 1
     x[1] *= -1
     x[2, ::2] *= -1

@@ -74,11 +74,11 @@ def exact_linear(x, tensor, activation):
         low_scale = scale * np.float32(1 / 254)
         low_acc = add(low_acc, low, low_scale, part, group)
         acc = add(acc, high, scale, part, group)
-        if tensor.mins is not None:
+        if tensor.minimums is not None:
             sums, low_sums = (c.sum(axis=1).astype(np.longdouble) for c in (high, low))
             whole = (sums.astype(np.float32) * scale).astype(np.longdouble)
             whole = (low_sums * low_scale.astype(np.longdouble) + whole).astype(np.float32)
-            acc = fma(tensor.mins[:, group], whole[:, None], acc)
+            acc = fma(tensor.minimums[:, group], whole[:, None], acc)
     acc += low_acc
     return acc * tensor.scales if tensor.kind == "int8" else acc
 
@@ -117,14 +117,32 @@ def test_linear_does_not_saturate(isa, activation, sign):
         want = exact_linear(x, tensor, activation)
         assert np.abs(want - sign * code * cols).max() <= cols * 127 * 1e-6
         assert np.array_equal(linear(x, quant.pack(tensor), activation, isa), want)
-    for kind, code, mins in (("int8_g32", -127, None), ("int4_g32", 15, -1.0)):
-        codes = np.full((16, cols), code, np.int8 if mins is None else np.uint8)
+    for kind, code, mins in (
+        ("int8_g32", -127, None),
+        ("int4_g32", 15, -1.0),
+        ("int4_sym_g32", 15, None),
+        ("int4_sym_g32", 0, None),
+    ):
+        codes = np.full((16, cols), code, np.uint8 if kind in quant.INT4_KINDS else np.int8)
         scales = np.ones((16, cols // 32), np.float16)
         mins = None if mins is None else np.full_like(scales, mins)
         tensor = quant.QuantizedTensor(kind, codes, scales, mins)
         assert np.array_equal(
             linear(x, quant.pack(tensor), activation, isa), exact_linear(x, tensor, activation)
         )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", WEIGHT_SHAPES, ids=str)
+def test_minimums_that_are_not_stored_give_the_same_bits(isa, shape):
+    """As those that are: a grid is computed with alike in both layouts."""
+    grid = quant.quantize(matrix(*shape, 0), "int4_sym_g32")
+    mins = grid.minimums.astype(np.float16)
+    stored = quant.pack(quant.QuantizedTensor("int4_g32", grid.codes, grid.scales, mins))
+    x = matrix(33, shape[1], 1)
+    for rows in ROWS:
+        got = linear(x[:rows], quant.pack(grid), "int8_g32", isa)
+        assert np.array_equal(got, linear(x[:rows], stored, "int8_g32", isa))
 
 
 @pytest.mark.parametrize("isa", ISAS)

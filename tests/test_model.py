@@ -190,7 +190,8 @@ def test_quantized_model_equals_its_dequantized_weights(kind, format, monkeypatc
     got = model(ids)
     assert_logits_close(got, twin(ids), 0.1)
     monkeypatch.setattr(ops, "linear", reference.linear)
-    assert_logits_close(got, model(ids), 5e-3)  # codes that fall to the other side of a half
+    # the same but for codes that fall to the other side of a half: no or 1e-2 over twelve seeds
+    assert_logits_close(got, model(ids), 2e-2)
 
 
 def test_quantized_weights_let_gradients_through():

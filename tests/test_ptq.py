@@ -63,9 +63,7 @@ def q4_0(weight):
     scale = (peak / -8).half().float()
     codes = (groups / scale + 8.5).floor().clamp(0, 15)
     scale = scale[..., 0].half().numpy()
-    return QuantizedTensor(
-        "int4_g32", codes.flatten(-2).to(torch.uint8).numpy(), scale, scale * np.float16(-8)
-    )
+    return QuantizedTensor("int4_sym_g32", codes.flatten(-2).to(torch.uint8).numpy(), scale)
 
 
 @pytest.mark.parametrize("cols", [96, 83, 20])
@@ -87,7 +85,7 @@ def test_searched_grids_beat_the_range_of_the_group(cols):
 def test_the_grid_of_q4_0_is_never_worse_than_ggmls_rounding():
     weight = gaussian()
     ours, theirs = round_int4(weight, torch.eye(96), symmetric=True), q4_0(weight)
-    np.testing.assert_array_equal(ours.mins, ours.scales * np.float16(-8))
+    assert ours.kind == theirs.kind
     assert squared_error(weight, ours) < 0.95 * squared_error(weight, theirs)
     x, moments = correlated()
     ours = round_int4(weight, moments, symmetric=True)
@@ -242,6 +240,24 @@ def assert_same_weights(a, b):
             assert weight.kind == other.kind, name
             weight, other = weight.data, other.data
         np.testing.assert_array_equal(weight, other, err_msg=name)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_the_grid_of_q4_0_is_stored_in_4_5_bits(calibrated, tmp_path):
+    lm = build(hidden_size=64, num_attention_heads=4, intermediate_size=128)
+    text = random_ids(lm.config, 256).tolist() if calibrated else None
+    quantize_(lm, "int4_all", symmetric=True, calibration=text)
+    matrices = [w for w in lm.weights().values() if not isinstance(w, np.ndarray)]
+    assert {w.kind for w in matrices} == {"int4_sym_g32"}
+    blocks = [w for w in matrices if w.rows % 16 == 0]
+    assert sum(8 * w.nbytes for w in blocks) == 4.5 * sum(w.rows * w.cols for w in blocks)
+    lm.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert again.engine.format == "int4_all"
+    assert_same_weights(lm, again)
+    ids = random_ids(lm.config, 20)
+    got = lm.engine.forward(ids, lm.engine.new_cache(), all_logits=True)
+    assert_logits_close(again(torch.tensor(ids[None]))[0], got, 0.05)
 
 
 def test_quantized_state_dicts(tmp_path):

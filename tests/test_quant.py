@@ -47,6 +47,11 @@ def test_rounding_error_is_half_a_step(shape):
         step = np.repeat(tensor.scales.astype(np.float32), 32, axis=1)[:, : shape[1]]
         bound = step * (0.5001 + levels * 2**-11) + np.abs(weight).max() * 2**-11
         assert (np.abs(tensor.dequantize() - weight) <= bound).all()
+    # On the symmetric grid the end that is not the largest value may be cut off by up to a step.
+    tensor = quant.quantize(weight, "int4_sym_g32")
+    step = np.repeat(np.abs(tensor.scales.astype(np.float32)), 32, axis=1)[:, : shape[1]]
+    bound = step * (0.5001 + (tensor.codes == 15) * 0.5 + 15 * 2**-11)
+    assert (np.abs(tensor.dequantize() - weight) <= bound).all()
 
 
 def test_zero_rows_and_groups_stay_zero():
@@ -70,6 +75,7 @@ def test_bits_per_weight():
     assert bits["int8"] == 8 + 32 / 1536
     assert bits["int8_g32"] == 8.5
     assert bits["int4_g32"] == 5
+    assert bits["int4_sym_g32"] == 4.5
 
 
 def test_requantizing_goes_through_values():
@@ -106,6 +112,9 @@ def test_bf16_rounds_to_nearest_even():
         ("int4", "lm_head.weight", "int4", "int4_g32"),
         ("int4_all", "model.embed_tokens.weight", "int8", "int4_g32"),
         ("int4_all", "lm_head.weight", "float32", "int4_g32"),
+        ("int4_all", "lm_head.weight", "int4_sym", "int4_sym_g32"),
+        ("int4", "model.layers.0.mlp.up_proj.weight", "int4_sym", "int4_sym_g32"),
+        ("int8", "model.layers.0.mlp.up_proj.weight", "int4_sym", "int8"),
     ],
 )
 def test_kind_of(format, name, dtype, kind):

@@ -185,8 +185,9 @@ class Tensors {
     const bool eight = format_ == "int8" || format_ == "w8a8" || format_ == "int4";
     if (name == "int8" && eight) return WeightKind::int8;
     if (name == "int8_g32" && (format_ == "int8" || format_ == "int4")) return WeightKind::int8_g32;
-    if (name == "int4_g32" && (format_ == "int4" || format_ == "int4_all"))
-      return WeightKind::int4_g32;
+    const bool four = format_ == "int4" || format_ == "int4_all";
+    if (name == "int4_g32" && four) return WeightKind::int4_g32;
+    if (name == "int4_sym_g32" && four) return WeightKind::int4_sym_g32;
     refuse("a tensor has a kind that the format " + format_ + " does not allow");
   }
   const uint8_t* take(int64_t nbytes) {

@@ -8,7 +8,8 @@ inline void embed_float(const Weight& table, int64_t row, float* out) {
 }
 
 inline void embed_packed(const Weight& table, int64_t row, float* out) {
-  const bool int4 = table.kind == WeightKind::int4_g32, grouped = table.kind != WeightKind::int8;
+  const bool int4 = is_int4(table.kind), grouped = table.kind != WeightKind::int8;
+  const bool has_min = table.kind == WeightKind::int4_g32;  // and a header for each group
   const int64_t lane = row % kTileRows;
   const uint8_t* line = table.data + row / kTileRows * tile_nbytes(table.kind, table.cols);
   const float* scales = reinterpret_cast<const float*>(line);
@@ -18,14 +19,15 @@ inline void embed_packed(const Weight& table, int64_t row, float* out) {
     float scale, min = 0.0f;
     if (!grouped) {
       scale = scales[lane];
-    } else if (!int4 && group % 2) {
+    } else if (!has_min && group % 2) {
       scale = half_value(halves[kTileRows + lane]);
     } else {
       halves = reinterpret_cast<const uint16_t*>(line);
       line += kHeaderBytes;
       scale = half_value(halves[lane]);
-      if (int4) min = half_value(halves[kTileRows + lane]);
+      if (has_min) min = half_value(halves[kTileRows + lane]);
     }
+    if (int4 && !has_min) min = kSymmetricMin * scale;
     const int64_t first = group * kGroup;
     const int64_t count = table.cols - first < kGroup ? table.cols - first : kGroup;
     for (int64_t i = 0; i < count; ++i) {

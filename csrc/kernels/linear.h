@@ -179,7 +179,7 @@ inline void with_streams(int64_t rows, int alone, Body body) {
 
 // Streams of equal length, so that none is left at the end.
 inline int streams_of_row(const Weight& weight, int64_t tiles) {
-  if (weight.kind == WeightKind::int4_g32 && tiles >= 6) return 6;
+  if (is_int4(weight.kind) && tiles >= 6) return 6;
   return tiles % 4 != 0 && tiles % 3 == 0 ? 3 : 4;
 }
 
@@ -249,7 +249,7 @@ inline void swiglu_streams(const Panel& x, const Weight& gate, const Weight& up,
 void swiglu(const Activations& x, const Weight& gate, const Weight& up, const Activations& out,
             int64_t rows, const Tiles& tiles) {
   for_each_panel(x, rows, [&](const Panel& panel, int64_t row) {
-    with_streams(panel.rows, gate.kind == WeightKind::int4_g32 ? 6 : 4, [&](auto count) {
+    with_streams(panel.rows, is_int4(gate.kind) ? 6 : 4, [&](auto count) {
       if constexpr (decltype(count)::value != 3)  // gate and up
         swiglu_streams<decltype(count)::value>(panel, gate, up, out.from_row(row), tiles);
     });

@@ -31,7 +31,7 @@ inline void matrix_block(const PanelBlock& block, const Activations& x, int64_t 
       const VecF dot = to_float(load_ints(found[row])), scale = splat(scales[row * x.groups()]);
       if constexpr (Format::kKind == WeightKind::int8) sums[row] = fma(dot, scale, sums[row]);
       else sums[row] = fma(mul(dot, scale), load(block.scales[at]), sums[row]);
-      if constexpr (Format::kKind == WeightKind::int4_g32)
+      if constexpr (is_int4(Format::kKind))
         sums[row] = fma(load(block.mins[at]), splat(group_sums[row * x.groups()]), sums[row]);
     }
   }
@@ -95,6 +95,8 @@ __attribute__((noinline)) void matrix_dot(const Activations& x, const VecF* low,
   TileReader tile{ref.data(), ref.ahead};
   const WeightKind kind = ref.weight->kind;
   if (kind == WeightKind::int4_g32) return matrix_groups<Int4Tile>(tile, x, low, rows, stride, y);
+  if (kind == WeightKind::int4_sym_g32)
+    return matrix_groups<Int4SymmetricTile>(tile, x, low, rows, stride, y);
   if (kind == WeightKind::int8_g32)
     return matrix_groups<Int8GroupTile>(tile, x, low, rows, stride, y);
   const VecF scales = load(reinterpret_cast<const float*>(tile.next()));

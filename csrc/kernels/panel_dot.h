@@ -44,7 +44,7 @@ inline void prepare_block(TileReader& tile, typename Format::template Header<1>&
     if constexpr (Format::kKind != WeightKind::int8)
       panel_store_outputs(block.scales[at], header.scale());
     block.groups[at] = block.codes[at];
-    if constexpr (Format::kKind == WeightKind::int4_g32) {
+    if constexpr (is_int4(Format::kKind)) {
       panel_store_outputs(block.mins[at], header.min());
       panel_pack_int4(tile.next_lines(kStepsPerGroup / 2), block.codes[at]);
     } else {
@@ -110,7 +110,7 @@ inline void panel_block(const PanelBlock& block, PanelRows<M> rows, int64_t firs
         const VecF of_weights = load(block.scales[at] + rows.outputs_of(m));
         sums[m] = fma(mul(dot, scale), of_weights, sums[m]);
       }
-      if constexpr (Format::kKind == WeightKind::int4_g32)
+      if constexpr (is_int4(Format::kKind))
         sums[m] = fma(load(block.mins[at] + rows.outputs_of(m)), rows.at(rows.group_sums, m, group),
                       sums[m]);
     }
@@ -198,6 +198,8 @@ __attribute__((noinline)) void panel_dot(const Activations& x, const VecF* low, 
   TileReader start{ref.data(), ref.ahead};
   const WeightKind kind = ref.weight->kind;
   if (kind == WeightKind::int4_g32) return panel_groups<Int4Tile, Rows>(start, x, low, rows, y);
+  if (kind == WeightKind::int4_sym_g32)
+    return panel_groups<Int4SymmetricTile, Rows>(start, x, low, rows, y);
   if (kind == WeightKind::int8_g32)
     return panel_groups<Int8GroupTile, Rows>(start, x, low, rows, y);
   const VecF scales = load(reinterpret_cast<const float*>(start.next_lines(1)));

@@ -54,9 +54,9 @@ constexpr int kRowsWithLowCodes = kDotRows < 8 ? 1 : 2;
 // one header, lines count from behind it.
 constexpr int64_t kGroupsPerHeader = 2;  // at most
 inline int64_t header_line(WeightKind kind, int64_t group) {
-  if (kind == WeightKind::int8) return group * kStepsPerGroup;
-  if (kind == WeightKind::int8_g32) return group * kStepsPerGroup + ceil_div(group, 2);
-  return group * (1 + kStepsPerGroup / 2);
+  const int64_t lines = group * (is_int4(kind) ? kStepsPerGroup / 2 : kStepsPerGroup);
+  if (kind == WeightKind::int8) return lines;
+  return lines + (kind == WeightKind::int4_g32 ? group : ceil_div(group, 2));
 }
 
 // Where the codes of R rows of one group lie, and what their sums start from.
@@ -232,6 +232,20 @@ inline void sums_of_groups(TileReader* tiles, const Activations& x, VecI* total)
 // The formats of weights, as the loop below sees them: `Header` is what precedes the codes of a
 // group in the stream, `dot` gives sums of products as floats, and `add` adds them to a total.
 
+// One scale per row and group, two groups to a header.
+template <int T>
+struct ScalePairs {
+  const uint16_t* scales[T] = {};
+  void read(TileReader* tiles, int64_t group) {
+    MLF_UNROLL for (int t = 0; t < T; ++t) scales[t] =
+        group % 2 ? scales[t] + kTileRows : reinterpret_cast<const uint16_t*>(tiles[t].next());
+  }
+  VecF scale() const { return load_half(scales[0]); }
+  VecF add(VecF dot, VecF scale, int t, VecF total) const {
+    return fma(mul(dot, scale), load_half(scales[t]), total);
+  }
+};
+
 struct Int8Tile {  // one scale per row, applied at the end
   static constexpr WeightKind kKind = WeightKind::int8;
   using Codes = Int8Codes;
@@ -247,20 +261,11 @@ struct Int8Tile {  // one scale per row, applied at the end
   }
 };
 
-struct Int8GroupTile {  // one scale per row and group, two groups to a header
+struct Int8GroupTile {
   static constexpr WeightKind kKind = WeightKind::int8_g32;
   using Codes = Int8Codes;
   template <int T>
-  struct Header {
-    const uint16_t* scales[T] = {};
-    void read(TileReader* tiles, int64_t group) {
-      MLF_UNROLL for (int t = 0; t < T; ++t) scales[t] =
-          group % 2 ? scales[t] + kTileRows : reinterpret_cast<const uint16_t*>(tiles[t].next());
-    }
-    VecF scale() const { return load_half(scales[0]); }
-    VecF add(VecF dot, VecF scale, int t, VecF total) const {
-      return fma(mul(dot, scale), load_half(scales[t]), total);
-    }
+  struct Header : ScalePairs<T> {
     VecF add_min(float, int, VecF total) const { return total; }
   };
   template <int R, int T>
@@ -292,6 +297,23 @@ struct Int4Tile {
   template <int R, int T>
   static void dot(TileReader* tiles, const CodeRows<R>& rows, VecF* out) {
     group_values_int4<R, T>(tiles, rows, out);
+  }
+};
+
+// As above, bit for bit, with minimums that follow from the scales.
+struct Int4SymmetricTile {
+  static constexpr WeightKind kKind = WeightKind::int4_sym_g32;
+  using Codes = Int4Codes;
+  template <int T>
+  struct Header : ScalePairs<T> {
+    VecF min() const { return mul(this->scale(), splat(kSymmetricMin)); }
+    VecF add_min(float group_sum, int t, VecF total) const {
+      return fma(load_half(this->scales[t]), splat(kSymmetricMin * group_sum), total);
+    }
+  };
+  template <int R, int T>
+  static void dot(TileReader* tiles, const CodeRows<R>& rows, VecF* out) {
+    Int4Tile::dot<R, T>(tiles, rows, out);
   }
 };
 
@@ -436,6 +458,8 @@ __attribute__((noinline)) void wide_dot(const WideGroups& wide, int64_t rows, co
     for (int i = 0; i < kAtOnce; ++i)
       data[i] = tiles[t + i].data() + (kind == WeightKind::int8 ? kHeaderBytes : 0);
     if (kind == WeightKind::int4_g32) wide_dot_tiles<Int4Tile, kAtOnce>(data, wide, T, low + t);
+    else if (kind == WeightKind::int4_sym_g32)
+      wide_dot_tiles<Int4SymmetricTile, kAtOnce>(data, wide, T, low + t);
     else if (kind == WeightKind::int8_g32)
       wide_dot_tiles<Int8GroupTile, kAtOnce>(data, wide, T, low + t);
     else wide_dot_tiles<Int8Tile, kAtOnce>(data, wide, T, low + t);
@@ -467,6 +491,8 @@ __attribute__((noinline)) void tile_dot(const Activations& x, const VecF* low, c
   TileReader tiles[T];
   for (int t = 0; t < T; ++t) tiles[t] = {refs[t].data(), refs[t].ahead};
   if (kind == WeightKind::int4_g32) return tile_dot_groups<Int4Tile, M, T>(tiles, x, low, y);
+  if (kind == WeightKind::int4_sym_g32)
+    return tile_dot_groups<Int4SymmetricTile, M, T>(tiles, x, low, y);
   if (kind == WeightKind::int8_g32) return tile_dot_groups<Int8GroupTile, M, T>(tiles, x, low, y);
   VecF scales[T];
   for (int t = 0; t < T; ++t) scales[t] = load(reinterpret_cast<const float*>(tiles[t].next()));

@@ -26,8 +26,8 @@ class StoredTensor:
     Args:
         shape: rows first, as in Hugging Face.
         dtype: what the file holds: "float32" (also any type that is widened to it), "float16",
-            "bfloat16", "int8_rows" (a scale per row), "int8" (groups of 32, as GGUF Q8_0) or "int4"
-            (groups of 32, as GGUF Q4_0 and Q4_1).
+            "bfloat16", "int8_rows" (a scale per row), "int8" (groups of 32, as GGUF Q8_0), "int4"
+            (groups of 32, as GGUF Q4_1), or "int4_sym" (as GGUF Q4_0).
         read: returns float32 of `shape`, or a `QuantizedTensor` for the integers.
     """
 

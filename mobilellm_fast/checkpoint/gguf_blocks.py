@@ -37,7 +37,7 @@ def can_decode(type_name: str) -> bool:
 def stored_dtype(tensor: GGUFTensor) -> str:
     """Name what `read_gguf_tensor` reads, as `StoredTensor.dtype` does."""
     if tensor.type in BLOCKS and len(tensor.shape) == 2:
-        return "int8" if tensor.type == "Q8_0" else "int4"
+        return {"Q4_0": "int4_sym", "Q4_1": "int4", "Q8_0": "int8"}[tensor.type]
     return FLOATS.get(tensor.type, "float32")
 
 
@@ -66,14 +66,9 @@ def _read_codes(path: Path, tensor: GGUFTensor) -> np.ndarray | QuantizedTensor:
         return QuantizedTensor("int8_g32", codes, scales)
     nibbles = blocks["q"]
     codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=2).reshape(rows, cols)
-    if tensor.type == "Q4_1":
-        mins = np.ascontiguousarray(blocks["m"], np.float16)
-    else:
-        # d * (q - 8) = d * q - 8 d; a power of two changes the exponent only, so no bit is lost
-        with np.errstate(all="ignore"):
-            mins = scales * np.float16(-8)
-        if not np.isfinite(mins).all():  # scales beyond 8188, which no trained model has
-            return _dequantize(path, tensor)
+    if tensor.type == "Q4_0":
+        return QuantizedTensor("int4_sym_g32", codes, scales)
+    mins = np.ascontiguousarray(blocks["m"], np.float16)
     return QuantizedTensor("int4_g32", codes, scales, mins)
 
 

@@ -16,7 +16,7 @@ from .checkpoint import StoredTensor
 from .floats import read_array
 
 METHOD = "mobilellm_fast"  # `quant_method` in config.json
-DTYPES = {"int8": "int8_rows", "int8_g32": "int8", "int4_g32": "int4"}
+DTYPES = {"int8": "int8_rows", "int8_g32": "int8", "int4_g32": "int4", "int4_sym_g32": "int4_sym"}
 
 
 def packed_name(name: str, kind: str) -> str:

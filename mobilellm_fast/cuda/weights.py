@@ -28,7 +28,7 @@ from .. import quant
 from ..config import MobileLLMConfig
 from ..errors import MobileLLMError
 from ..quant import GROUP, PackedWeight
-from ..row_major import to_row_major
+from ..row_major import stored_kind, to_row_major
 
 FLOAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -90,7 +90,7 @@ class Matrix:
         if blocks[0][0][1] is not None:
             scales = torch.stack([torch.cat([scales for _, scales in block]) for block in blocks])
             scales = scales.to(device)
-        return cls(parts[0][0].kind, rows, parts[0][0].cols, codes.to(device), scales)
+        return cls(stored_kind(parts[0][0].kind), rows, parts[0][0].cols, codes.to(device), scales)
 
     @classmethod
     def random(
@@ -161,7 +161,7 @@ class CudaWeights:
 
         def stack(*paths: str) -> Matrix:
             parts = [[weights[block_name(index, path)] for path in paths] for index in blocks]
-            if len({weight.kind for block in parts for weight in block}) > 1:
+            if len({stored_kind(weight.kind) for block in parts for weight in block}) > 1:
                 parts = [
                     [quant.pack(weight.dequantize(), "bf16") for weight in block] for block in parts
                 ]

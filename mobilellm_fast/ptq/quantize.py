@@ -48,8 +48,8 @@ def quantize_(
             that the model will read. Not the text that it is judged by.
         untie_head: give a tied model a head of its own, so that `w8a8` can smooth its input, too:
             as many weights more as the embedding has.
-        symmetric: with a calibration, round 4-bit weights on the grid of GGUF's Q4_0, which takes
-            4.5 bits per weight where no minimum is stored (here it is): to compare with.
+        symmetric: round 4-bit weights on the grid of GGUF's Q4_0, which has no minimums: 4.5 bits
+            per weight instead of 5, and coarser.
 
     Returns:
         `lm`.
@@ -89,7 +89,9 @@ def quantize_(
         kind = quant.kind_of(format, name, "float32")
         # an untied embedding is looked up: no column's error can be made up for by others
         is_table = name == EMBEDDING and not lm.config.tie_word_embeddings
-        if kind == "int4_g32" and inputs is not None and not is_table:
+        if kind == "int4_g32" and symmetric:
+            kind = "int4_sym_g32"
+        if kind in quant.INT4_KINDS and inputs is not None and not is_table:
             rounded[name] = pack(round_int4(weight, inputs[input_of(name)].moments, symmetric))
         else:
             rounded[name] = pack(weight.numpy(), kind)

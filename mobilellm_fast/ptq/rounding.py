@@ -28,10 +28,10 @@ def round_int4(weight: Tensor, moments: Tensor, symmetric: bool = False) -> Quan
         weight: (rows, cols) float32.
         moments: (cols, cols) float32, the mean of `x x^T` over inputs x.
         symmetric: take the grid of GGUF's Q4_0, on which the minimum is -8 scales: 4.5 bits per
-            weight instead of 5 in a format that stores no minimum.
+            weight instead of 5.
 
     Returns:
-        of kind "int4_g32".
+        of kind "int4_g32" or "int4_sym_g32".
 
     Reference: Frantar et al., https://arxiv.org/abs/2210.17323, with the group's grid searched
     """
@@ -59,12 +59,10 @@ def round_int4(weight: Tensor, moments: Tensor, symmetric: bool = False) -> Quan
             rest[:, column + 1 : end] -= error[:, None] * inverse[column, column + 1 : end]
             errors[:, column - start] = error
         rest[:, end:] -= errors @ inverse[start:end, end:]
-    return QuantizedTensor(
-        "int4_g32",
-        codes.to(torch.uint8).numpy(),
-        scales.numpy().astype(np.float16),
-        mins.numpy().astype(np.float16),
-    )
+    grid = codes.to(torch.uint8).numpy(), scales.numpy().astype(np.float16)
+    if symmetric:
+        return QuantizedTensor("int4_sym_g32", *grid)
+    return QuantizedTensor("int4_g32", *grid, mins.numpy().astype(np.float16))
 
 
 def search_grid(part: Tensor, importance: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:

@@ -97,7 +97,8 @@ std::vector<float> exact_w8a8(const Inputs& x, const Matrix& w, int64_t rows) {
 }
 
 constexpr WeightKind kKinds[] = {WeightKind::fp32, WeightKind::bf16, WeightKind::int8,
-                                 WeightKind::int8_g32, WeightKind::int4_g32};
+                                 WeightKind::int8_g32, WeightKind::int4_g32,
+                                 WeightKind::int4_sym_g32};
 
 template <class Use>
 void for_each_product(Use use) {

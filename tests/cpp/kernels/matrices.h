@@ -77,7 +77,9 @@ inline Matrix make_matrix(WeightKind kind, int64_t rows, int64_t cols, Fill fill
     }
     return m;
   }
-  const bool int4 = kind == WeightKind::int4_g32, whole = kind == WeightKind::int8;
+  const bool int4 = kind == WeightKind::int4_g32 || kind == WeightKind::int4_sym_g32;
+  const bool whole = kind == WeightKind::int8, has_min = kind == WeightKind::int4_g32;
+  const int64_t codes_of_group = int4 ? 256 : 512;  // bytes
   const int64_t groups = m.groups();
   m.codes.resize(rows * cols);
   m.scales.resize(rows * groups);
@@ -89,17 +91,17 @@ inline Matrix make_matrix(WeightKind kind, int64_t rows, int64_t cols, Fill fill
     if (whole) std::memcpy(tile + 4 * lane, &of_row, 4);
     for (int64_t group = 0; group < groups; ++group) {
       // where the header that the group uses starts, and its first line of codes
-      uint8_t* header = whole  ? tile
-                        : int4 ? tile + group * (64 + 256)
-                               : tile + group / 2 * (64 + 2 * 512);
-      uint8_t* lines = whole  ? tile + 64 + group * 512
-                       : int4 ? header + 64
-                              : header + 64 + group % 2 * 512;
+      uint8_t* header = whole     ? tile
+                        : has_min ? tile + group * (64 + codes_of_group)
+                                  : tile + group / 2 * (64 + 2 * codes_of_group);
+      const int64_t behind = whole ? group : has_min ? 0 : group % 2;  // groups of codes before
+      uint8_t* lines = header + 64 + behind * codes_of_group;
       const Half scale = random_half(random, false), min = random_half(random, true);
-      if (!whole) std::memcpy(header + 2 * (int4 ? lane : group % 2 * 16 + lane), &scale.bits, 2);
-      if (int4) std::memcpy(header + 32 + 2 * lane, &min.bits, 2);
+      const int64_t place = has_min ? lane : group % 2 * 16 + lane;
+      if (!whole) std::memcpy(header + 2 * place, &scale.bits, 2);
+      if (has_min) std::memcpy(header + 32 + 2 * lane, &min.bits, 2);
       m.scales[row * groups + group] = whole ? of_row : scale.value;
-      m.mins[row * groups + group] = int4 ? min.value : 0.0f;
+      m.mins[row * groups + group] = has_min ? min.value : int4 ? -8 * scale.value : 0.0f;
       for (int64_t i = 0; i < kGroup && group * kGroup + i < cols; ++i) {
         const int64_t col = group * kGroup + i, step = i / 4;
         const int code = make_code(fill, random, int4 ? 0 : -128, int4 ? 15 : 127, row + col);
