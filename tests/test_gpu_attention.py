@@ -429,6 +429,36 @@ def test_a_captured_decode_serves_every_length():
             exact.check(f"length {length}", want[i : i + 1])
 
 
+@only_gpu
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
+def test_decodes_that_are_set_up_early_wait_for_what_they_read(captured):
+    """Each reads what the one before wrote, and what the one before that also used."""
+    from mobilellm_fast.kernels.gqa_decode import gqa_decode
+
+    q, k, v, lengths = decode_inputs(9, 3, 64, 1024, (1024, 70), torch.bfloat16)
+    want = q
+    for _ in range(20):
+        want = gqa_decode(want, k, v, lengths)
+        torch.cuda.synchronize()
+    buffers = [torch.full_like(q, float("nan")) for _ in range(2)]
+
+    def chain():
+        gqa_decode(q, k, v, lengths, out=buffers[0])
+        for i in range(19):
+            gqa_decode(buffers[i % 2], k, v, lengths, out=buffers[1 - i % 2])
+
+    replay = chain
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            chain()
+        replay = graph.replay
+    for _ in range(20):
+        buffers[0].fill_(float("nan"))
+        replay()
+        assert torch.equal(buffers[1], want)
+
+
 def test_op_decodes():
     args = decode_inputs(6, 2, 16, 40, (40, 9, 0, 50), torch.float32)
     out = ops.gqa_decode(*args)

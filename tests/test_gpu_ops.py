@@ -293,6 +293,17 @@ def test_gumbel(first):
     assert ((out.cpu() - want).abs() <= gpu_bounds.gumbel(want)).all()
 
 
+def test_products_wait_for_what_they_read():
+    """Each scales by what the one before wrote, though it may be set up before that one ends."""
+    ones = torch.ones_like(Maker(torch.float32).codes(70, 64))
+    halves = torch.full((1,), 2 / 64, device=ones.device)
+    for _ in range(20 if HAS_GPU else 1):
+        scales = torch.ones(70, device=ones.device)
+        for _ in range(20):
+            scales = int8_gemm.int8_gemm(ones, scales, ones[:1], halves, dtype=torch.float32)[:, 0]
+        assert (scales == 2.0**20).all()
+
+
 def test_head_sample_draws_from_the_softmax():
     make = Maker(DTYPES[0])
     x = torch.ones_like(make.normal(1, 1)).expand(SAMPLES, 1).contiguous()
