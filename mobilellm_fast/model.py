@@ -365,6 +365,13 @@ class Decoder(nn.Module):
                 hidden = self.layers[block](hidden, cos, sin)
         return self.norm(hidden)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Decoder:
+        super()._apply(fn, recurse)
+        device = self.norm.weight.device
+        if device.type != "meta":  # else each step would wait for a copy to the GPU
+            self._tables = tuple(table.to(device) for table in self._tables)
+        return self
+
     def _rotary_tables(self, seq: int) -> tuple[Tensor, Tensor]:
         cos, sin = cos_sin(self.config, np.arange(seq), seq_len=seq)
         return torch.from_numpy(cos), torch.from_numpy(sin)

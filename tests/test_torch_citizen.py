@@ -14,6 +14,7 @@ from helpers import (
     random_weights,
     tiny_config,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mobilellm_fast.config import MobileLLMConfig, expected_shapes
@@ -180,3 +181,12 @@ def test_two_processes_train_like_one(kind, tmp_path):
     want = [loss.item() for loss in data_parallel.steps(*data_parallel.build())]
     assert want[-1] < want[0] - 0.01
     assert torch.load(path) == pytest.approx(want, rel=1e-5)
+
+
+def test_tables_move_with_the_model():
+    """What is copied to a GPU in each step makes that step wait."""
+    lm = MobileLLM(tiny_config(), device="meta")
+    assert {t.device.type for t in lm.model._tables} == {"cpu"}  # the values are not lost
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        lm.to_empty(device="cuda")
+    assert {t.device.type for t in lm.model._tables} == {"cuda"}
