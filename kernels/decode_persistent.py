@@ -13,8 +13,9 @@ speed. The grid must be on the GPU all at once, hence the cooperative launch.
 import triton
 import triton.language as tl
 
-from .decode_stages import attend, embed, gate_up, output, project, query, split_plan
-from .gemv import LANES, row_stride, share_of
+from .decode_attention import attend, split_plan
+from .decode_stages import embed, gate_up, output, project, query
+from .gemv import row_stride, share_of
 from .grid_sync import COPY_STRIDE, arrive, copies, prefetch, recomputed, wait_for_all
 from .next_token import candidate, choose
 
@@ -97,7 +98,6 @@ def persistent_kernel(
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
-    GROUP: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     QKV_KIND: tl.constexpr,
@@ -106,7 +106,7 @@ def persistent_kernel(
     DOWN_KIND: tl.constexpr,
     EMBEDDING_KIND: tl.constexpr,
     HEAD_KIND: tl.constexpr,
-    ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     CANDIDATE_BLOCK: tl.constexpr,
     SHARE_BLOCK: tl.constexpr,
@@ -184,7 +184,7 @@ def persistent_kernel(
                 HEAD_DIM,
                 HIDDEN,
                 QKV_KIND,
-                ROWS,
+                WARPS,
                 PROGRAMS,
                 WAIT,
             )
@@ -210,11 +210,12 @@ def persistent_kernel(
             )
 
             splits, _ = split_plan(position + 1, SPLITS, BLOCK_KV)
-            for task in range(program, KV_HEADS * splits, PROGRAMS):
-                kv_head = task % KV_HEADS
+            for task in range(program, HEADS * splits, PROGRAMS):
+                head = task % HEADS
+                kv_head = head // (HEADS // KV_HEADS)
                 attend(
-                    kv_head,
-                    task // KV_HEADS,
+                    head,
+                    task // HEADS,
                     qkv + mine,
                     position,
                     slot_cache + kv_head * size,
@@ -227,10 +228,9 @@ def persistent_kernel(
                     KV_HEADS,
                     HEAD_DIM,
                     DIM,
-                    GROUP,
                     SPLITS,
                     BLOCK_KV,
-                    ROWS * LANES,
+                    WARPS,
                     WAIT,
                 )
 
@@ -250,7 +250,7 @@ def persistent_kernel(
                 SPLITS,
                 BLOCK_KV,
                 OUTPUT_KIND,
-                ROWS,
+                WARPS,
                 PROGRAMS,
                 WAIT,
             )
@@ -277,7 +277,7 @@ def persistent_kernel(
                 INNER,
                 HIDDEN,
                 GATE_UP_KIND,
-                ROWS,
+                WARPS,
                 PROGRAMS,
                 WAIT,
             )
@@ -319,17 +319,13 @@ def persistent_kernel(
                 down_matrix,
                 down_scales + block * scale_count(HIDDEN, INNER, DOWN_KIND),
                 inner + mine,
-                ffn_norms,
-                eps,
                 middle + mine,
                 x,
                 epoch + 5,
                 HIDDEN,
                 INNER,
                 DOWN_KIND,
-                False,
-                True,
-                ROWS,
+                WARPS,
                 PROGRAMS,
                 WAIT,
             )
@@ -351,7 +347,7 @@ def persistent_kernel(
             VOCAB,
             HIDDEN,
             HEAD_KIND,
-            ROWS,
+            WARPS,
             PROGRAMS,
             WAIT,
         )

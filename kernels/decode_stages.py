@@ -19,25 +19,22 @@ the stage before wrote `epoch - 1`.
 import triton
 import triton.language as tl
 
+from .decode_attention import receive_attended, split_plan
 from .gemv import (
-    LANES,
-    PIECE,
-    deal_normed,
+    deal,
     load_norm,
     load_tile,
     multiply_tile,
-    piece_count,
-    piece_size,
+    normed,
     receive_inputs,
     share_of,
     tile_count,
+    tile_rows,
     unpack_pair,
 )
 from .grid_sync import current, publish, receive, wait_for_launch
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 BIGGEST_HALF = tl.constexpr(65504.0)  # of float16
-MERGED = tl.constexpr(4)  # parts of the attention that are read together
 
 
 @triton.jit
@@ -77,96 +74,6 @@ def embed(
 
 
 @triton.jit
-def project(
-    program,
-    codes,
-    scales,
-    x,
-    norm_weight,
-    eps,
-    residual,
-    out,
-    epoch,
-    OUTPUTS: tl.constexpr,
-    COLS: tl.constexpr,
-    KIND: tl.constexpr,
-    NORM: tl.constexpr,
-    ADD: tl.constexpr,
-    ROWS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    WAIT: tl.constexpr,
-):
-    """out = [rms_norm](x) W^T [+ residual, which was written one stage before x]."""
-    row, end = share_of(OUTPUTS, program, PROGRAMS)
-    row = row + tl.arange(0, ROWS)
-    tile = load_tile(codes, scales, row, row < end, COLS, KIND)
-    if NORM:
-        norm = load_norm(norm_weight, ROWS, COLS, KIND)
-    wait_for_launch(WAIT)
-    inputs = receive_inputs(x, epoch - 1, COLS, ROWS, WAIT)
-    if NORM:
-        inputs, factor = deal_normed(inputs, norm, eps, ROWS, COLS, KIND)
-    else:
-        factor = tl.full((ROWS,), 1.0, tl.float32)
-    _project_rows(
-        tile,
-        row,
-        end,
-        codes,
-        scales,
-        inputs,
-        factor,
-        residual,
-        epoch - 2,
-        out,
-        epoch,
-        OUTPUTS,
-        COLS,
-        KIND,
-        NORM,
-        ADD,
-        ROWS,
-        PROGRAMS,
-        WAIT,
-    )
-
-
-@triton.jit
-def _project_rows(
-    tile,
-    row,
-    end,
-    codes,
-    scales,
-    inputs,
-    factor,
-    residual,
-    residual_epoch,
-    out,
-    epoch,
-    OUTPUTS: tl.constexpr,
-    COLS: tl.constexpr,
-    KIND: tl.constexpr,
-    DEALT: tl.constexpr,
-    ADD: tl.constexpr,
-    ROWS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    WAIT: tl.constexpr,
-):
-    for _ in range(tile_count(OUTPUTS, PROGRAMS, ROWS)):
-        live = row < end
-        if tile_count(OUTPUTS, PROGRAMS, ROWS) > 1:
-            next_tile = load_tile(codes, scales, row + ROWS, row + ROWS < end, COLS, KIND)
-        y = multiply_tile(tile, inputs, ROWS, COLS, KIND, DEALT) * factor
-        if ADD:
-            y += receive(residual, row, live, residual_epoch, ROWS, ROWS * LANES, WAIT)
-        publish(out, row, y, live, epoch, WAIT)
-        if tile_count(OUTPUTS, PROGRAMS, ROWS) > 1:
-            row += ROWS
-            tile = next_tile
-
-
-@triton.jit
 def query(
     program,
     codes,
@@ -186,7 +93,7 @@ def query(
     HEAD_DIM: tl.constexpr,
     COLS: tl.constexpr,
     KIND: tl.constexpr,
-    ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     WAIT: tl.constexpr,
 ):
@@ -199,34 +106,38 @@ def query(
     """
     half: tl.constexpr = HEAD_DIM // 2
     pairs: tl.constexpr = (HEADS + 2 * KV_HEADS) * half
+    ROWS: tl.constexpr = tile_rows(pairs, COLS, KIND, WARPS, PROGRAMS, 2)
+    tiles: tl.constexpr = tile_count(pairs, PROGRAMS, ROWS)
     pair, end = share_of(pairs, program, PROGRAMS)
     pair = pair + tl.arange(0, ROWS)
     row = pair // half * HEAD_DIM + pair % half
-    tile = load_tile(codes, scales, row, pair < end, COLS, KIND)
-    partner_tile = load_tile(codes, scales, row + half, pair < end, COLS, KIND)
-    norm = load_norm(norm_weight, ROWS, COLS, KIND)
+    tile = load_tile(codes, scales, row, pair < end, COLS, KIND, WARPS)
+    partner_tile = load_tile(codes, scales, row + half, pair < end, COLS, KIND, WARPS)
+    norm = load_norm(norm_weight, COLS, KIND, WARPS)
     wait_for_launch(WAIT)
     position = current(WAIT, positions)
     c, s = _rotation(pair, position, cos, sin, HEADS + KV_HEADS, HEAD_DIM)
-    inputs = receive_inputs(x, epoch - 1, COLS, ROWS, WAIT)
-    inputs, factor = deal_normed(inputs, norm, eps, ROWS, COLS, KIND)
-    for _ in range(tile_count(pairs, PROGRAMS, ROWS)):
+    inputs = receive_inputs(x, epoch - 1, COLS, KIND, WARPS, WAIT)
+    inputs, factor = normed(inputs, norm, eps, COLS, KIND, WARPS)
+    inputs = deal(inputs, ROWS, COLS, KIND, WARPS)
+    for _ in range(tiles):
         live = pair < end
-        if tile_count(pairs, PROGRAMS, ROWS) > 1:
+        if tiles > 1:
             next_pair = pair + ROWS
             next_row = next_pair // half * HEAD_DIM + next_pair % half
-            next_tile = load_tile(codes, scales, next_row, next_pair < end, COLS, KIND)
-            next_partner = load_tile(codes, scales, next_row + half, next_pair < end, COLS, KIND)
+            more = next_pair < end
+            next_tile = load_tile(codes, scales, next_row, more, COLS, KIND, WARPS)
+            next_partner = load_tile(codes, scales, next_row + half, more, COLS, KIND, WARPS)
             next_c, next_s = _rotation(next_pair, position, cos, sin, HEADS + KV_HEADS, HEAD_DIM)
-        first = multiply_tile(tile, inputs, ROWS, COLS, KIND, True) * factor
-        second = multiply_tile(partner_tile, inputs, ROWS, COLS, KIND, True) * factor
+        first = multiply_tile(tile, inputs, ROWS, COLS, KIND, WARPS) * factor
+        second = multiply_tile(partner_tile, inputs, ROWS, COLS, KIND, WARPS) * factor
         turned = first * c - second * s
         second = second * c + first * s
         publish(out, row, turned, live, epoch, WAIT)
         publish(out, row + half, second, live, epoch, WAIT)
         store_in_cache(cache, size, row - HEADS * HEAD_DIM, position, turned, live, HEAD_DIM)
         store_in_cache(cache, size, row + half - HEADS * HEAD_DIM, position, second, live, HEAD_DIM)
-        if tile_count(pairs, PROGRAMS, ROWS) > 1:
+        if tiles > 1:
             pair = next_pair
             row = next_row
             tile, partner_tile = next_tile, next_partner
@@ -255,253 +166,49 @@ def store_in_cache(cache, size, row, position, value, live, HEAD_DIM: tl.constex
 
 
 @triton.jit
-def gate_up(
+def project(
     program,
     codes,
     scales,
     x,
-    norm_weight,
-    eps,
+    residual,
     out,
     epoch,
-    INNER: tl.constexpr,
+    OUTPUTS: tl.constexpr,
     COLS: tl.constexpr,
     KIND: tl.constexpr,
-    ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     WAIT: tl.constexpr,
 ):
-    """out = silu(h gate^T) * (h up^T), h = rms_norm(x); the gate's rows come before the up's."""
-    row, end = share_of(INNER, program, PROGRAMS)
+    """out = x W^T + residual, which was written one stage before x."""
+    ROWS: tl.constexpr = tile_rows(OUTPUTS, COLS, KIND, WARPS, PROGRAMS)
+    row, end = share_of(OUTPUTS, program, PROGRAMS)
     row = row + tl.arange(0, ROWS)
-    gate_tile = load_tile(codes, scales, row, row < end, COLS, KIND)
-    up_tile = load_tile(codes, scales, row + INNER, row < end, COLS, KIND)
-    # two tiles of a narrow matrix fit the registers: the second is requested before the wait, too
-    tiles: tl.constexpr = tile_count(INNER, PROGRAMS, ROWS)
-    both: tl.constexpr = tiles == 2 and piece_count(COLS) == 1
-    if both:
-        more = row + ROWS < end
-        next_gate = load_tile(codes, scales, row + ROWS, more, COLS, KIND)
-        next_up = load_tile(codes, scales, row + ROWS + INNER, more, COLS, KIND)
-    norm = load_norm(norm_weight, ROWS, COLS, KIND)
+    tile = load_tile(codes, scales, row, row < end, COLS, KIND, WARPS)
     wait_for_launch(WAIT)
-    inputs = receive_inputs(x, epoch - 1, COLS, ROWS, WAIT)
-    inputs, factor = deal_normed(inputs, norm, eps, ROWS, COLS, KIND)
-    for _ in range(1 if both else tiles):
-        if tiles > 1 and not both:
-            more = row + ROWS < end
-            next_gate = load_tile(codes, scales, row + ROWS, more, COLS, KIND)
-            next_up = load_tile(codes, scales, row + ROWS + INNER, more, COLS, KIND)
-        gate = multiply_tile(gate_tile, inputs, ROWS, COLS, KIND, True) * factor
-        up = multiply_tile(up_tile, inputs, ROWS, COLS, KIND, True) * factor
-        publish(out, row, gate / (1 + tl.exp(-gate)) * up, row < end, epoch, WAIT)
-        if tiles > 1:
-            row += ROWS
-            gate_tile, up_tile = next_gate, next_up
-    if both:
-        gate = multiply_tile(gate_tile, inputs, ROWS, COLS, KIND, True) * factor
-        up = multiply_tile(up_tile, inputs, ROWS, COLS, KIND, True) * factor
-        publish(out, row, gate / (1 + tl.exp(-gate)) * up, row < end, epoch, WAIT)
-
-
-@triton.jit
-def split_plan(tokens, SPLITS: tl.constexpr, BLOCK_KV: tl.constexpr):  # -> count, length
-    """Cut the attention over `tokens` into up to SPLITS parts of whole blocks.
-
-    A part has at least 8 blocks: so many take less time than merging two parts.
-    """
-    blocks = (tokens + BLOCK_KV - 1) // BLOCK_KV
-    length = tl.maximum((blocks + SPLITS - 1) // SPLITS, 8) * BLOCK_KV
-    return (tokens + length - 1) // length, length
-
-
-@triton.jit
-def attend(
-    kv_head,
-    split,
-    qkv,
-    position,
-    keys,
-    values,
-    scale,
-    partial,
-    attended,
-    epoch,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
-    THREADS: tl.constexpr,
-    WAIT: tl.constexpr,
-):
-    """Attend with the query heads of one KV head to one part of the tokens.
-
-    Every place in a block has a softmax of its own, over the tokens that come there; these are
-    joined at the end, so that threads wait for each other only then.
-
-    Args:
-        qkv: (HEADS + 2 KV_HEADS, HEAD_DIM) of the new token, rotated.
-        position: of the new token; it sees the `position + 1` tokens up to itself.
-        keys, values: (capacity, HEAD_DIM) of this KV head, in the dtype of the cache; those of the
-            new token are taken from `qkv`.
-        partial: (HEADS, SPLITS, HEAD_DIM + 1), if there are several parts: the result of each, and
-            the base-2 logarithm of its sum of weights.
-        attended: (HEADS, HEAD_DIM), if there is one.
-        DIM: HEAD_DIM, rounded up to a power of two.
-        GROUP: a power of two, at least 2 and the query heads of a KV head.
-        THREADS: of this program.
-    """
-    group: tl.constexpr = HEADS // KV_HEADS
-    KV: tl.constexpr = keys.dtype.element_ty
-    splits, length = split_plan(position + 1, SPLITS, BLOCK_KV)
-    first = split * length
-    end = tl.minimum(first + length, position)  # of the tokens in the cache
-    has_new = (first <= position) & (position < first + length)
-    dim = tl.arange(0, DIM)
-    token = tl.arange(0, BLOCK_KV)
-    # four blocks on their way: a block is computed in a fraction of the memory's latency
-    k0, v0 = _load_tokens(keys, values, first + token, end, dim, HEAD_DIM)
-    k1, v1 = _load_tokens(keys, values, first + BLOCK_KV + token, end, dim, HEAD_DIM)
-    k2, v2 = _load_tokens(keys, values, first + 2 * BLOCK_KV + token, end, dim, HEAD_DIM)
-    k3, v3 = _load_tokens(keys, values, first + 3 * BLOCK_KV + token, end, dim, HEAD_DIM)
-
-    # the queries; then, in as many rows, the new key and the new value
-    row = tl.arange(0, 2 * GROUP)
-    head = tl.where(row < GROUP, kv_head * group + row, HEADS + kv_head)
-    head += tl.where(row == GROUP + 1, KV_HEADS, 0)
-    wanted = (row < group) | (row == GROUP) | (row == GROUP + 1)
-    index = head[:, None] * HEAD_DIM + dim[None, :]
-    wanted = wanted[:, None] & (dim < HEAD_DIM)[None, :]
-    new = receive(qkv, index, wanted, epoch - 1, 2 * GROUP * DIM, THREADS, WAIT)
-    queries, rest = tl.split(tl.permute(tl.reshape(new, (2, GROUP, DIM)), (1, 2, 0)))
-    queries *= scale * LOG2_E  # (GROUP, DIM)
-    query_row = tl.arange(0, GROUP)[:, None]
-    key = tl.sum(tl.where(query_row == 0, rest, 0.0), 0).to(KV).to(tl.float32)
-    value = tl.sum(tl.where(query_row == 1, rest, 0.0), 0).to(KV).to(tl.float32)
-
-    largest = tl.full((GROUP, BLOCK_KV), float("-inf"), tl.float32)
-    weight_sum = tl.zeros((GROUP, BLOCK_KV), tl.float32)
-    out = tl.zeros((GROUP, BLOCK_KV, DIM), tl.float32)
-    for start in range(first, end, BLOCK_KV):
-        k4, v4 = _load_tokens(keys, values, start + 4 * BLOCK_KV + token, end, dim, HEAD_DIM)
-        scores = tl.sum(queries[:, None, :] * k0.to(tl.float32), 2)
-        scores = tl.where((start + token < end)[None, :], scores, float("-inf"))
-        new_largest = tl.maximum(largest, scores)
-        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        shrink = tl.exp2(largest - base)
-        weights = tl.exp2(scores - base)
-        weight_sum = weight_sum * shrink + weights
-        out = out * shrink[:, :, None] + weights[:, :, None] * v0.to(tl.float32)
-        largest = new_largest
-        k0, k1, k2, k3 = k1, k2, k3, k4
-        v0, v1, v2, v3 = v1, v2, v3, v4
-
-    score = tl.where(has_new, tl.sum(queries * key[None, :], 1), float("-inf"))  # (GROUP,)
-    top = tl.maximum(tl.max(largest, 1), score)
-    factor = tl.exp2(largest - top[:, None])
-    weight = tl.exp2(score - top)
-    total = tl.sum(weight_sum * factor, 1) + weight
-    out = tl.sum(out * factor[:, :, None], 1) + weight[:, None] * value[None, :]
-    out = out / total[:, None]
-    head = kv_head * group + tl.arange(0, GROUP)
-    is_head = tl.arange(0, GROUP) < group
-    mask = is_head[:, None] & (dim < HEAD_DIM)[None, :]
-    if splits == 1:
-        publish(attended, head[:, None] * HEAD_DIM + dim[None, :], out, mask, epoch, WAIT)
-    else:
-        part = (head * SPLITS + split) * (HEAD_DIM + 1)
-        publish(partial, part[:, None] + dim[None, :], out, mask, epoch, WAIT)
-        publish(partial, part + HEAD_DIM, top + tl.log2(total), is_head, epoch, WAIT)
-
-
-@triton.jit
-def _load_tokens(keys, values, token, end, dim, HEAD_DIM: tl.constexpr):
-    """Request the keys and values of the tokens before `end`: (1, tokens, DIM) each.
-
-    Three axes from the start: so everything in the loop has the layout of these loads.
-    """
-    offset = token.to(tl.int64)[None, :, None] * HEAD_DIM + dim[None, None, :]
-    mask = (token < end)[None, :, None] & (dim < HEAD_DIM)[None, None, :]
-    return tl.load(keys + offset, mask=mask, other=0), tl.load(values + offset, mask=mask, other=0)
-
-
-@triton.jit
-def merge(
-    partial,
-    splits,
-    epoch,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
-    piece: tl.constexpr,
-    THREADS: tl.constexpr,
-    WAIT: tl.constexpr,
-):  # -> (PIECE,)
-    """Join the parts of `attend` for a piece of the (HEADS * HEAD_DIM) attended values."""
-    size: tl.constexpr = piece_size(HEADS * HEAD_DIM, piece)
-    index = piece * PIECE + tl.arange(0, size)
-    head, dim = index // HEAD_DIM, index % HEAD_DIM
-    part = tl.arange(0, MERGED)
-    # the result and its logarithm, side by side
-    place = tl.join(dim, tl.full((size,), HEAD_DIM, tl.int32))[:, None, :]
-    largest = tl.full((size,), float("-inf"), tl.float32)
-    weight_sum = tl.zeros((size,), tl.float32)
-    total = tl.zeros((size,), tl.float32)
-    for first in range(0, splits, MERGED):
-        row = head[:, None] * SPLITS + first + part[None, :]
-        live = (first + part < splits)[None, :] & (head < HEADS)[:, None]
-        word = row[:, :, None] * (HEAD_DIM + 1) + place
-        pairs = receive(
-            partial,
-            word,
-            tl.broadcast_to(live[:, :, None], (size, MERGED, 2)),
-            epoch,
-            size * MERGED * 2,
-            THREADS,
-            WAIT,
-        )
-        values, logs = tl.split(pairs)  # (PIECE, MERGED)
-        logs = tl.where(live, logs, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(logs, 1))
-        new_largest = tl.where(head < HEADS, new_largest, 0.0)
-        shrink = tl.exp2(largest - new_largest)
-        weights = tl.exp2(logs - new_largest[:, None])
-        weight_sum = weight_sum * shrink + tl.sum(weights, 1)
-        total = total * shrink + tl.sum(values * weights, 1)
-        largest = new_largest
-    return tl.where(head < HEADS, total / tl.where(head < HEADS, weight_sum, 1.0), 0.0)
-
-
-@triton.jit
-def _attended_piece(
-    partial,
-    attended,
-    splits,
-    epoch,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    SPLITS: tl.constexpr,
-    piece: tl.constexpr,
-    ROWS: tl.constexpr,
-    WAIT: tl.constexpr,
-):
-    if splits == 1:
-        index = piece * PIECE + tl.arange(0, piece_size(HEADS * HEAD_DIM, piece))
-        values = receive(
-            attended,
-            index,
-            index < HEADS * HEAD_DIM,
-            epoch,
-            piece_size(HEADS * HEAD_DIM, piece),
-            ROWS * LANES,
-            WAIT,
-        )
-    else:
-        values = merge(partial, splits, epoch, HEADS, HEAD_DIM, SPLITS, piece, ROWS * LANES, WAIT)
-    return values
+    added = receive(residual, row, row < end, epoch - 2, ROWS, WARPS, WAIT, 1, 0)[0]
+    inputs = receive_inputs(x, epoch - 1, COLS, KIND, WARPS, WAIT)
+    _project_rows(
+        tile,
+        row,
+        end,
+        codes,
+        scales,
+        inputs,
+        added,
+        residual,
+        epoch - 2,
+        out,
+        epoch,
+        OUTPUTS,
+        COLS,
+        KIND,
+        ROWS,
+        WARPS,
+        PROGRAMS,
+        WAIT,
+    )
 
 
 @triton.jit
@@ -521,23 +228,22 @@ def output(
     SPLITS: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     KIND: tl.constexpr,
-    ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     WAIT: tl.constexpr,
 ):
     """out = attention W^T + residual; every program merges the parts for itself."""
     COLS: tl.constexpr = HEADS * HEAD_DIM
+    ROWS: tl.constexpr = tile_rows(HIDDEN, COLS, KIND, WARPS, PROGRAMS)
     row, end = share_of(HIDDEN, program, PROGRAMS)
     row = row + tl.arange(0, ROWS)
-    tile = load_tile(codes, scales, row, row < end, COLS, KIND)
+    tile = load_tile(codes, scales, row, row < end, COLS, KIND, WARPS)
     wait_for_launch(WAIT)
+    added = receive(residual, row, row < end, epoch - 3, ROWS, WARPS, WAIT, 1, 0)[0]
     splits, _ = split_plan(current(WAIT, positions) + 1, SPLITS, BLOCK_KV)
-    inputs = ()
-    for piece in tl.static_range(piece_count(COLS)):
-        values = _attended_piece(
-            partial, attended, splits, epoch - 1, HEADS, HEAD_DIM, SPLITS, piece, ROWS, WAIT
-        )
-        inputs = inputs + (values,)
+    inputs = receive_attended(
+        partial, attended, splits, epoch - 1, HEADS, HEAD_DIM, SPLITS, KIND, WARPS, WAIT
+    )
     _project_rows(
         tile,
         row,
@@ -545,7 +251,7 @@ def output(
         codes,
         scales,
         inputs,
-        tl.full((ROWS,), 1.0, tl.float32),
+        added,
         residual,
         epoch - 3,
         out,
@@ -553,9 +259,91 @@ def output(
         HIDDEN,
         COLS,
         KIND,
-        False,
-        True,
         ROWS,
+        WARPS,
         PROGRAMS,
         WAIT,
     )
+
+
+@triton.jit
+def _project_rows(
+    tile,
+    row,
+    end,
+    codes,
+    scales,
+    inputs,
+    added,
+    residual,
+    residual_epoch,
+    out,
+    epoch,
+    OUTPUTS: tl.constexpr,
+    COLS: tl.constexpr,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    WAIT: tl.constexpr,
+):
+    """Multiply; `tile` and what is `added` are of the first rows, and were requested before."""
+    tiles: tl.constexpr = tile_count(OUTPUTS, PROGRAMS, ROWS)
+    inputs = deal(inputs, ROWS, COLS, KIND, WARPS)
+    for _ in range(tiles):
+        live = row < end
+        if tiles > 1:
+            next_row = row + ROWS
+            next_live = next_row < end
+            next_tile = load_tile(codes, scales, next_row, next_live, COLS, KIND, WARPS)
+            next_added = receive(
+                residual, next_row, next_live, residual_epoch, ROWS, WARPS, WAIT, 1, 0
+            )[0]
+        y = multiply_tile(tile, inputs, ROWS, COLS, KIND, WARPS)
+        publish(out, row, y + added, live, epoch, WAIT)
+        if tiles > 1:
+            row = next_row
+            tile, added = next_tile, next_added
+
+
+@triton.jit
+def gate_up(
+    program,
+    codes,
+    scales,
+    x,
+    norm_weight,
+    eps,
+    out,
+    epoch,
+    INNER: tl.constexpr,
+    COLS: tl.constexpr,
+    KIND: tl.constexpr,
+    WARPS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    WAIT: tl.constexpr,
+):
+    """out = silu(h gate^T) * (h up^T), h = rms_norm(x); the gate's rows come before the up's."""
+    ROWS: tl.constexpr = tile_rows(INNER, COLS, KIND, WARPS, PROGRAMS, 2)
+    tiles: tl.constexpr = tile_count(INNER, PROGRAMS, ROWS)
+    row, end = share_of(INNER, program, PROGRAMS)
+    row = row + tl.arange(0, ROWS)
+    gate_tile = load_tile(codes, scales, row, row < end, COLS, KIND, WARPS)
+    up_tile = load_tile(codes, scales, row + INNER, row < end, COLS, KIND, WARPS)
+    norm = load_norm(norm_weight, COLS, KIND, WARPS)
+    wait_for_launch(WAIT)
+    inputs = receive_inputs(x, epoch - 1, COLS, KIND, WARPS, WAIT)
+    inputs, factor = normed(inputs, norm, eps, COLS, KIND, WARPS)
+    inputs = deal(inputs, ROWS, COLS, KIND, WARPS)
+    for _ in range(tiles):
+        live = row < end
+        if tiles > 1:
+            more = row + ROWS < end
+            next_gate = load_tile(codes, scales, row + ROWS, more, COLS, KIND, WARPS)
+            next_up = load_tile(codes, scales, row + ROWS + INNER, more, COLS, KIND, WARPS)
+        gate = multiply_tile(gate_tile, inputs, ROWS, COLS, KIND, WARPS) * factor
+        up = multiply_tile(up_tile, inputs, ROWS, COLS, KIND, WARPS) * factor
+        publish(out, row, gate / (1 + tl.exp(-gate)) * up, live, epoch, WAIT)
+        if tiles > 1:
+            row += ROWS
+            gate_tile, up_tile = next_gate, next_up

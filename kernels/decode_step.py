@@ -11,18 +11,8 @@ busy while attention and launches are not.
 import triton
 import triton.language as tl
 
-from .decode_stages import (
-    attend,
-    embed,
-    gate_up,
-    merge,
-    output,
-    project,
-    query,
-    split_plan,
-    store_in_cache,
-)
-from .gemv import LANES, PIECE, piece_count, piece_size
+from .decode_attention import attend, merge, split_plan
+from .decode_stages import embed, gate_up, output, project, query, store_in_cache
 from .grid_sync import allow_next, prefetch_part, wait_for_launch
 from .next_token import candidate, choose
 
@@ -46,16 +36,12 @@ def project_kernel(
     codes,
     scales,
     x,
-    norm_weight,
-    eps,
     residual,
     out,
     OUTPUTS: tl.constexpr,
     COLS: tl.constexpr,
     KIND: tl.constexpr,
-    NORM: tl.constexpr,
-    ADD: tl.constexpr,
-    ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     WAIT: tl.constexpr,
 ):
@@ -65,17 +51,13 @@ def project_kernel(
         codes,
         scales,
         x,
-        norm_weight,
-        eps,
         residual,
         out,
         0,
         OUTPUTS,
         COLS,
         KIND,
-        NORM,
-        ADD,
-        ROWS,
+        WARPS,
         PROGRAMS,
         WAIT,
     )
@@ -112,7 +94,7 @@ def query_kernel(
     HEAD_DIM: tl.constexpr,
     COLS: tl.constexpr,
     KIND: tl.constexpr,
-    ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     AHEAD: tl.constexpr,
     WAIT: tl.constexpr,
@@ -140,7 +122,7 @@ def query_kernel(
         HEAD_DIM,
         COLS,
         KIND,
-        ROWS,
+        WARPS,
         PROGRAMS,
         WAIT,
     )
@@ -201,14 +183,15 @@ def attention_kernel(
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
-    GROUP: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_KV: tl.constexpr,
+    WARPS: tl.constexpr,
     WAIT: tl.constexpr,
 ):
-    """Grid (KV_HEADS * SPLITS, sequences)."""
+    """Grid (HEADS * SPLITS, sequences)."""
     allow_next(WAIT)
-    kv_head, split = tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS
+    head, split = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
+    kv_head = head // (HEADS // KV_HEADS)
     sequence = tl.program_id(1)
     wait_for_launch(WAIT)
     position = tl.load(positions + sequence)
@@ -216,7 +199,7 @@ def attention_kernel(
     if split < splits:
         cache, size = slot_of(addresses, capacities, sequence, slot, KV, KV_HEADS, HEAD_DIM)
         attend(
-            kv_head,
+            head,
             split,
             qkv + sequence * (HEADS + 2 * KV_HEADS) * HEAD_DIM,
             position,
@@ -230,10 +213,9 @@ def attention_kernel(
             KV_HEADS,
             HEAD_DIM,
             DIM,
-            GROUP,
             SPLITS,
             BLOCK_KV,
-            LANES,
+            WARPS,
             WAIT,
         )
 
@@ -247,17 +229,17 @@ def merge_kernel(
     HEAD_DIM: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_KV: tl.constexpr,
+    SIZE: tl.constexpr,
 ):
-    """Join the parts of several sequences' attention; grid (sequences,)."""
-    sequence = tl.program_id(0)
+    """Join the parts of several sequences' attention; grid (pieces of SIZE values, sequences)."""
+    sequence = tl.program_id(1)
     partial += sequence * HEADS * SPLITS * (HEAD_DIM + 1)
     attended += sequence * HEADS * HEAD_DIM
     splits, _ = split_plan(tl.load(positions + sequence) + 1, SPLITS, BLOCK_KV)
     if splits > 1:
-        for piece in tl.static_range(piece_count(HEADS * HEAD_DIM)):
-            values = merge(partial, splits, 0, HEADS, HEAD_DIM, SPLITS, piece, LANES, "none")
-            index = piece * PIECE + tl.arange(0, piece_size(HEADS * HEAD_DIM, piece))
-            tl.store(attended + index, values, mask=index < HEADS * HEAD_DIM)
+        index = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+        values = merge(partial, splits, index, 0, SIZE, HEADS, HEAD_DIM, SPLITS, 4, "none")
+        tl.store(attended + index, values, mask=index < HEADS * HEAD_DIM)
 
 
 @triton.jit
@@ -277,7 +259,7 @@ def output_kernel(
     SPLITS: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     KIND: tl.constexpr,
-    ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     AHEAD: tl.constexpr,
     WAIT: tl.constexpr,
@@ -300,7 +282,7 @@ def output_kernel(
         SPLITS,
         BLOCK_KV,
         KIND,
-        ROWS,
+        WARPS,
         PROGRAMS,
         WAIT,
     )
@@ -319,7 +301,7 @@ def gate_up_kernel(
     INNER: tl.constexpr,
     COLS: tl.constexpr,
     KIND: tl.constexpr,
-    ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     AHEAD: tl.constexpr,
     WAIT: tl.constexpr,
@@ -338,7 +320,7 @@ def gate_up_kernel(
         INNER,
         COLS,
         KIND,
-        ROWS,
+        WARPS,
         PROGRAMS,
         WAIT,
     )
@@ -359,7 +341,7 @@ def candidate_kernel(
     VOCAB: tl.constexpr,
     COLS: tl.constexpr,
     KIND: tl.constexpr,
-    ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     WAIT: tl.constexpr,
 ):
@@ -380,7 +362,7 @@ def candidate_kernel(
         VOCAB,
         COLS,
         KIND,
-        ROWS,
+        WARPS,
         PROGRAMS,
         WAIT,
     )

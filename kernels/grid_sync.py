@@ -75,76 +75,96 @@ def receive(
     live,
     epoch,
     SIZE: tl.constexpr,
-    THREADS: tl.constexpr,
+    WARPS: tl.constexpr,
     WAIT: tl.constexpr,
-):
-    """Load float32 values that other programs publish, 0 where not `live`.
+    PARTS: tl.constexpr,
+    STRIDE: tl.constexpr,
+):  # -> PARTS float32 tensors in the shape of index
+    """Load float32 values that other programs publish: `vector[index + part * STRIDE]`.
+
+    All parts come in one trip, those of the last word that others wrote included.
 
     Args:
-        index, live: of SIZE elements.
-        THREADS: of this program.
+        index, live: of SIZE elements; the first `live` parts of each are loaded, the rest is 0.
+        WARPS: of this program.
     """
+    values = ()
+    live = live.to(tl.int32)
     if WAIT == "grid":
-        value = tl.zeros_like(index)
+        for _ in tl.static_range(PARTS):
+            values = values + (tl.zeros_like(index),)
         # A loop of one turn: Triton would repeat the polling for every layout that the values are
         # wanted in, but not a loop.
         turn = recomputed(WAIT, 1)
         while turn != 0:
-            value = tl.inline_asm_elementwise(
-                poll_asm(SIZE, THREADS),
-                poll_constraints(SIZE, THREADS),
-                [vector + index, epoch, live.to(tl.int32)],
-                dtype=tl.int32,
+            values = tl.inline_asm_elementwise(
+                poll_asm(SIZE, WARPS, PARTS, STRIDE),
+                poll_constraints(SIZE, WARPS, PARTS),
+                [vector + index, epoch, live],
+                dtype=poll_dtypes(PARTS),
                 is_pure=False,
-                pack=per_thread(SIZE, THREADS),
+                pack=per_thread(SIZE, WARPS, PARTS),
             )
             turn = 0
-        return value.to(tl.float32, bitcast=True)
-    elif WAIT == "alone":
-        word = tl.load(vector + index, mask=live, other=0)
-        value = (word & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
-        value = tl.where((word >> 32).to(tl.int32) == epoch, value, float("nan"))
-        return tl.where(live, value, 0.0)
+        found = ()
+        for part in tl.static_range(PARTS):
+            found = found + (values[part].to(tl.float32, bitcast=True),)
+        return found
     else:
-        return tl.load(vector + index, mask=live, other=0)
+        for part in tl.static_range(PARTS):
+            place = vector + part * STRIDE + index
+            if is_tagged(WAIT):
+                word = tl.load(place, mask=part < live, other=0)
+                value = (word & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+                value = tl.where((word >> 32).to(tl.int32) == epoch, value, float("nan"))
+                values = values + (tl.where(part < live, value, 0.0),)
+            else:
+                values = values + (tl.load(place, mask=part < live, other=0),)
+        return values
 
 
 @triton.constexpr_function
-def per_thread(SIZE, THREADS):
-    """Words that one thread polls together."""
-    return max(min(SIZE // THREADS, 8), 1)
+def per_thread(SIZE, WARPS, PARTS):
+    """Elements of which one thread polls all parts together."""
+    return max(min(SIZE // (32 * WARPS), max(32 // PARTS, 1)), 1)
 
 
 @triton.constexpr_function
-def poll_asm(SIZE, THREADS):
+def poll_dtypes(PARTS):
+    return (tl.int32,) * PARTS
+
+
+@triton.constexpr_function
+def poll_asm(SIZE, WARPS, PARTS, STRIDE):
     """Load all words of a thread, and again until every epoch is right."""
-    count = max(min(SIZE // THREADS, 8), 1)
-    values, words, epochs, wanted = (
-        [f"${i}" for i in range(count * group, count * (group + 1))] for group in range(4)
-    )
-    lines = ["{", ".reg .pred late;", f".reg .pred live<{count}>;", f".reg .b32 seen<{count}>;"]
-    for i in range(count):
+    count = max(min(SIZE // (32 * WARPS), max(32 // PARTS, 1)), 1)
+    words = count * PARTS
+    inputs = [[f"${words + group * count + i}" for i in range(count)] for group in range(3)]
+    addresses, epochs, lives = inputs
+    lines = ["{", ".reg .pred late;", f".reg .pred live<{words}>;", f".reg .b32 seen<{words}>;"]
+    for word in range(words):
+        part, i = divmod(word, count)
         lines += [
-            f"setp.ne.b32 live{i}, {wanted[i]}, 0;",
-            f"mov.b32 {values[i]}, 0;",
-            f"mov.b32 seen{i}, {epochs[i]};",
+            f"setp.gt.s32 live{word}, {lives[i]}, {part};",
+            f"mov.b32 ${word}, 0;",
+            f"mov.b32 seen{word}, {epochs[i]};",
         ]
     lines.append("POLL:")
-    for i in range(count):
-        lines.append(
-            f"@live{i} ld.relaxed.gpu.global.v2.b32 {{{values[i]}, seen{i}}}, [{words[i]}];"
-        )
+    for word in range(words):
+        part, i = divmod(word, count)
+        place = f"[{addresses[i]} + {part * STRIDE * 8}]"
+        lines.append(f"@live{word} ld.relaxed.gpu.global.v2.b32 {{${word}, seen{word}}}, {place};")
     lines.append(f"setp.ne.b32 late, seen0, {epochs[0]};")
-    for i in range(1, count):
-        lines.append(f"setp.ne.or.b32 late, seen{i}, {epochs[i]}, late;")
+    for word in range(1, words):
+        lines.append(f"setp.ne.or.b32 late, seen{word}, {epochs[0]}, late;")
     lines += ["@late bra POLL;", "}"]
     return "\n".join(lines)
 
 
 @triton.constexpr_function
-def poll_constraints(SIZE, THREADS):
-    count = max(min(SIZE // THREADS, 8), 1)
-    return ",".join(["=&r"] * count + ["l"] * count + ["r"] * count * 2)
+def poll_constraints(SIZE, WARPS, PARTS):
+    count = max(min(SIZE // (32 * WARPS), max(32 // PARTS, 1)), 1)
+    return ",".join(["=&r"] * count * PARTS + ["l"] * count + ["r"] * count * 2)
 
 
 @triton.jit

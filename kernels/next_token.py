@@ -4,13 +4,15 @@ import triton
 import triton.language as tl
 
 from .gemv import (
-    deal_normed,
+    deal,
     load_norm,
     load_tile,
     multiply_tile,
+    normed,
     receive_inputs,
     share_of,
     tile_count,
+    tile_rows,
 )
 from .grid_sync import current, wait_for_launch
 
@@ -34,7 +36,7 @@ def candidate(
     VOCAB: tl.constexpr,
     COLS: tl.constexpr,
     KIND: tl.constexpr,
-    ROWS: tl.constexpr,
+    WARPS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     WAIT: tl.constexpr,
 ):
@@ -49,16 +51,18 @@ def candidate(
         candidates: (PROGRAMS, FIELDS) float32: what the token was ranked by, its id, its logit, the
             largest logit and the sum of e^(logit - largest).
     """
+    ROWS: tl.constexpr = tile_rows(VOCAB, COLS, KIND, WARPS, PROGRAMS)
     row, end = share_of(VOCAB, program, PROGRAMS)
     row = row + tl.arange(0, ROWS)
-    tile = load_tile(codes, scales, row, row < end, COLS, KIND)
-    norm = load_norm(norm_weight, ROWS, COLS, KIND)
+    tile = load_tile(codes, scales, row, row < end, COLS, KIND, WARPS)
+    norm = load_norm(norm_weight, COLS, KIND, WARPS)
     wait_for_launch(WAIT)
     position = current(WAIT, positions)
     heat = current(WAIT, temperature)
     noise_seed = current(WAIT, seed)
-    inputs = receive_inputs(x, epoch - 1, COLS, ROWS, WAIT)
-    inputs, factor = deal_normed(inputs, norm, eps, ROWS, COLS, KIND)
+    inputs = receive_inputs(x, epoch - 1, COLS, KIND, WARPS, WAIT)
+    inputs, factor = normed(inputs, norm, eps, COLS, KIND, WARPS)
+    inputs = deal(inputs, ROWS, COLS, KIND, WARPS)
     best_rank = tl.full((ROWS,), float("-inf"), tl.float32)
     best_token = row
     best_logit = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -66,8 +70,8 @@ def candidate(
     total = tl.zeros((ROWS,), tl.float32)
     for _ in range(tile_count(VOCAB, PROGRAMS, ROWS)):
         live = row < end
-        next_tile = load_tile(codes, scales, row + ROWS, row + ROWS < end, COLS, KIND)
-        logit = multiply_tile(tile, inputs, ROWS, COLS, KIND, True) * factor
+        next_tile = load_tile(codes, scales, row + ROWS, row + ROWS < end, COLS, KIND, WARPS)
+        logit = multiply_tile(tile, inputs, ROWS, COLS, KIND, WARPS) * factor
         tl.store(logits + row, logit, mask=live)
         logit = tl.where(live, logit, float("-inf"))
         rank = logit

@@ -46,7 +46,7 @@ pytestmark = [pytest.mark.gpu] if HAS_GPU else []
 @pytest.fixture(autouse=True)
 def short_parts(monkeypatch):
     """Make attention split and merge at lengths that the interpreter has time for."""
-    monkeypatch.setattr(geometry, "BLOCK_KV", 8)
+    monkeypatch.setattr(geometry, "BLOCK", 128)
     monkeypatch.setattr(geometry, "SPLITS", 5)  # read four at a time
     if not HAS_GPU:  # the interpreter's time goes by programs
         monkeypatch.setattr(steps, "STAGE_WARPS", 16)

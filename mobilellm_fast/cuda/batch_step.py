@@ -15,6 +15,8 @@ from .layers import hidden_states, logits
 from .steps import ATTENTION_WARPS
 from .weights import CudaWeights
 
+MERGE_SIZE = 256  # values that a program merges
+
 
 class BatchStep:
     """Reads one token of each of up to `size` sequences; fixed buffers, for one call at a time.
@@ -91,7 +93,7 @@ class BatchStep:
             HEAD_DIM=sizes["HEAD_DIM"],
             BLOCK=sizes["DIM"],
         )
-        decode_step.attention_kernel[(sizes["KV_HEADS"] * sizes["SPLITS"], size)](
+        decode_step.attention_kernel[(sizes["HEADS"] * sizes["SPLITS"], size)](
             self._positions,
             *place,
             qkv,
@@ -99,14 +101,16 @@ class BatchStep:
             self._partial,
             self._attended,
             KV=self._kv,
+            WARPS=ATTENTION_WARPS,
             WAIT="none",
             num_warps=ATTENTION_WARPS,
             **sizes,
         )
-        decode_step.merge_kernel[(size,)](
+        decode_step.merge_kernel[(-(-self._attended.shape[1] // MERGE_SIZE), size)](
             self._positions,
             self._partial,
             self._attended,
+            SIZE=MERGE_SIZE,
             **self._geometry.merging,
         )
         return self._attended

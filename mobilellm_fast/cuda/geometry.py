@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .weights import CudaWeights, Matrix
 
-BLOCK_KV = 32  # tokens of a block of attention: one load per thread of 8 warps
-SPLITS = 8  # most programs per KV head: more would cost more to merge than they save
+BLOCK = 8192  # keys of a block of attention: four loads per thread of 8 warps
+SPLITS = 8  # most programs per head: more would cost more to merge than they save
 
 
 def power_of_two(n: int) -> int:
@@ -33,7 +33,6 @@ class Geometry:
             **self.merging,
             "KV_HEADS": config.num_key_value_heads,
             "DIM": power_of_two(config.head_dim),
-            "GROUP": self._group,
         }
 
     @property
@@ -44,13 +43,8 @@ class Geometry:
             "HEADS": config.num_attention_heads,
             "HEAD_DIM": config.head_dim,
             "SPLITS": SPLITS,
-            "BLOCK_KV": BLOCK_KV,
+            "BLOCK_KV": BLOCK // power_of_two(config.head_dim),
         }
-
-    @property
-    def _group(self) -> int:
-        config = self.weights.config
-        return power_of_two(max(config.num_attention_heads // config.num_key_value_heads, 2))
 
     @property
     def partial_size(self) -> int:

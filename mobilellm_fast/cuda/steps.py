@@ -168,12 +168,12 @@ class StagedSteps(Steps):
                 HEAD_DIM=attention["HEAD_DIM"],
                 COLS=hidden,
                 KIND=qkv.kind,
-                ROWS=STAGE_WARPS,
+                WARPS=STAGE_WARPS,
                 PROGRAMS=programs,
                 WAIT=self._wait,
                 **self._launch,
             )
-            decode_step.attention_kernel[(attention["KV_HEADS"] * attention["SPLITS"], 1)](
+            decode_step.attention_kernel[(attention["HEADS"] * attention["SPLITS"], 1)](
                 self._position,
                 *cache_place,
                 self._qkv,
@@ -181,6 +181,7 @@ class StagedSteps(Steps):
                 self._partial,
                 self._attended,
                 KV=self.kv,
+                WARPS=ATTENTION_WARPS,
                 WAIT=self._wait,
                 **attention,
                 **(self._launch | {"num_warps": ATTENTION_WARPS}),
@@ -197,7 +198,7 @@ class StagedSteps(Steps):
                 AHEAD=self._ahead,
                 HIDDEN=hidden,
                 KIND=output.kind,
-                ROWS=STAGE_WARPS,
+                WARPS=STAGE_WARPS,
                 PROGRAMS=self._output_programs,
                 WAIT=self._wait,
                 **self.geometry.merging,
@@ -216,12 +217,25 @@ class StagedSteps(Steps):
                 INNER=inner,
                 COLS=hidden,
                 KIND=gate_up.kind,
-                ROWS=STAGE_WARPS,
+                WARPS=STAGE_WARPS,
                 PROGRAMS=programs,
                 WAIT=self._wait,
                 **self._launch,
             )
-            self._project(down, self._inner, None, self._middle, self._x)
+            decode_step.project_kernel[(self._output_programs,)](
+                down.codes,
+                scales_of(down),
+                self._inner,
+                self._middle,
+                self._x,
+                OUTPUTS=hidden,
+                COLS=inner,
+                KIND=down.kind,
+                WARPS=STAGE_WARPS,
+                PROGRAMS=self._output_programs,
+                WAIT=self._wait,
+                **self._launch,
+            )
         head, embedding = weights.head, weights.embedding
         decode_step.candidate_kernel[(self._head_programs,)](
             head.codes,
@@ -237,7 +251,7 @@ class StagedSteps(Steps):
             VOCAB=head.rows,
             COLS=head.cols,
             KIND=head.kind,
-            ROWS=STAGE_WARPS,
+            WARPS=STAGE_WARPS,
             PROGRAMS=self._head_programs,
             WAIT=self._wait,
             **self._launch,
@@ -257,34 +271,6 @@ class StagedSteps(Steps):
             PROGRAMS=self._head_programs,
             CANDIDATE_BLOCK=power_of_two(self._head_programs),
             BLOCK=power_of_two(embedding.cols),
-            WAIT=self._wait,
-            **self._launch,
-        )
-
-    def _project(
-        self,
-        matrix: Matrix,
-        x: Tensor,
-        norm: Tensor | None,
-        residual: Tensor | None,
-        out: Tensor,
-    ) -> None:
-        programs = _programs(matrix.rows)
-        decode_step.project_kernel[(programs,)](
-            matrix.codes,
-            scales_of(matrix),
-            x,
-            x if norm is None else norm,
-            self.weights.config.rms_norm_eps,
-            x if residual is None else residual,
-            out,
-            OUTPUTS=matrix.rows,
-            COLS=matrix.cols,
-            KIND=matrix.kind,
-            ROWS=STAGE_WARPS,
-            NORM=norm is not None,
-            ADD=residual is not None,
-            PROGRAMS=programs,
             WAIT=self._wait,
             **self._launch,
         )
@@ -402,7 +388,7 @@ class PersistentSteps(Steps):
             "VOCAB": config.vocab_size,
             **self.geometry.attention,
             **{f"{name.upper()}_KIND": getattr(self.weights, name).kind for name in names},
-            "ROWS": self.warps,
+            "WARPS": self.warps,
             "PROGRAMS": self.programs,
             "CANDIDATE_BLOCK": power_of_two(self.programs),
             "SHARE_BLOCK": power_of_two(-(-config.hidden_size // self.programs)),
