@@ -195,22 +195,39 @@ def normed(
 @triton.jit
 def deal(
     x, ROWS: tl.constexpr, COLS: tl.constexpr, KIND: tl.constexpr, WARPS: tl.constexpr
-):  # -> for each piece (LANES, ROWS, chunks, VEC), twice for int4_g32: halves of the groups
-    """Give the inputs to the lanes that multiply with them."""
+):  # -> for each piece (LANES, ROWS, chunks, VEC)
+    """Give the inputs to the lanes that multiply with them.
+
+    A word of int4_g32 takes eight inputs, of so many tensors; a ninth has their sum in each group.
+    """
     lanes: tl.constexpr = lane_count(COLS, KIND, WARPS)
     chunks: tl.constexpr = chunk_count(COLS, KIND, WARPS)
     dealt = ()
     for piece in tl.static_range(piece_count(COLS, KIND, WARPS)):
         if KIND == "int4_g32":
-            # a byte has inputs j and j + 16 of its group
-            halves = tl.reshape(x[piece], (chunks, lanes, 2, 16))
-            low, high = tl.split(tl.permute(halves, (1, 0, 3, 2)))
-            dealt = dealt + (_to_rows(low, ROWS), _to_rows(high, ROWS))
+            # input 16 h + 4 w + 2 o + k of a group is in word w, byte 2 o + k, nibble h
+            values = tl.reshape(x[piece], (chunks, lanes, 2, 4, 2, 2))
+            low, high = tl.split(tl.permute(values, (1, 0, 3, 4, 5, 2)))
+            dealt = dealt + _bytes_to_rows(low, ROWS) + _bytes_to_rows(high, ROWS)
+            sums = tl.permute(tl.sum(tl.reshape(x[piece], (chunks, lanes, 32)), 2), (1, 0))
+            dealt = dealt + (sums[:, None, :] + tl.zeros((1, ROWS, 1), tl.float32),)
         else:
-            width: tl.constexpr = vector_width(COLS, KIND, WARPS)
-            values = tl.reshape(x[piece], (chunks, lanes, width))
+            values = tl.reshape(x[piece], (chunks, lanes, vector_width(COLS, KIND, WARPS)))
             dealt = dealt + (_to_rows(tl.permute(values, (1, 0, 2)), ROWS),)
     return dealt
+
+
+@triton.jit
+def _bytes_to_rows(half, ROWS: tl.constexpr):  # (..., words, 2, 2) -> (..., words) of each byte
+    even, odd = tl.split(half)
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return (
+        _to_rows(first, ROWS),
+        _to_rows(second, ROWS),
+        _to_rows(third, ROWS),
+        _to_rows(fourth, ROWS),
+    )
 
 
 @triton.jit
@@ -228,12 +245,15 @@ def multiply_tile(
     for piece in tl.static_range(piece_count(COLS, KIND, WARPS)):
         weights = tile[0][piece]
         if KIND == "int4_g32":
-            low, high = x[2 * piece], x[2 * piece + 1]
-            sums = tl.sum(_nibbles(weights, 0) * low + _nibbles(weights, 4) * high, 3)
+            # Each code is taken as 1 + code / 16: its bits become the first of a mantissa. That is
+            # two operations, and no conversion, of which a GPU does few.
+            products = tl.zeros(weights.shape, tl.float32)
+            for nibble in tl.static_range(8):
+                values = _nibble(weights, 8 * (nibble % 4) + 4 * (nibble // 4))
+                products += values * x[9 * piece + nibble]
             scale, minimum = unpack_pair(tile[1][piece])
-            total = tl.sum(low + high, 3)
-            # the codes came as 1 + code / 16
-            out += tl.sum((sums - total) * (16 * scale) + total * minimum, 2)
+            total = x[9 * piece + 8]
+            out += tl.sum((tl.sum(products, 3) - total) * (16 * scale) + total * minimum, 2)
         else:
             sums = tl.sum(weights.to(tl.float32) * x[piece], 3)
             if KIND == "int8_g32":
@@ -246,21 +266,8 @@ def multiply_tile(
 
 
 @triton.jit
-def _nibbles(words, shift: tl.constexpr):  # (..., 4) int32 -> (..., 16) float32
-    """Return 1 + n / 16 of the nibble `shift` bits up in each byte.
-
-    The nibble becomes the first bits of a mantissa: two operations, and no conversion, of which
-    a GPU does few.
-    """
-    even = tl.join(_nibble(words, shift), _nibble(words, shift + 16))
-    odd = tl.join(_nibble(words, shift + 8), _nibble(words, shift + 24))
-    # (..., 4, half of the word, byte of the half)
-    both = tl.join(even, odd)
-    return tl.reshape(both, (words.shape[0], words.shape[1], words.shape[2], 16))
-
-
-@triton.jit
 def _nibble(words, shift: tl.constexpr):
+    """Return 1 + n / 16 of the nibble that is `shift` bits up in each word."""
     if shift > 19:
         words = words >> (shift - 19)
     else:

@@ -25,9 +25,8 @@ def attention(model: str) -> dict[str, int]:
         "KV_HEADS": kv_heads,
         "HEAD_DIM": 64,
         "DIM": 64,
-        "GROUP": 4 if heads // kv_heads <= 4 else 8,
         "SPLITS": 8,
-        "BLOCK_KV": 32,
+        "BLOCK_KV": 128,
     }
 
 
@@ -37,7 +36,7 @@ def stage_builds(model: str, kind: str) -> list[Build]:
     sizes = attention(model)
     merging = {k: sizes[k] for k in ("HEADS", "HEAD_DIM", "SPLITS", "BLOCK_KV")}
     ahead = {"ahead": CODES[kind], "ahead_nbytes": "i32"}
-    shared = {"KIND": kind, "ROWS": 4, "WAIT": "none"}
+    shared = {"KIND": kind, "WARPS": 4, "WAIT": "none"}
     quick = model == "125M" and kind == "bf16"
     vectors = dict.fromkeys(("x", "norm_weight", "residual", "out"), FLOATS)
 
@@ -72,13 +71,11 @@ def stage_builds(model: str, kind: str) -> list[Build]:
         ),
         build(
             "project",
-            {**matrix, **vectors, "eps": "fp32"},
+            {**matrix, **{name: FLOATS for name in ("x", "residual", "out")}},
             {
                 **shared,
                 "OUTPUTS": hidden,
                 "COLS": inner,
-                "NORM": False,
-                "ADD": True,
                 "PROGRAMS": hidden // 4,
             },
         ),
@@ -112,7 +109,7 @@ def stage_builds(model: str, kind: str) -> list[Build]:
                 "partial": FLOATS,
                 "attended": FLOATS,
             },
-            {**sizes, "KV": "tl.float16", "WAIT": "none"},
+            {**sizes, "KV": "tl.float16", "WARPS": 8, "WAIT": "none"},
             warps=8,
         ),
         build(
@@ -157,7 +154,7 @@ def persistent(model: str, kind: str) -> Build:
             "HIDDEN": hidden,
             "INNER": inner,
             "VOCAB": 32000,
-            "ROWS": 8,
+            "WARPS": 8,
             "PROGRAMS": PROGRAMS,
             "CANDIDATE_BLOCK": 256,
             "SHARE_BLOCK": 16,
