@@ -25,6 +25,7 @@ from .gemv import (
     load_norm,
     load_tile,
     multiply_tile,
+    no_inputs,
     normed,
     receive_inputs,
     share_of,
@@ -32,7 +33,7 @@ from .gemv import (
     tile_rows,
     unpack_pair,
 )
-from .grid_sync import current, publish, receive, wait_for_launch
+from .grid_sync import current, publish, receive, stages, wait_for_launch
 
 BIGGEST_HALF = tl.constexpr(65504.0)  # of float16
 
@@ -107,41 +108,32 @@ def query(
     half: tl.constexpr = HEAD_DIM // 2
     pairs: tl.constexpr = (HEADS + 2 * KV_HEADS) * half
     ROWS: tl.constexpr = tile_rows(pairs, COLS, KIND, WARPS, PROGRAMS, 2)
-    tiles: tl.constexpr = tile_count(pairs, PROGRAMS, ROWS)
-    pair, end = share_of(pairs, program, PROGRAMS)
-    pair = pair + tl.arange(0, ROWS)
-    row = pair // half * HEAD_DIM + pair % half
-    tile = load_tile(codes, scales, row, pair < end, COLS, KIND, WARPS)
-    partner_tile = load_tile(codes, scales, row + half, pair < end, COLS, KIND, WARPS)
+    first, end = share_of(pairs, program, PROGRAMS)
     norm = load_norm(norm_weight, COLS, KIND, WARPS)
-    wait_for_launch(WAIT)
-    position = current(WAIT, positions)
-    c, s = _rotation(pair, position, cos, sin, HEADS + KV_HEADS, HEAD_DIM)
-    inputs = receive_inputs(x, epoch - 1, COLS, KIND, WARPS, WAIT)
-    inputs, factor = normed(inputs, norm, eps, COLS, KIND, WARPS)
-    inputs = deal(inputs, ROWS, COLS, KIND, WARPS)
-    for _ in range(tiles):
+    inputs = no_inputs(ROWS, COLS, KIND, WARPS)
+    factor = 0.0
+    position = 0 if WAIT == "none" or WAIT == "pdl" else positions
+    for tile in tl.range(0, tile_count(pairs, PROGRAMS, ROWS), num_stages=stages(WAIT)):
+        pair = first + tile * ROWS + tl.arange(0, ROWS)
         live = pair < end
-        if tiles > 1:
-            next_pair = pair + ROWS
-            next_row = next_pair // half * HEAD_DIM + next_pair % half
-            more = next_pair < end
-            next_tile = load_tile(codes, scales, next_row, more, COLS, KIND, WARPS)
-            next_partner = load_tile(codes, scales, next_row + half, more, COLS, KIND, WARPS)
-            next_c, next_s = _rotation(next_pair, position, cos, sin, HEADS + KV_HEADS, HEAD_DIM)
-        first = multiply_tile(tile, inputs, ROWS, COLS, KIND, WARPS) * factor
-        second = multiply_tile(partner_tile, inputs, ROWS, COLS, KIND, WARPS) * factor
-        turned = first * c - second * s
-        second = second * c + first * s
+        row = pair // half * HEAD_DIM + pair % half
+        upper = load_tile(codes, scales, row, live, COLS, KIND, WARPS)
+        lower = load_tile(codes, scales, row + half, live, COLS, KIND, WARPS)
+        if tile == 0:
+            wait_for_launch(WAIT)
+            position = current(WAIT, positions)
+            x_pieces = receive_inputs(x, epoch - 1, COLS, KIND, WARPS, WAIT)
+            x_pieces, factor = normed(x_pieces, norm, eps, COLS, KIND, WARPS)
+            inputs = deal(x_pieces, ROWS, COLS, KIND, WARPS)
+        c, s = _rotation(pair, position, cos, sin, HEADS + KV_HEADS, HEAD_DIM)
+        y = multiply_tile(upper, inputs, ROWS, COLS, KIND, WARPS) * factor
+        z = multiply_tile(lower, inputs, ROWS, COLS, KIND, WARPS) * factor
+        turned = y * c - z * s
+        z = z * c + y * s
         publish(out, row, turned, live, epoch, WAIT)
-        publish(out, row + half, second, live, epoch, WAIT)
+        publish(out, row + half, z, live, epoch, WAIT)
         store_in_cache(cache, size, row - HEADS * HEAD_DIM, position, turned, live, HEAD_DIM)
-        store_in_cache(cache, size, row + half - HEADS * HEAD_DIM, position, second, live, HEAD_DIM)
-        if tiles > 1:
-            pair = next_pair
-            row = next_row
-            tile, partner_tile = next_tile, next_partner
-            c, s = next_c, next_s
+        store_in_cache(cache, size, row + half - HEADS * HEAD_DIM, position, z, live, HEAD_DIM)
 
 
 @triton.jit
@@ -183,32 +175,21 @@ def project(
 ):
     """out = x W^T + residual, which was written one stage before x."""
     ROWS: tl.constexpr = tile_rows(OUTPUTS, COLS, KIND, WARPS, PROGRAMS)
-    row, end = share_of(OUTPUTS, program, PROGRAMS)
-    row = row + tl.arange(0, ROWS)
-    tile = load_tile(codes, scales, row, row < end, COLS, KIND, WARPS)
-    wait_for_launch(WAIT)
-    added = receive(residual, row, row < end, epoch - 2, ROWS, WARPS, WAIT, 1, 0)[0]
-    inputs = receive_inputs(x, epoch - 1, COLS, KIND, WARPS, WAIT)
-    _project_rows(
-        tile,
-        row,
-        end,
-        codes,
-        scales,
-        inputs,
-        added,
-        residual,
-        epoch - 2,
-        out,
-        epoch,
-        OUTPUTS,
-        COLS,
-        KIND,
-        ROWS,
-        WARPS,
-        PROGRAMS,
-        WAIT,
-    )
+    TILES: tl.constexpr = tile_count(OUTPUTS, PROGRAMS, ROWS)
+    first, end = share_of(OUTPUTS, program, PROGRAMS)
+    inputs = no_inputs(ROWS, COLS, KIND, WARPS)
+    added = no_residual(ROWS, TILES)
+    for tile in tl.range(0, TILES, num_stages=stages(WAIT)):
+        row = first + tile * ROWS + tl.arange(0, ROWS)
+        weights = load_tile(codes, scales, row, row < end, COLS, KIND, WARPS)
+        if tile == 0:
+            wait_for_launch(WAIT)
+            added = receive_residual(residual, first, end, epoch - 2, ROWS, TILES, WARPS, WAIT)
+            x_pieces = receive_inputs(x, epoch - 1, COLS, KIND, WARPS, WAIT)
+            inputs = deal(x_pieces, ROWS, COLS, KIND, WARPS)
+        y = multiply_tile(weights, inputs, ROWS, COLS, KIND, WARPS)
+        y += residual_of(added, tile, ROWS, TILES)
+        publish(out, row, y, row < end, epoch, WAIT)
 
 
 @triton.jit
@@ -235,75 +216,63 @@ def output(
     """out = attention W^T + residual; every program merges the parts for itself."""
     COLS: tl.constexpr = HEADS * HEAD_DIM
     ROWS: tl.constexpr = tile_rows(HIDDEN, COLS, KIND, WARPS, PROGRAMS)
-    row, end = share_of(HIDDEN, program, PROGRAMS)
-    row = row + tl.arange(0, ROWS)
-    tile = load_tile(codes, scales, row, row < end, COLS, KIND, WARPS)
-    wait_for_launch(WAIT)
-    added = receive(residual, row, row < end, epoch - 3, ROWS, WARPS, WAIT, 1, 0)[0]
-    splits, _ = split_plan(current(WAIT, positions) + 1, SPLITS, BLOCK_KV)
-    inputs = receive_attended(
-        partial, attended, splits, epoch - 1, HEADS, HEAD_DIM, SPLITS, KIND, WARPS, WAIT
-    )
-    _project_rows(
-        tile,
-        row,
-        end,
-        codes,
-        scales,
-        inputs,
-        added,
-        residual,
-        epoch - 3,
-        out,
-        epoch,
-        HIDDEN,
-        COLS,
-        KIND,
-        ROWS,
-        WARPS,
-        PROGRAMS,
-        WAIT,
-    )
+    TILES: tl.constexpr = tile_count(HIDDEN, PROGRAMS, ROWS)
+    first, end = share_of(HIDDEN, program, PROGRAMS)
+    inputs = no_inputs(ROWS, COLS, KIND, WARPS)
+    added = no_residual(ROWS, TILES)
+    for tile in tl.range(0, TILES, num_stages=stages(WAIT)):
+        row = first + tile * ROWS + tl.arange(0, ROWS)
+        weights = load_tile(codes, scales, row, row < end, COLS, KIND, WARPS)
+        if tile == 0:
+            wait_for_launch(WAIT)
+            added = receive_residual(residual, first, end, epoch - 3, ROWS, TILES, WARPS, WAIT)
+            splits, _ = split_plan(current(WAIT, positions) + 1, SPLITS, BLOCK_KV)
+            x_pieces = receive_attended(
+                partial, attended, splits, epoch - 1, HEADS, HEAD_DIM, SPLITS, KIND, WARPS, WAIT
+            )
+            inputs = deal(x_pieces, ROWS, COLS, KIND, WARPS)
+        y = multiply_tile(weights, inputs, ROWS, COLS, KIND, WARPS)
+        y += residual_of(added, tile, ROWS, TILES)
+        publish(out, row, y, row < end, epoch, WAIT)
+
+
+@triton.constexpr_function
+def rounded(ROWS, TILES):
+    """Rows of all tiles, a power of two."""
+    return 1 << (ROWS * TILES - 1).bit_length()
 
 
 @triton.jit
-def _project_rows(
-    tile,
-    row,
-    end,
-    codes,
-    scales,
-    inputs,
-    added,
+def no_residual(ROWS: tl.constexpr, TILES: tl.constexpr):
+    """Return zeros as from `receive_residual`, to be replaced."""
+    return tl.zeros((rounded(ROWS, TILES),), tl.float32)
+
+
+@triton.jit
+def receive_residual(
     residual,
-    residual_epoch,
-    out,
+    first,
+    end,
     epoch,
-    OUTPUTS: tl.constexpr,
-    COLS: tl.constexpr,
-    KIND: tl.constexpr,
     ROWS: tl.constexpr,
+    TILES: tl.constexpr,
     WARPS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     WAIT: tl.constexpr,
 ):
-    """Multiply; `tile` and what is `added` are of the first rows, and were requested before."""
-    tiles: tl.constexpr = tile_count(OUTPUTS, PROGRAMS, ROWS)
-    inputs = deal(inputs, ROWS, COLS, KIND, WARPS)
-    for _ in range(tiles):
-        live = row < end
-        if tiles > 1:
-            next_row = row + ROWS
-            next_live = next_row < end
-            next_tile = load_tile(codes, scales, next_row, next_live, COLS, KIND, WARPS)
-            next_added = receive(
-                residual, next_row, next_live, residual_epoch, ROWS, WARPS, WAIT, 1, 0
-            )[0]
-        y = multiply_tile(tile, inputs, ROWS, COLS, KIND, WARPS)
-        publish(out, row, y + added, live, epoch, WAIT)
-        if tiles > 1:
-            row = next_row
-            tile, added = next_tile, next_added
+    """Get what is added to all rows of a share: in one trip, before the inputs are there."""
+    size: tl.constexpr = rounded(ROWS, TILES)
+    row = first + tl.arange(0, size)
+    return receive(residual, row, row < end, epoch, size, WARPS, WAIT, 1, 0)[0]
+
+
+@triton.jit
+def residual_of(added, tile, ROWS: tl.constexpr, TILES: tl.constexpr):  # -> (ROWS,)
+    if TILES == 1:
+        return added
+    else:
+        place = tl.arange(0, rounded(ROWS, TILES))
+        mine = place[None, :] == tile * ROWS + tl.arange(0, ROWS)[:, None]
+        return tl.sum(tl.where(mine, added[None, :], 0.0), 1)
 
 
 @triton.jit
@@ -325,25 +294,20 @@ def gate_up(
 ):
     """out = silu(h gate^T) * (h up^T), h = rms_norm(x); the gate's rows come before the up's."""
     ROWS: tl.constexpr = tile_rows(INNER, COLS, KIND, WARPS, PROGRAMS, 2)
-    tiles: tl.constexpr = tile_count(INNER, PROGRAMS, ROWS)
-    row, end = share_of(INNER, program, PROGRAMS)
-    row = row + tl.arange(0, ROWS)
-    gate_tile = load_tile(codes, scales, row, row < end, COLS, KIND, WARPS)
-    up_tile = load_tile(codes, scales, row + INNER, row < end, COLS, KIND, WARPS)
+    first, end = share_of(INNER, program, PROGRAMS)
     norm = load_norm(norm_weight, COLS, KIND, WARPS)
-    wait_for_launch(WAIT)
-    inputs = receive_inputs(x, epoch - 1, COLS, KIND, WARPS, WAIT)
-    inputs, factor = normed(inputs, norm, eps, COLS, KIND, WARPS)
-    inputs = deal(inputs, ROWS, COLS, KIND, WARPS)
-    for _ in range(tiles):
+    inputs = no_inputs(ROWS, COLS, KIND, WARPS)
+    factor = 0.0
+    for tile in tl.range(0, tile_count(INNER, PROGRAMS, ROWS), num_stages=stages(WAIT)):
+        row = first + tile * ROWS + tl.arange(0, ROWS)
         live = row < end
-        if tiles > 1:
-            more = row + ROWS < end
-            next_gate = load_tile(codes, scales, row + ROWS, more, COLS, KIND, WARPS)
-            next_up = load_tile(codes, scales, row + ROWS + INNER, more, COLS, KIND, WARPS)
+        gate_tile = load_tile(codes, scales, row, live, COLS, KIND, WARPS)
+        up_tile = load_tile(codes, scales, row + INNER, live, COLS, KIND, WARPS)
+        if tile == 0:
+            wait_for_launch(WAIT)
+            x_pieces = receive_inputs(x, epoch - 1, COLS, KIND, WARPS, WAIT)
+            x_pieces, factor = normed(x_pieces, norm, eps, COLS, KIND, WARPS)
+            inputs = deal(x_pieces, ROWS, COLS, KIND, WARPS)
         gate = multiply_tile(gate_tile, inputs, ROWS, COLS, KIND, WARPS) * factor
         up = multiply_tile(up_tile, inputs, ROWS, COLS, KIND, WARPS) * factor
         publish(out, row, gate / (1 + tl.exp(-gate)) * up, live, epoch, WAIT)
-        if tiles > 1:
-            row += ROWS
-            gate_tile, up_tile = next_gate, next_up

@@ -88,22 +88,21 @@ def padded_size(COLS, KIND, WARPS):
 def tile_rows(COUNT, COLS, KIND, WARPS, PROGRAMS, MATRICES=1):
     """Rows of a tile of COUNT rows over PROGRAMS programs, of each of MATRICES matrices.
 
-    A tile is at most 128 bytes of a thread, for two matrices 64 each unless more avoid a second
-    tile; but a long row is summed with at least three others, so that they share the exchange.
+    A tile takes at most 32 registers of a thread, for two matrices 16 each unless more avoid a
+    second tile; codes of few bits half of it, since taking them apart needs registers, too. But a
+    long row is summed with at least three others, so that they share the exchange.
     """
     groups = WARPS * 32 // lane_count(COLS, KIND, WARPS)
-    nbytes = {"fp32": 4, "bf16": 2, "fp16": 2, "int4_g32": 4}.get(KIND, 1)
-    per_row = nbytes * vector_width(COLS, KIND, WARPS) * chunk_count(COLS, KIND, WARPS)
-    per_row *= piece_count(COLS, KIND, WARPS)
+    per_row = vector_width(COLS, KIND, WARPS) * chunk_count(COLS, KIND, WARPS)
+    per_row *= {"fp32": 4, "int4_g32": 8}.get(KIND, 2) * piece_count(COLS, KIND, WARPS)
     share = -(-COUNT // PROGRAMS)
     wanted = max(1 << (share - 1).bit_length(), groups)
-    for budget in (128 // MATRICES, 128):
-        rows = max(budget // per_row, 1) * groups
+    rows = groups
+    for nbytes in (128, 128 // MATRICES):
+        rows = max(nbytes // per_row, 1) * groups
         rows = 1 << (rows.bit_length() - 1)
         if wanted <= rows:
             return wanted
-    rows = max(128 // MATRICES // per_row, 1) * groups
-    rows = 1 << (rows.bit_length() - 1)
     return min(max(rows, 4), wanted)
 
 
@@ -214,6 +213,21 @@ def deal(
         else:
             values = tl.reshape(x[piece], (chunks, lanes, vector_width(COLS, KIND, WARPS)))
             dealt = dealt + (_to_rows(tl.permute(values, (1, 0, 2)), ROWS),)
+    return dealt
+
+
+@triton.jit
+def no_inputs(ROWS: tl.constexpr, COLS: tl.constexpr, KIND: tl.constexpr, WARPS: tl.constexpr):
+    """Return zeros as from `deal`, to be replaced."""
+    lanes: tl.constexpr = lane_count(COLS, KIND, WARPS)
+    chunks: tl.constexpr = chunk_count(COLS, KIND, WARPS)
+    shape: tl.constexpr = (lanes, ROWS, chunks, vector_width(COLS, KIND, WARPS))
+    dealt = ()
+    for _ in tl.static_range(piece_count(COLS, KIND, WARPS)):
+        for _ in tl.static_range(8 if KIND == "int4_g32" else 1):
+            dealt = dealt + (tl.zeros(shape, tl.float32),)
+        if KIND == "int4_g32":
+            dealt = dealt + (tl.zeros((lanes, ROWS, chunks), tl.float32),)
     return dealt
 
 

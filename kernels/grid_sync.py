@@ -35,6 +35,15 @@ def copies(WAIT):
     return 4 if WAIT == "grid" else 1
 
 
+@triton.constexpr_function
+def stages(WAIT):
+    """Tiles of a loop that are on their way or in use, in shared memory.
+
+    In a grid, a program has a multiprocessor for itself. Else it has rarely more than one tile.
+    """
+    return 4 if WAIT == "grid" else 2
+
+
 @triton.jit
 def wait_for_launch(WAIT: tl.constexpr):
     """Wait for the kernel before, if this one may start before it ends."""

@@ -95,7 +95,7 @@ def stage_builds(model: str, kind: str) -> list[Build]:
         build(
             "gate_up",
             {**matrix, "x": FLOATS, "norm_weight": FLOATS, "eps": "fp32", "out": FLOATS, **ahead},
-            {**shared, "AHEAD": False, "INNER": inner, "COLS": hidden, "PROGRAMS": inner // 4},
+            {**shared, "AHEAD": False, "INNER": inner, "COLS": hidden, "PROGRAMS": 132},
         ),
         build(
             "attention",
