@@ -15,6 +15,8 @@ from .grid_sync import publish, receive
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MERGED = tl.constexpr(4)  # parts that are read together
+LARGEST_SUM = tl.constexpr(2.0**60)
+SMALLEST_SUM = tl.constexpr(2.0**-126)
 
 
 @triton.jit
@@ -51,8 +53,9 @@ def attend(
 ):
     """Attend with one query head to one part of the tokens.
 
-    Every place in a block has a softmax of its own, over the tokens that come there; these are
-    joined at the end, so that threads wait for each other only then.
+    The softmax is taken relative to the score of the new token, which every part knows, rather
+    than to the largest one, which takes an exchange to know. Should the weights become too large
+    for that, all is computed again, relative to the largest.
 
     Args:
         qkv: (HEADS + 2 KV_HEADS, HEAD_DIM) of the new token, rotated.
@@ -72,8 +75,7 @@ def attend(
     has_new = (first <= position) & (position < first + length)
     dim = tl.arange(0, DIM)
     token = tl.arange(0, BLOCK_KV)
-    k, v = _load_tokens(keys, values, first + token, end, dim, HEAD_DIM)
-    more_k, more_v = _load_tokens(keys, values, first + BLOCK_KV + token, end, dim, HEAD_DIM)
+    tiles = _first_tokens(keys, values, first, end, BLOCK_KV, DIM, HEAD_DIM)
 
     # the query, the new key and the new value, side by side
     row = tl.arange(0, 4)
@@ -90,39 +92,81 @@ def attend(
     key = key.to(KV).to(tl.float32)
     value = value.to(KV).to(tl.float32)
 
-    largest = tl.full((BLOCK_KV,), float("-inf"), tl.float32)
-    weight_sum = tl.zeros((BLOCK_KV,), tl.float32)
-    out = tl.zeros((BLOCK_KV, DIM), tl.float32)
-    for start in range(first, end, BLOCK_KV):
-        next_k, next_v = _load_tokens(
-            keys, values, start + 2 * BLOCK_KV + token, end, dim, HEAD_DIM
-        )
-        scores = tl.sum(query[None, :] * k.to(tl.float32), 1)
-        scores = tl.where(start + token < end, scores, float("-inf"))
-        new_largest = tl.maximum(largest, scores)
-        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        shrink = tl.exp2(largest - base)
-        weights = tl.exp2(scores - base)
-        weight_sum = weight_sum * shrink + weights
-        out = out * shrink[:, None] + weights[:, None] * v.to(tl.float32)
-        largest = new_largest
-        k, more_k = more_k, next_k
-        v, more_v = more_v, next_v
+    score = tl.sum(query * key, 0)
+    base = score
+    total = float("inf")
+    out = tl.zeros((DIM,), tl.float32)
+    again = True
+    while again:
+        weight_sum = tl.zeros((BLOCK_KV,), tl.float32)
+        products = tl.zeros((BLOCK_KV, DIM), tl.float32)
+        k, v, more_k, more_v = tiles
+        for start in range(first, end, BLOCK_KV):
+            next_k, next_v = _load_tokens(
+                keys, values, start + 2 * BLOCK_KV + token, end, dim, HEAD_DIM
+            )
+            scores = tl.sum(query[None, :] * k.to(tl.float32), 1)
+            weights = tl.where(start + token < end, tl.exp2(scores - base), 0.0)
+            weight_sum += weights
+            products += weights[:, None] * v.to(tl.float32)
+            k, more_k = more_k, next_k
+            v, more_v = more_v, next_v
+        new_weight = tl.where(has_new, tl.exp2(score - base), 0.0)
+        total = tl.sum(weight_sum, 0) + new_weight
+        out = tl.sum(products, 0) + new_weight * value
+        again = (total > LARGEST_SUM) & (base == score)
+        if again:
+            base = _largest_score(query, score, keys, first, end, BLOCK_KV, DIM, HEAD_DIM)
+            tiles = _first_tokens(keys, values, first, end, BLOCK_KV, DIM, HEAD_DIM)
 
-    score = tl.where(has_new, tl.sum(query * key, 0), float("-inf"))
-    top = tl.maximum(tl.max(largest, 0), score)
-    factor = tl.exp2(largest - top)
-    weight = tl.exp2(score - top)
-    total = tl.sum(weight_sum * factor, 0) + weight
-    out = (tl.sum(out * factor[:, None], 0) + weight * value) / total
+    # a part of tokens that have next to no weight may have none at all
+    out *= tl.where(total == 0, 0.0, 1 / total)
     live = dim < HEAD_DIM
     if splits == 1:
         publish(attended, head * HEAD_DIM + dim, out, live, epoch, WAIT)
     else:
         part = (head * SPLITS + split) * (HEAD_DIM + 1)
         publish(partial, part + dim, out, live, epoch, WAIT)
-        log = tl.where(dim == 0, top + tl.log2(total), 0.0)
+        log = base + tl.log2(tl.maximum(total, SMALLEST_SUM, propagate_nan=tl.PropagateNan.ALL))
         publish(partial, part + HEAD_DIM + dim, log, dim == 0, epoch, WAIT)
+
+
+@triton.jit
+def _largest_score(
+    query,
+    largest,
+    keys,
+    first,
+    end,
+    BLOCK_KV: tl.constexpr,
+    DIM: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    dim = tl.arange(0, DIM)
+    for start in range(first, end, BLOCK_KV):
+        token = start + tl.arange(0, BLOCK_KV)
+        k, _ = _load_tokens(keys, keys, token, end, dim, HEAD_DIM)
+        scores = tl.sum(query[None, :] * k.to(tl.float32), 1)
+        largest = tl.maximum(largest, tl.max(tl.where(token < end, scores, largest), 0))
+    return largest
+
+
+@triton.jit
+def _first_tokens(
+    keys,
+    values,
+    first,
+    end,
+    BLOCK_KV: tl.constexpr,
+    DIM: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Request two blocks of keys and values."""
+    dim = tl.arange(0, DIM)
+    token = first + tl.arange(0, BLOCK_KV)
+    k, v = _load_tokens(keys, values, token, end, dim, HEAD_DIM)
+    more_k, more_v = _load_tokens(keys, values, token + BLOCK_KV, end, dim, HEAD_DIM)
+    return k, v, more_k, more_v
 
 
 @triton.jit

@@ -282,10 +282,7 @@ def multiply_tile(
 @triton.jit
 def _nibble(words, shift: tl.constexpr):
     """Return 1 + n / 16 of the nibble that is `shift` bits up in each word."""
-    if shift > 19:
-        words = words >> (shift - 19)
-    else:
-        words = words << (19 - shift)
+    words = words >> (shift - 19) if shift > 19 else words << (19 - shift)
     return ((words & 0x00780000) | ONE_EXPONENT).to(tl.float32, bitcast=True)
 
 

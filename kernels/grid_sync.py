@@ -41,7 +41,7 @@ def stages(WAIT):
 
     In a grid, a program has a multiprocessor for itself. Else it has rarely more than one tile.
     """
-    return 4 if WAIT == "grid" else 2
+    return 3 if WAIT == "grid" else 2
 
 
 @triton.jit

@@ -114,6 +114,20 @@ def test_attention_joins_its_parts(tier, length):
     assert_close(ours.forward([9], cache), oracle.forward([9], expected))
 
 
+def test_weights_that_are_too_large_are_computed_again():
+    """Scores far above that of the new token, in the first part, in the last and in none."""
+    config = dataclasses.replace(TINY, num_hidden_layers=1, initializer_range=1.2)
+    ours, oracle = executors(config, "graph")
+    cache, expected = ours.new_cache(), oracle.new_cache()
+    prompt = np.arange(90) * 5 % 61
+    oracle.forward(prompt, expected)
+    ours.forward(prompt, cache)
+    for token in range(0, 61, 6):
+        # scores of several hundred: their roundings move the weights by as many
+        got, want = ours.forward([token], cache), oracle.forward([token], expected)
+        assert_close(got, want, steps=40_000)
+
+
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("format", ["int8", "int4", "int4_all"])
 def test_quantized_weights(tier, format):

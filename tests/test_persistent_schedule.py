@@ -12,7 +12,7 @@ import random
 import pytest
 
 LAYERS, STEPS = 3, 3
-KV_HEADS = 2
+HEADS = 2
 
 
 def share_of(count, program, programs):
@@ -28,7 +28,7 @@ class Grid:
             "x": hidden,
             "middle": hidden,
             "qkv": hidden + 3,
-            "attended": KV_HEADS,
+            "attended": HEADS,
             "inner": inner,
         }
         self.epochs = {name: [0] * size for name, size in self.sizes.items()}
@@ -61,22 +61,22 @@ def program(grid, me):
             yield receive("x", epoch)
             grid.publish("qkv", me, epoch + 1)
             grid.stored.setdefault((layer, step), []).append(step)
-            if me < KV_HEADS:
+            if me < HEADS:
                 yield receive("qkv", epoch + 1)
                 for earlier in range(step):  # what other programs stored, a barrier ago
                     written = grid.stored[layer, earlier]
                     assert len(written) == grid.programs
                     assert all(barriers < step for barriers in written)
-                for head in range(me, KV_HEADS, grid.programs):
+                for head in range(me, HEADS, grid.programs):
                     assert grid.epochs["attended"][head] < epoch + 2
                     grid.epochs["attended"][head] = epoch + 2
-            yield receive("attended", epoch + 2)
             yield receive("x", epoch)  # the residual
+            yield receive("attended", epoch + 2)
             grid.publish("middle", me, epoch + 3)
             yield receive("middle", epoch + 3)
             grid.publish("inner", me, epoch + 4)
-            yield receive("inner", epoch + 4)
             yield receive("middle", epoch + 3)
+            yield receive("inner", epoch + 4)
             grid.publish("x", me, epoch + 5)
             epoch += 5
         yield receive("x", epoch)

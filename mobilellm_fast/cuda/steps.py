@@ -28,6 +28,7 @@ MAX_STEPS = 64  # tokens of one call
 STAGE_WARPS = 4  # rows of a program of the tiers with one kernel per stage
 ATTENTION_WARPS = 8
 PERSISTENT_WARPS = 8  # more would have too few registers each
+PREFETCHED = 32 << 10  # bytes per program: more would queue before what is wanted sooner
 CANDIDATE_FIELDS = 5
 
 
@@ -293,7 +294,7 @@ class PersistentSteps(Steps):
         programs: int | None = None,
         warps: int | None = None,
         ahead: bool | None = None,
-        prefetch_limit: int = 1 << 20,
+        prefetch_limit: int = PREFETCHED,
         maxnreg: int | None = None,
     ) -> None:
         super().__init__(*args)
