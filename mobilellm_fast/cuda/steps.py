@@ -28,6 +28,7 @@ MAX_STEPS = 64  # tokens of one call
 STAGE_WARPS = 4  # rows of a program of the tiers with one kernel per stage
 ATTENTION_WARPS = 8
 PERSISTENT_WARPS = 8  # more would have too few registers each
+PREFETCH_WIDTH = 1024  # narrower models wait for each other, not for memory
 PREFETCHED = 32 << 10  # bytes per program: more would queue before what is wanted sooner
 CANDIDATE_FIELDS = 5
 
@@ -283,7 +284,8 @@ class PersistentSteps(Steps):
     Args:
         programs: of the grid, at most; None takes one per multiprocessor.
         warps: of a program.
-        ahead: request weights into the L2 cache, which takes compute capability 9.
+        ahead: request weights into the L2 cache, which takes compute capability 9; None does it for
+            wide models.
         prefetch_limit: most bytes that a program requests at once.
         maxnreg: most registers of a thread, so that a multiprocessor holds several programs.
     """
@@ -308,7 +310,8 @@ class PersistentSteps(Steps):
         config = self.weights.config
         programs = min(programs, config.hidden_size, config.intermediate_size)
         if ahead is None:
-            ahead = on_gpu and torch.cuda.get_device_capability(device)[0] >= 9
+            able = on_gpu and torch.cuda.get_device_capability(device)[0] >= 9
+            ahead = able and config.hidden_size >= PREFETCH_WIDTH
         self.programs = programs
         self.warps = warps or PERSISTENT_WARPS
         self.ahead = ahead
