@@ -42,6 +42,9 @@ struct Panel {
 #if defined(MLF_MATRIX)
   MatrixScope scope;
 #endif
+#if defined(MLF_OWN_GROUP_DOT)
+  PanelInputs inputs;
+#endif
 
   Panel(const Activations& all, int64_t first_row, int64_t left)
       : x(all.from_row(first_row)),
@@ -51,16 +54,24 @@ struct Panel {
         scope(x.kind != ActivationKind::floating && rows >= kMatrixRows)
 #endif
   {
-    if (!has_low_sums()) return;
-    while (has_low_sums() && count_wide() > kMaxWide) rows /= 2;
-    if (!has_low_sums()) return;
     const int64_t groups = x.groups();
+    while (lists_wide_groups() && count_wide() > kMaxWide) rows /= 2;
+#if defined(MLF_OWN_GROUP_DOT)
+    while (!PanelInputs::fits(rows, groups)) rows /= 2;
+    inputs.take(x, rows);
+#endif
+    if (!lists_wide_groups()) return;
     for (int64_t group = 0; group < groups; ++group)
       for (int64_t row = 0; row < rows; ++row)
         if (x.wide[row * groups + group]) wide[wide_count++] = wide_group(row, group);
   }
-  bool has_low_sums() const {
-    return x.kind != ActivationKind::floating && rows > kRowsWithLowCodes;
+  bool lists_wide_groups() const {
+    return x.kind == ActivationKind::int8_g32 && rows > kRowsWithLowCodes;
+  }
+  // Do products with such weights ask for sums of low codes, be there any or none?
+  bool has_low_sums(WeightKind kind) const {
+    const bool by_group = x.kind == ActivationKind::int8_g32 || kind != WeightKind::int8;
+    return x.kind != ActivationKind::floating && by_group && rows > kRowsWithLowCodes;
   }
   int64_t count_wide() const {
     int64_t count = 0;
@@ -84,12 +95,12 @@ struct Panel {
   template <int T, class Use>
   void dot(const TileRef (&tiles)[T], Use use) const {
     VecF low[kMaxRows * kBlockTiles];
-    if (has_low_sums()) wide_dot<T>(wide_groups(), rows, tiles, low);
+    if (has_low_sums(tiles[0].weight->kind)) wide_dot<T>(wide_groups(), rows, tiles, low);
 #if defined(MLF_OWN_GROUP_DOT)
     if constexpr (T == 1) {
       if (rows >= kPanelRows && is_quantized(tiles[0].weight->kind)) {
         VecF y[kMaxRows];
-        panel_dot<kMaxRows>(x, low, rows, tiles[0], y);
+        panel_dot<kMaxRows>(x, inputs, low, rows, tiles[0], y);
         for (int64_t row = 0; row < rows; ++row) use(y + row, row, Constant<1>());
         return;
       }

@@ -256,7 +256,7 @@ struct Int8Tile {  // one scale per row, applied at the end
     VecF add_min(float, int, VecF total) const { return total; }
   };
   template <int R, int T>
-  static void dot(TileReader* tiles, const CodeRows<R>& rows, VecF* out) {
+  MLF_INLINE static void dot(TileReader* tiles, const CodeRows<R>& rows, VecF* out) {
     group_values<R, T>(tiles, rows, out);
   }
 };
@@ -269,7 +269,7 @@ struct Int8GroupTile {
     VecF add_min(float, int, VecF total) const { return total; }
   };
   template <int R, int T>
-  static void dot(TileReader* tiles, const CodeRows<R>& rows, VecF* out) {
+  MLF_INLINE static void dot(TileReader* tiles, const CodeRows<R>& rows, VecF* out) {
     Int8Tile::dot<R, T>(tiles, rows, out);
   }
 };
@@ -295,7 +295,7 @@ struct Int4Tile {
     }
   };
   template <int R, int T>
-  static void dot(TileReader* tiles, const CodeRows<R>& rows, VecF* out) {
+  MLF_INLINE static void dot(TileReader* tiles, const CodeRows<R>& rows, VecF* out) {
     group_values_int4<R, T>(tiles, rows, out);
   }
 };
@@ -352,6 +352,64 @@ inline void wide_dot_tiles(const uint8_t* const* tiles, const WideGroups& wide, 
 // multiply-add with its scales. Low codes have totals of their own, added at the end. Few rows take
 // them along, because a stream that is read twice is slow; for many they are there already, in
 // `low`.
+#if defined(MLF_OWN_GROUP_DOT)
+// total += the low codes of a row . one group of a tile. Not inlined: it is rare, and may not take
+// registers from the loop that calls it.
+template <class Format>
+__attribute__((noinline, cold)) void add_low_codes(TileReader reader,
+                                                   typename Format::template Header<1> header,
+                                                   const Activations& x, int64_t row, int64_t group,
+                                                   VecF* total) {
+  typename Format::Codes codes;
+  codes.read(reader);
+  const VecF dot = codes.dot_row(x.low_codes + row * x.padded_cols() + group * kGroup, 0);
+  *total = header.add(dot, splat(low_scale(x.scales[row * x.groups() + group])), 0, *total);
+}
+
+// With 32 registers of 128 bits the totals take most of them, so tiles take turns, group by group:
+// each is still a stream of its own. A wide group, one in nine or so, is multiplied again with its
+// low codes, whose totals are in memory.
+template <class Format, int M, int T>
+inline void tile_dot_groups(TileReader* tiles, const Activations& x, const VecF* low_done,
+                            VecF* total) {
+  constexpr bool kAlong = M <= kRowsWithLowCodes;
+  const int64_t groups = x.groups();
+  VecF sums[M * T];
+  MLF_UNROLL for (int i = 0; i < M * T; ++i) sums[i] = splat(0.0f);
+  if constexpr (kAlong)
+    for (int i = 0; i < M * T; ++i) total[i] = splat(0.0f);
+  TileReader readers[T];  // copies: nobody has their address, so they can be in registers
+  typename Format::template Header<1> headers[T];
+  MLF_UNROLL for (int t = 0; t < T; ++t) readers[t] = tiles[t];
+  for (int64_t group = 0; group < groups; ++group) {
+    const auto rows = CodeRows<M>::of(x, group, Constant<M>());
+    float scales[M], group_sums[M];
+    bool wide[M];
+    MLF_UNROLL for (int m = 0; m < M; ++m) {
+      scales[m] = x.scales[m * groups + group];
+      group_sums[m] = x.group_sums[m * groups + group];
+      wide[m] = x.wide[m * groups + group] != 0;
+    }
+    MLF_UNROLL for (int t = 0; t < T; ++t) {
+      headers[t].read(readers + t, group);
+      const TileReader start = readers[t];
+      VecF dots[M];
+      Format::template dot<M, 1>(readers + t, rows, dots);
+      MLF_UNROLL for (int m = 0; m < M; ++m) {
+        VecF& sum = sums[m * T + t];
+        sum = headers[t].add(dots[m], splat(scales[m]), 0, sum);
+        sum = headers[t].add_min(group_sums[m], 0, sum);
+      }
+      if constexpr (kAlong) {
+        MLF_UNROLL for (int m = 0; m < M; ++m) if (__builtin_expect(wide[m], 0))
+            add_low_codes<Format>(start, headers[t], x, m, group, total + m * T + t);
+      }
+    }
+  }
+  MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] =
+      add(sums[i], kAlong ? total[i] : low_done[i]);
+}
+#else
 template <class Format, int M, int T>
 inline void tile_dot_groups(TileReader* tiles, const Activations& x, const VecF* low_done,
                             VecF* total) {
@@ -384,6 +442,7 @@ inline void tile_dot_groups(TileReader* tiles, const Activations& x, const VecF*
   }
   MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = add(sums[i], kAlong ? low[i] : low_done[i]);
 }
+#endif
 
 // With one scale per token: the sum over all inputs is an exact integer. It fits int32 up to
 // 2^31 / (128 * 127) = 132104 inputs.

@@ -23,6 +23,7 @@ std::vector<Product> products(ActivationKind activation) {
     for (const int64_t rows : {1, 2, 19}) add(rows, 17, cols, Fill::random, Fill::random);
   for (const int64_t outputs : {1, 15, 16, 65, 97})
     for (const int64_t rows : {1, 18}) add(rows, outputs, 33, Fill::random, Fill::random);
+  all.push_back({activation, 66, 16, 2112, Fill::random, Fill::random});  // more than a panel has
   for (const Fill weights : kFills)
     for (const Fill inputs : {Fill::largest, Fill::smallest, Fill::mixed})
       for (const int64_t rows : {1, 2, 4, 18}) add(rows, 16, 1088, weights, inputs);
