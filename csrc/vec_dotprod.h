@@ -117,6 +117,7 @@ MLF_INLINE void dot_group_int4(const uint8_t* const* lines, const int8_t* const*
 #define MLF_PANEL_HALVES
 
 #if !defined(MLF_PAIRED_PANELS)
+// clang-format off
 #define MLF_SDOT2(x, y, a, lane, v, w)              \
   "sdot v" #x ".4s, v" #v ".16b, v" #a ".4b[" #lane \
   "]\n"                                             \
@@ -157,23 +158,21 @@ MLF_INLINE void dot_group_int4(const uint8_t* const* lines, const int8_t* const*
 // The totals of a half: two of each row; and where the numbers of its outputs lie.
 #define MLF_FIRST(use) use(16, 17, 20, 21, 24, 25, 28, 29, 0)
 #define MLF_SECOND(use) use(18, 19, 22, 23, 26, 27, 30, 31, 32)
-#define MLF_ADD(a, b, c, d, e, f, g, h, at)                                                        \
-  MLF_ROWS(9, 10, 11, 12)                                                                          \
-  MLF_FMLA(a, 0, 8.s [0])                                                                          \
-  MLF_FMLA(b, 1, 8.s [0]) MLF_FMLA(c, 2, 9.s [0]) MLF_FMLA(d, 3, 9.s [0]) MLF_FMLA(e, 4, 10.s [0]) \
-      MLF_FMLA(f, 5, 10.s [0]) MLF_FMLA(g, 6, 11.s [0]) MLF_FMLA(h, 7, 11.s [0])
-#define MLF_ADD_SCALED(a, b, c, d, e, f, g, h, at)                                                \
-  MLF_ROWS(9, 10, 11, 12)                                                                         \
-  "ldp q12, q13, [x2, #" #at "]\n" MLF_FMUL(0, 8.s [0]) MLF_FMUL(1, 8.s [0]) MLF_FMUL(2, 9.s [0]) \
-      MLF_FMUL(3, 9.s [0]) MLF_FMUL(4, 10.s [0]) MLF_FMUL(5, 10.s [0]) MLF_FMUL(6, 11.s [0])      \
-          MLF_FMUL(7, 11.s [0]) MLF_FMLA(a, 0, 12.4s) MLF_FMLA(b, 1, 13.4s) MLF_FMLA(c, 2, 12.4s) \
-              MLF_FMLA(d, 3, 13.4s) MLF_FMLA(e, 4, 12.4s) MLF_FMLA(f, 5, 13.4s)                   \
-                  MLF_FMLA(g, 6, 12.4s) MLF_FMLA(h, 7, 13.4s)
-#define MLF_ADD_MINS(a, b, c, d, e, f, g, h, at)                                     \
-  MLF_ROWS(13, 14, 15, 16)                                                           \
-  "ldp q14, q15, [x3, #" #at "]\n" MLF_FMLA(a, 14, 8.s [0]) MLF_FMLA(b, 15, 8.s [0]) \
-      MLF_FMLA(c, 14, 9.s [0]) MLF_FMLA(d, 15, 9.s [0]) MLF_FMLA(e, 14, 10.s [0])    \
-          MLF_FMLA(f, 15, 10.s [0]) MLF_FMLA(g, 14, 11.s [0]) MLF_FMLA(h, 15, 11.s [0])
+#define MLF_ADD(a, b, c, d, e, f, g, h, at) \
+  MLF_ROWS(9, 10, 11, 12) MLF_FMLA(a, 0, 8.s[0]) MLF_FMLA(b, 1, 8.s[0]) \
+  MLF_FMLA(c, 2, 9.s[0]) MLF_FMLA(d, 3, 9.s[0]) MLF_FMLA(e, 4, 10.s[0]) \
+  MLF_FMLA(f, 5, 10.s[0]) MLF_FMLA(g, 6, 11.s[0]) MLF_FMLA(h, 7, 11.s[0])
+#define MLF_ADD_SCALED(a, b, c, d, e, f, g, h, at) \
+  MLF_ROWS(9, 10, 11, 12) "ldp q12, q13, [x2, #" #at "]\n" MLF_FMUL(0, 8.s[0]) \
+  MLF_FMUL(1, 8.s[0]) MLF_FMUL(2, 9.s[0]) MLF_FMUL(3, 9.s[0]) MLF_FMUL(4, 10.s[0]) \
+  MLF_FMUL(5, 10.s[0]) MLF_FMUL(6, 11.s[0]) MLF_FMUL(7, 11.s[0]) MLF_FMLA(a, 0, 12.4s) \
+  MLF_FMLA(b, 1, 13.4s) MLF_FMLA(c, 2, 12.4s) MLF_FMLA(d, 3, 13.4s) MLF_FMLA(e, 4, 12.4s) \
+  MLF_FMLA(f, 5, 13.4s) MLF_FMLA(g, 6, 12.4s) MLF_FMLA(h, 7, 13.4s)
+#define MLF_ADD_MINS(a, b, c, d, e, f, g, h, at) \
+  MLF_ROWS(13, 14, 15, 16) "ldp q14, q15, [x3, #" #at "]\n" MLF_FMLA(a, 14, 8.s[0]) \
+  MLF_FMLA(b, 15, 8.s[0]) MLF_FMLA(c, 14, 9.s[0]) MLF_FMLA(d, 15, 9.s[0]) \
+  MLF_FMLA(e, 14, 10.s[0]) MLF_FMLA(f, 15, 10.s[0]) MLF_FMLA(g, 14, 11.s[0]) \
+  MLF_FMLA(h, 15, 11.s[0])
 #define MLF_NEXT(size, x, y, z, t) \
   "add x" #x ", x" #x ", #" #size  \
   "\n"                             \
@@ -185,4 +184,5 @@ MLF_INLINE void dot_group_int4(const uint8_t* const* lines, const int8_t* const*
 #define MLF_NEXT_UNITS MLF_NEXT(32, 5, 6, 7, 8) MLF_NEXT(4, 9, 10, 11, 12)
 #define MLF_NEXT_SCALES "add x2, x2, #64\n"
 #define MLF_NEXT_MINS "add x3, x3, #64\n" MLF_NEXT(4, 13, 14, 15, 16)
+// clang-format on
 #endif

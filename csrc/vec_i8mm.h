@@ -65,6 +65,7 @@ MLF_INLINE void panel_dot_group(const uint8_t* group, const int8_t* const* codes
   }
 }
 
+// clang-format off
 #define MLF_SMMLA4(x, y, z, t, a) \
   "smmla v" #x ".4s, v" #a        \
   ".16b, v12.16b\n"               \
@@ -96,23 +97,20 @@ MLF_INLINE void panel_dot_group(const uint8_t* group, const int8_t* const* codes
 // The totals of a half: four of each pair; and where the numbers of its outputs lie.
 #define MLF_FIRST(use) use(16, 17, 18, 19, 24, 25, 26, 27, 0, 32)
 #define MLF_SECOND(use) use(20, 21, 22, 23, 28, 29, 30, 31, 64, 96)
-#define MLF_ADD(a, b, c, d, e, f, g, h, at, then)                                     \
-  MLF_PAIRS(9, 10)                                                                    \
-  MLF_FMLA(a, 0, 8.4s)                                                                \
-  MLF_FMLA(b, 1, 8.4s) MLF_FMLA(c, 2, 8.4s) MLF_FMLA(d, 3, 8.4s) MLF_FMLA(e, 4, 9.4s) \
-      MLF_FMLA(f, 5, 9.4s) MLF_FMLA(g, 6, 9.4s) MLF_FMLA(h, 7, 9.4s)
-#define MLF_ADD_SCALED(a, b, c, d, e, f, g, h, at, then)                                          \
-  MLF_PAIRS(9, 10)                                                                                \
-  MLF_LOAD4(x2, at, then) MLF_FMUL(0, 8.4s) MLF_FMUL(1, 8.4s) MLF_FMUL(2, 8.4s) MLF_FMUL(3, 8.4s) \
-      MLF_FMUL(4, 9.4s) MLF_FMUL(5, 9.4s) MLF_FMUL(6, 9.4s) MLF_FMUL(7, 9.4s)                     \
-          MLF_FMLA(a, 0, 12.4s) MLF_FMLA(b, 1, 13.4s) MLF_FMLA(c, 2, 14.4s) MLF_FMLA(d, 3, 15.4s) \
-              MLF_FMLA(e, 4, 12.4s) MLF_FMLA(f, 5, 13.4s) MLF_FMLA(g, 6, 14.4s)                   \
-                  MLF_FMLA(h, 7, 15.4s)
-#define MLF_ADD_MINS(a, b, c, d, e, f, g, h, at, then)                                        \
-  MLF_PAIRS(13, 14)                                                                           \
-  MLF_LOAD4(x3, at, then) MLF_FMLA(a, 12, 8.4s) MLF_FMLA(b, 13, 8.4s) MLF_FMLA(c, 14, 8.4s)   \
-      MLF_FMLA(d, 15, 8.4s) MLF_FMLA(e, 12, 9.4s) MLF_FMLA(f, 13, 9.4s) MLF_FMLA(g, 14, 9.4s) \
-          MLF_FMLA(h, 15, 9.4s)
+#define MLF_ADD(a, b, c, d, e, f, g, h, at, then) \
+  MLF_PAIRS(9, 10) MLF_FMLA(a, 0, 8.4s) MLF_FMLA(b, 1, 8.4s) MLF_FMLA(c, 2, 8.4s) \
+  MLF_FMLA(d, 3, 8.4s) MLF_FMLA(e, 4, 9.4s) MLF_FMLA(f, 5, 9.4s) MLF_FMLA(g, 6, 9.4s) \
+  MLF_FMLA(h, 7, 9.4s)
+#define MLF_ADD_SCALED(a, b, c, d, e, f, g, h, at, then) \
+  MLF_PAIRS(9, 10) MLF_LOAD4(x2, at, then) MLF_FMUL(0, 8.4s) MLF_FMUL(1, 8.4s) \
+  MLF_FMUL(2, 8.4s) MLF_FMUL(3, 8.4s) MLF_FMUL(4, 9.4s) MLF_FMUL(5, 9.4s) MLF_FMUL(6, 9.4s) \
+  MLF_FMUL(7, 9.4s) MLF_FMLA(a, 0, 12.4s) MLF_FMLA(b, 1, 13.4s) MLF_FMLA(c, 2, 14.4s) \
+  MLF_FMLA(d, 3, 15.4s) MLF_FMLA(e, 4, 12.4s) MLF_FMLA(f, 5, 13.4s) MLF_FMLA(g, 6, 14.4s) \
+  MLF_FMLA(h, 7, 15.4s)
+#define MLF_ADD_MINS(a, b, c, d, e, f, g, h, at, then) \
+  MLF_PAIRS(13, 14) MLF_LOAD4(x3, at, then) MLF_FMLA(a, 12, 8.4s) MLF_FMLA(b, 13, 8.4s) \
+  MLF_FMLA(c, 14, 8.4s) MLF_FMLA(d, 15, 8.4s) MLF_FMLA(e, 12, 9.4s) MLF_FMLA(f, 13, 9.4s) \
+  MLF_FMLA(g, 14, 9.4s) MLF_FMLA(h, 15, 9.4s)
 #define MLF_NEXT(size, x, y)      \
   "add x" #x ", x" #x ", #" #size \
   "\n"                            \
@@ -120,6 +118,7 @@ MLF_INLINE void panel_dot_group(const uint8_t* group, const int8_t* const* codes
 #define MLF_NEXT_UNITS MLF_NEXT(64, 5, 6) MLF_NEXT(16, 9, 10)
 #define MLF_NEXT_SCALES "add x2, x2, #128\n"
 #define MLF_NEXT_MINS "add x3, x3, #128\n" MLF_NEXT(16, 13, 14)
+// clang-format on
 
 // The rows of a panel in pairs, rearranged once for all tiles: for each pair and group, 4 registers
 // of 2 rows x 8 inputs. The last of an odd number of rows is its own partner.

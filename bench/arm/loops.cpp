@@ -29,11 +29,11 @@ struct Case {
   int64_t rows, outputs, cols;
 };
 
-// One tile times a panel of a prompt, and four tiles, which decode reads side by side.
+// Four tiles: times a panel of a prompt, or side by side, as decode reads them.
 constexpr Case kCases[] = {
-    {"gemm_w8a8", WeightKind::int8, ActivationKind::int8, 64, 16, 1024},
-    {"gemm_int8", WeightKind::int8, ActivationKind::int8_g32, 64, 16, 1024},
-    {"gemm_int4", WeightKind::int4_g32, ActivationKind::int8_g32, 64, 16, 1024},
+    {"gemm_w8a8", WeightKind::int8, ActivationKind::int8, 64, 64, 1024},
+    {"gemm_int8", WeightKind::int8, ActivationKind::int8_g32, 64, 64, 1024},
+    {"gemm_int4", WeightKind::int4_g32, ActivationKind::int8_g32, 64, 64, 1024},
     {"gemv_w8a8", WeightKind::int8, ActivationKind::int8, 1, 64, 1024},
     {"gemv_int8", WeightKind::int8, ActivationKind::int8_g32, 1, 64, 1024},
     {"gemv_int4", WeightKind::int4_g32, ActivationKind::int8_g32, 1, 64, 1024},
