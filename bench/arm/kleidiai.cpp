@@ -25,7 +25,7 @@ int main(int argc, char** argv) {
   std::vector<char> left(64 * k * 4), right(64 * k * 4);  // larger than any packing
   std::vector<float> out(64 * 64);
   const bool gemv = std::strncmp(argv[1], "gemv", 4) == 0;
-  const size_t m = gemv ? 1 : 64, n = gemv ? 64 : 16;
+  const size_t m = gemv ? 1 : 64, n = 64;
   for (int i = 0; i < std::atoi(argv[2]); ++i) {
 #define RUN8(case, name)                                                                          \
   if (!std::strcmp(argv[1], case))                                                               \

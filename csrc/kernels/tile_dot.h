@@ -113,16 +113,8 @@ template <int M, int T>
 inline void sums_of_groups(TileReader* tiles, const Activations& x, VecI* total) {
   DotSum acc[M * T];
   MLF_UNROLL for (int i = 0; i < M * T; ++i) acc[i] = dot_begin(0);
-  TileReader readers[T];  // see tile_dot_groups
-  MLF_UNROLL for (int t = 0; t < T; ++t) readers[t] = tiles[t];
-  for (int64_t group = 0; group < x.groups(); ++group) {
-    const auto rows = CodeRows<M>::of(x, group, Constant<M>());
-    if constexpr (M == 1) {
-      MLF_UNROLL for (int t = 0; t < T; ++t) group_dot<1, 1>(readers + t, rows, acc + t);
-    } else {
-      group_dot<M, T>(readers, rows, acc);
-    }
-  }
+  for (int64_t group = 0; group < x.groups(); ++group)
+    group_dot<M, T>(tiles, CodeRows<M>::of(x, group, Constant<M>()), acc);
   MLF_UNROLL for (int i = 0; i < M * T; ++i) total[i] = dot_result(acc[i]);
 }
 
