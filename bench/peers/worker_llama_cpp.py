@@ -10,7 +10,7 @@ import llama_cpp
 import numpy as np
 import protocol
 
-CONTEXT, BATCH = 4096, 2048  # tokens of the KV cache; tokens per call
+CONTEXT, BATCH = 4096, 2048  # tokens of the KV cache, and per call, unless a batch needs more
 FLASH = {
     "auto": llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO,
     "on": llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
@@ -50,11 +50,11 @@ class LlamaCpp(protocol.Engine):
 
     def batch(self, prompts, tokens):
         count = len(prompts)
-        context = self._context(count)
+        rows = [(token, i, seq) for seq, ids in enumerate(prompts) for i, token in enumerate(ids)]
+        context = self._context(count, len(rows) + count * tokens, len(rows))
+        if not context:
+            raise RuntimeError(f"llama.cpp makes no context for {count} sequences")
         try:
-            rows = [
-                (token, i, seq) for seq, ids in enumerate(prompts) for i, token in enumerate(ids)
-            ]
             ends = {(len(ids) - 1, seq) for seq, ids in enumerate(prompts)}
             following = self._step(context, rows, [(i, seq) in ends for _, i, seq in rows])
             times = [perf_counter()]
@@ -71,9 +71,9 @@ class LlamaCpp(protocol.Engine):
         parts = [self._forward(ids[i : i + 512], True).copy() for i in range(0, len(ids), 512)]
         return np.concatenate(parts)
 
-    def _context(self, sequences: int):
+    def _context(self, sequences: int, tokens: int = 0, per_call: int = 0):
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch = CONTEXT, BATCH
+        params.n_ctx, params.n_batch = max(CONTEXT, tokens), max(BATCH, per_call)
         params.n_seq_max, params.kv_unified = sequences, True
         params.n_threads = params.n_threads_batch = self.threads
         params.flash_attn_type = self.flash
