@@ -139,29 +139,51 @@ inline void code_row(const float* x, int64_t n, int64_t padded, float inverse, i
   offsets[1] = -kInt8Offset * sum(high_total);
 }
 
-// y[m] (16 outputs) = inputs[m] . tile, exactly; inputs (M, 2, padded), offsets (M, 2)
-template <int M>
-inline void coded_tile(const uint8_t* tile, int64_t steps, const PageView& page,
-                       const int8_t* inputs, int64_t padded, const int32_t* offsets, VecI* y) {
-  DotSum low[M], high[M];
-  MLF_UNROLL for (int m = 0; m < M; ++m) {
-    low[m] = dot_begin(offsets[2 * m]);
-    high[m] = dot_begin(offsets[2 * m + 1]);
+// acc[(h * M + m) * T + t] += one step of half h of inputs[m] . tile t, for H halves
+template <int M, int T, int H>
+MLF_INLINE void coded_step(const uint8_t* tile, int64_t tile_nbytes, const int8_t* inputs,
+                           int64_t padded, DotSum* acc) {
+  DotWeights w[T];
+  MLF_UNROLL for (int t = 0; t < T; ++t) w[t] = load_step_int8(tile + t * tile_nbytes);
+  MLF_UNROLL for (int m = 0; m < M; ++m) MLF_UNROLL for (int h = 0; h < H; ++h) {
+    const DotInputs a = load_inputs(inputs + (2 * m + h) * padded);
+    MLF_UNROLL for (int t = 0; t < T; ++t) dot(acc[(h * M + m) * T + t], w[t], a);
   }
-  for (int64_t step = 0; step < steps; ++step, tile += kStepBytes, inputs += kStep) {
-    prefetch_next(tile, page);
-    const DotWeights w = load_step_int8(tile);
-    MLF_UNROLL for (int m = 0; m < M; ++m) {
-      dot(low[m], w, load_inputs(inputs + 2 * m * padded));
-      dot(high[m], w, load_inputs(inputs + (2 * m + 1) * padded));
+}
+
+// y[m * T + t] (16 outputs) = inputs[m] . tile t, exactly; tiles lie `tile_nbytes` apart; inputs
+// (M, 2, padded), offsets (M, 2). Both halves of the inputs at once, if registers hold their sums.
+template <int M, int T>
+MLF_INLINE void coded_tiles(const uint8_t* tile, int64_t tile_nbytes, int64_t steps,
+                            const PageView& page, const int8_t* inputs, int64_t padded,
+                            const int32_t* offsets, VecI* y) {
+  constexpr int H = 2 * M * T <= 16 ? 2 : 1, kSteps = 4;
+  if (page.ahead)
+    for (int64_t i = 0; i < T * steps; ++i)
+      prefetch_next(tile + i / steps * tile_nbytes + i % steps * kStepBytes, page);
+  MLF_UNROLL for (int first = 0; first < 2; first += H) {
+    DotSum acc[H * M * T];
+    MLF_UNROLL for (int i = 0; i < H * M * T; ++i) acc[i] =
+        dot_begin(offsets[i / T % M * 2 + first + i / T / M]);
+    const int8_t* in = inputs + first * padded;
+    const uint8_t* at = tile;
+    int64_t step = 0;
+    for (; step + kSteps <= steps; step += kSteps, in += kSteps * kStep, at += kSteps * kStepBytes)
+      MLF_UNROLL for (int i = 0; i < kSteps; ++i)
+          coded_step<M, T, H>(at + i * kStepBytes, tile_nbytes, in + i * kStep, padded, acc);
+    for (; step < steps; ++step, in += kStep, at += kStepBytes)
+      coded_step<M, T, H>(at, tile_nbytes, in, padded, acc);
+    MLF_UNROLL for (int i = 0; i < M * T; ++i) {
+      const VecI low = first == 0 ? dot_result(acc[i]) : y[i];
+      y[i] = first + H == 2 ? add(low, shift_left(dot_result(acc[(H - 1) * M * T + i]), 8)) : low;
     }
   }
-  MLF_UNROLL for (int m = 0; m < M; ++m) y[m] =
-      add(dot_result(low[m]), shift_left(dot_result(high[m]), 8));
 }
 
 struct CodedPage {
-  static constexpr int kQueries = kDotRows >= 8 ? 8 : (kDotRows + 1) / 2;  // two sums each
+  // Two sums for each query and tile. A number that divides 48 queries, 16 tokens of 3 heads.
+  static constexpr int kTiles = kBlockTiles;
+  static constexpr int kQueries = kDotRows >= 8 ? (kTiles > 1 ? 6 : 8) : (kDotRows + 1) / 2;
 
   const PageView& page;
 
@@ -194,16 +216,24 @@ struct CodedPage {
   // p[i] = scale * q[i] . keys: the exact sum of codes, times the scales of query and key.
   template <int Q>
   void scores(const Queries& q, int tokens, float scale, float (*p)[kPageTokens]) const {
-    const int64_t steps = ceil_div(page.head_dim, kStep);
-    const uint8_t* tile = page.keys();
-    for (int t = 0; t < tokens; t += 16, tile += page.key_tile_nbytes()) {
-      VecI dots[Q];
-      coded_tile<Q>(tile, steps, page, q.codes, page.padded_dim(), q.offsets, dots);
-      const VecF key_scales = load(page.key_scales() + t);
-      MLF_UNROLL for (int i = 0; i < Q; ++i) {
-        store(p[i] + t, mul(to_float(dots[i]), mul(key_scales, splat(q.scales[i] * scale))));
+    if (page.head_dim == 64) scores_of<Q>(q, tokens, scale, p, 64);  // sizes in instructions
+    else scores_of<Q>(q, tokens, scale, p, page.head_dim);
+  }
+  template <int Q>
+  MLF_INLINE void scores_of(const Queries& q, int tokens, float scale, float (*p)[kPageTokens],
+                            int head_dim) const {
+    const int64_t steps = ceil_div(head_dim, kStep), nbytes = kStepBytes * steps;
+    for_each_whole_block<kTiles>(ceil_div(tokens, 16), [&](auto count, int64_t first) {
+      constexpr int T = decltype(count)::value;
+      VecI dots[Q * T];
+      coded_tiles<Q, T>(page.keys() + first * nbytes, nbytes, steps, page, q.codes,
+                        round_up(head_dim, 16), q.offsets, dots);
+      MLF_UNROLL for (int i = 0; i < Q * T; ++i) {
+        const int64_t t = 16 * (first + i % T);
+        const VecF scales = mul(load(page.key_scales() + t), splat(q.scales[i / T] * scale));
+        store(p[i / T] + t, mul(to_float(dots[i]), scales));
       }
-    }
+    });
   }
 
   const float* factors() const { return page.value_scales(); }
@@ -220,13 +250,16 @@ struct CodedPage {
       code_row(p[i], round_up(tokens, 16), kPageTokens, scales[i].inverse, inputs[i][0],
                offsets[i]);
     }
-    const uint8_t* tile = page.values();
-    for (int64_t d = 0; d < padded; d += 16, tile += 16 * kPageTokens) {
-      VecI dots[Q];
-      coded_tile<Q>(tile, steps, page, inputs[0][0], kPageTokens, offsets[0], dots);
-      MLF_UNROLL for (int i = 0; i < Q; ++i)
-          store(out + i * padded + d, mul(to_float(dots[i]), splat(scales[i].scale)));
-    }
+    for_each_whole_block<kTiles>(padded / 16, [&](auto count, int64_t first) {
+      constexpr int T = decltype(count)::value;
+      constexpr int64_t kNbytes = 16 * kPageTokens;
+      VecI dots[Q * T];
+      coded_tiles<Q, T>(page.values() + first * kNbytes, kNbytes, steps, page, inputs[0][0],
+                        kPageTokens, offsets[0], dots);
+      MLF_UNROLL for (int i = 0; i < Q * T; ++i)
+          store(out + i / T * padded + 16 * (first + i % T),
+                mul(to_float(dots[i]), splat(scales[i / T].scale)));
+    });
   }
 };
 

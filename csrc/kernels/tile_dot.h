@@ -59,26 +59,31 @@ inline int64_t header_line(WeightKind kind, int64_t group) {
   return lines + (kind == WeightKind::int4_g32 ? group : ceil_div(group, 2));
 }
 
-// Where the codes of R rows of one group lie, and what their sums start from.
+// Where the codes of R rows of one group lie, and what their sums start from: distances rather than
+// pointers, of which compilers would keep R in memory.
 template <int R>
 struct CodeRows {
-  const int8_t* codes[R];
-  const int32_t* offsets[R];
+  const int8_t *codes, *low_codes;
+  int64_t stride;
+  const int32_t* offsets;
+  int64_t offset_stride;
+  int low_from;  // rows from here on are low codes
 
   // Codes of M rows, and if R is 2 M, their low codes.
   template <int M>
   static CodeRows of(const Activations& x, int64_t group, Constant<M>) {
-    CodeRows rows;
-    MLF_UNROLL for (int m = 0; m < M; ++m) {
-      const int64_t at = m * x.padded_cols() + group * kGroup, i = 2 * (m * x.groups() + group);
-      rows.codes[m] = x.codes + at;
-      rows.offsets[m] = x.offsets + i;
-      if constexpr (R == 2 * M) {
-        rows.codes[M + m] = x.low_codes + at;
-        rows.offsets[M + m] = x.offsets + i + 1;
-      }
-    }
-    return rows;
+    return {x.codes + group * kGroup, x.low_codes + group * kGroup,
+            x.padded_cols(),          x.offsets + 2 * group,
+            2 * x.groups(),           M};
+  }
+  static CodeRows one(const int8_t* codes, const int32_t* offset) {
+    return {codes, nullptr, 0, offset, 0, 1};
+  }
+  const int8_t* row(int r) const {
+    return r < low_from ? codes + r * stride : low_codes + (r - low_from) * stride;
+  }
+  int32_t offset(int r) const {
+    return offsets[r < low_from ? r * offset_stride : (r - low_from) * offset_stride + 1];
   }
 };
 
@@ -89,8 +94,10 @@ struct CodeRows {
 template <int R, int T>
 MLF_INLINE void group_dot(TileReader* tiles, const CodeRows<R>& rows, DotSum* acc) {
   const uint8_t* lines[T];
+  const int8_t* codes[R];
   MLF_UNROLL for (int t = 0; t < T; ++t) lines[t] = tiles[t].next_lines(kStepsPerGroup);
-  dot_group<R, T>(lines, rows.codes, acc);
+  MLF_UNROLL for (int r = 0; r < R; ++r) codes[r] = rows.row(r);
+  dot_group<R, T>(lines, codes, acc);
 }
 template <int R, int T>
 MLF_INLINE void group_values(TileReader* tiles, const CodeRows<R>& rows, VecF* out) {
@@ -104,8 +111,10 @@ MLF_INLINE void group_values_int4(TileReader* tiles, const CodeRows<R>& rows, Ve
   const uint8_t* lines[T];
   NibbleSum acc[R * T];
   MLF_UNROLL for (int t = 0; t < T; ++t) lines[t] = tiles[t].next_lines(kStepsPerGroup / 2);
+  const int8_t* codes[R];
+  MLF_UNROLL for (int r = 0; r < R; ++r) codes[r] = rows.row(r);
   MLF_UNROLL for (int i = 0; i < R * T; ++i) acc[i] = nibble_begin();
-  dot_group_int4<R, T>(lines, rows.codes, acc);
+  dot_group_int4<R, T>(lines, codes, acc);
   MLF_UNROLL for (int i = 0; i < R * T; ++i) out[i] = group_value(acc[i]);
 }
 // All groups of T tiles times M rows.
@@ -125,7 +134,7 @@ struct Int8Codes {
   VecF dot_row(const int8_t* codes, int32_t offset) const {
     TileReader reader = tile;
     VecF out;
-    group_values<1, 1>(&reader, {{codes}, {&offset}}, &out);
+    group_values<1, 1>(&reader, CodeRows<1>::one(codes, &offset), &out);
     return out;
   }
 };
@@ -135,7 +144,7 @@ struct Int4Codes {
   VecF dot_row(const int8_t* codes, int32_t offset) const {
     TileReader reader = tile;
     VecF out;
-    group_values_int4<1, 1>(&reader, {{codes}, {&offset}}, &out);
+    group_values_int4<1, 1>(&reader, CodeRows<1>::one(codes, &offset), &out);
     return out;
   }
 };
@@ -145,12 +154,12 @@ struct Int4Codes {
 // One group of T tiles times R rows of codes, exactly: integer sums acc[r * T + t].
 template <int R, int T>
 inline void group_sums(TileReader* tiles, const CodeRows<R>& rows, DotSum* acc) {
-  MLF_UNROLL for (int i = 0; i < R * T; ++i) acc[i] = dot_begin(*rows.offsets[i / T]);
+  MLF_UNROLL for (int i = 0; i < R * T; ++i) acc[i] = dot_begin(rows.offset(i / T));
   MLF_UNROLL for (int step = 0; step < kStepsPerGroup; ++step) {
     DotWeights w[T];
     MLF_UNROLL for (int t = 0; t < T; ++t) w[t] = load_step_int8(tiles[t].next());
     MLF_UNROLL for (int r = 0; r < R; ++r) {
-      const DotInputs a = load_inputs(rows.codes[r] + step * kStep);
+      const DotInputs a = load_inputs(rows.row(r) + step * kStep);
       MLF_UNROLL for (int t = 0; t < T; ++t) dot(acc[r * T + t], w[t], a);
     }
   }
@@ -164,7 +173,7 @@ inline void group_sums_int4(TileReader* tiles, const CodeRows<R>& rows, NibbleSu
     NibbleWeights low[T], high[T];
     MLF_UNROLL for (int t = 0; t < T; ++t) load_steps_int4(tiles[t].next(), low[t], high[t]);
     MLF_UNROLL for (int r = 0; r < R; ++r) {
-      const int8_t* codes = rows.codes[r] + step * kStep;
+      const int8_t* codes = rows.row(r) + step * kStep;
       const auto first = load_nibble_inputs(codes), second = load_nibble_inputs(codes + kGroup / 2);
       MLF_UNROLL for (int t = 0; t < T; ++t) {
         dot(acc[r * T + t], low[t], first);
