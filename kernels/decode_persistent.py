@@ -2,8 +2,8 @@
 
 A program keeps its share of every matrix and takes part in every stage. It gets its inputs by
 polling the vectors that the stage before publishes (`grid_sync.py`); until they are there, its next
-weights travel to its registers, and those after them, by `prefetch`, to the L2 cache. All programs
-meet at one barrier per token, which makes the new keys and values safe to read.
+weights travel to its registers. All programs meet at one barrier per token, which makes the new
+keys and values safe to read.
 
 A vector is overwritten only when everyone has read it: the stage that writes it again waits for
 others that read it before. `tests/test_persistent_schedule.py` simulates it with programs of any
@@ -15,14 +15,9 @@ import triton.language as tl
 
 from .decode_attention import attend, split_plan
 from .decode_stages import embed, gate_up, output, project, query
-from .gemv import row_stride, share_of
-from .grid_sync import COPY_STRIDE, arrive, copies, prefetch, recomputed, wait_for_all
+from .gemv import row_stride
+from .grid_sync import COPY_STRIDE, arrive, copies, recomputed, wait_for_all
 from .next_token import candidate, choose
-
-
-@triton.constexpr_function
-def code_nbytes(KIND):
-    return {"fp32": 4, "bf16": 2, "fp16": 2}.get(KIND, 1)
 
 
 @triton.constexpr_function
@@ -33,29 +28,7 @@ def scale_count(OUTPUTS, COLS, KIND):
     return OUTPUTS * ((COLS + 31) // 32) if KIND in ("int8_g32", "int4_g32") else 0
 
 
-@triton.jit
-def _prefetch_share(
-    AHEAD: tl.constexpr,
-    program,
-    codes,
-    OUTPUTS: tl.constexpr,
-    COLS: tl.constexpr,
-    KIND: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    limit,
-):
-    """Request a program's rows of a matrix, up to `limit` bytes."""
-    row, end = share_of(OUTPUTS, program, PROGRAMS)
-    stride: tl.constexpr = row_stride(COLS, KIND)
-    nbytes = tl.minimum((end - row) * (stride * code_nbytes(KIND)), limit)
-    # whole units of 16 bytes, to which the rows of an odd width need not be aligned
-    if stride * code_nbytes(KIND) % 16 == 0:
-        prefetch(AHEAD, codes + row.to(tl.int64) * stride, nbytes // 16 * 16)
-
-
-@triton.jit(
-    do_not_specialize=["steps", "length", "first_epoch", "seed", "temperature", "prefetch_limit"]
-)
+@triton.jit(do_not_specialize=["steps", "length", "first_epoch", "seed", "temperature"])
 def persistent_kernel(
     steps,
     state,  # int32: token, position, size of the KV cache in tokens
@@ -90,7 +63,6 @@ def persistent_kernel(
     scale,
     temperature,
     seed,
-    prefetch_limit,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
     VOCAB: tl.constexpr,
@@ -110,7 +82,6 @@ def persistent_kernel(
     PROGRAMS: tl.constexpr,
     CANDIDATE_BLOCK: tl.constexpr,
     SHARE_BLOCK: tl.constexpr,
-    AHEAD: tl.constexpr,
     WAIT: tl.constexpr,
 ):
     """Run `steps` decode steps; tokens and logprobs (steps,) are what was chosen.
@@ -124,7 +95,6 @@ def persistent_kernel(
             qkv, attended, inner (INNER), partial.
         candidates: float32 (PROGRAMS, FIELDS).
         SHARE_BLOCK: a power of two, at least a program's share of HIDDEN.
-        AHEAD: request weights into the L2 cache.
         WAIT: "grid"; "alone" for a grid of one program, which the interpreter can run.
     """
     QUERIES: tl.constexpr = HEADS * HEAD_DIM
@@ -159,7 +129,6 @@ def persistent_kernel(
         for slot in range(length):
             program = recomputed(WAIT, program)
             block = tl.load(schedule + slot).to(tl.int64)
-            following = tl.load(schedule + tl.minimum(slot + 1, length - 1)).to(tl.int64)
             slot_cache = cache + 2 * slot * KV_HEADS * size
             output_matrix = output_codes + block * (HIDDEN * row_stride(QUERIES, OUTPUT_KIND))
             gate_up_matrix = gate_up_codes + block * (2 * INNER * row_stride(HIDDEN, GATE_UP_KIND))
@@ -187,26 +156,6 @@ def persistent_kernel(
                 WARPS,
                 PROGRAMS,
                 WAIT,
-            )
-            _prefetch_share(
-                AHEAD,
-                program,
-                gate_up_matrix,
-                INNER,
-                HIDDEN,
-                GATE_UP_KIND,
-                PROGRAMS,
-                prefetch_limit,
-            )
-            _prefetch_share(
-                AHEAD,
-                program,
-                gate_up_matrix + INNER * row_stride(HIDDEN, GATE_UP_KIND),
-                INNER,
-                HIDDEN,
-                GATE_UP_KIND,
-                PROGRAMS,
-                prefetch_limit,
             )
 
             splits, _ = split_plan(position + 1, SPLITS, BLOCK_KV)
@@ -254,16 +203,6 @@ def persistent_kernel(
                 PROGRAMS,
                 WAIT,
             )
-            _prefetch_share(
-                AHEAD,
-                program,
-                down_matrix,
-                HIDDEN,
-                INNER,
-                DOWN_KIND,
-                PROGRAMS,
-                prefetch_limit,
-            )
 
             gate_up(
                 program,
@@ -281,39 +220,6 @@ def persistent_kernel(
                 PROGRAMS,
                 WAIT,
             )
-            if slot + 1 < length:
-                _prefetch_share(
-                    AHEAD,
-                    program,
-                    qkv_codes + following * (QKV * row_stride(HIDDEN, QKV_KIND)),
-                    QKV,
-                    HIDDEN,
-                    QKV_KIND,
-                    PROGRAMS,
-                    prefetch_limit,
-                )
-                _prefetch_share(
-                    AHEAD,
-                    program,
-                    output_codes + following * (HIDDEN * row_stride(QUERIES, OUTPUT_KIND)),
-                    HIDDEN,
-                    QUERIES,
-                    OUTPUT_KIND,
-                    PROGRAMS,
-                    prefetch_limit,
-                )
-            else:
-                _prefetch_share(
-                    AHEAD,
-                    program,
-                    head_codes,
-                    VOCAB,
-                    HIDDEN,
-                    HEAD_KIND,
-                    PROGRAMS,
-                    prefetch_limit,
-                )
-
             project(
                 program,
                 down_matrix,

@@ -25,7 +25,6 @@ from .gemv import (
     load_norm,
     load_tile,
     multiply_tile,
-    no_inputs,
     normed,
     receive_inputs,
     share_of,
@@ -33,7 +32,7 @@ from .gemv import (
     tile_rows,
     unpack_pair,
 )
-from .grid_sync import current, publish, receive, stages, wait_for_launch
+from .grid_sync import current, publish, receive, wait_for_launch
 
 BIGGEST_HALF = tl.constexpr(65504.0)  # of float16
 
@@ -108,24 +107,28 @@ def query(
     half: tl.constexpr = HEAD_DIM // 2
     pairs: tl.constexpr = (HEADS + 2 * KV_HEADS) * half
     ROWS: tl.constexpr = tile_rows(pairs, COLS, KIND, WARPS, PROGRAMS, 2)
+    TILES: tl.constexpr = tile_count(pairs, PROGRAMS, ROWS)
     first, end = share_of(pairs, program, PROGRAMS)
     norm = load_norm(norm_weight, COLS, KIND, WARPS)
-    inputs = no_inputs(ROWS, COLS, KIND, WARPS)
-    factor = 0.0
-    position = 0 if WAIT == "none" or WAIT == "pdl" else positions
-    for tile in tl.range(0, tile_count(pairs, PROGRAMS, ROWS), num_stages=stages(WAIT)):
-        pair = first + tile * ROWS + tl.arange(0, ROWS)
+    pair = first + tl.arange(0, ROWS)
+    row = pair // half * HEAD_DIM + pair % half
+    upper = load_tile(codes, scales, row, pair < end, COLS, KIND, WARPS)
+    lower = load_tile(codes, scales, row + half, pair < end, COLS, KIND, WARPS)
+    wait_for_launch(WAIT)
+    position = current(WAIT, positions)
+    c, s = _rotation(pair, position, cos, sin, HEADS + KV_HEADS, HEAD_DIM)
+    inputs = receive_inputs(x, epoch - 1, COLS, KIND, WARPS, WAIT)
+    inputs, factor = normed(inputs, norm, eps, COLS, KIND, WARPS)
+    inputs = deal(inputs, ROWS, COLS, KIND, WARPS)
+    for _ in range(TILES):
         live = pair < end
-        row = pair // half * HEAD_DIM + pair % half
-        upper = load_tile(codes, scales, row, live, COLS, KIND, WARPS)
-        lower = load_tile(codes, scales, row + half, live, COLS, KIND, WARPS)
-        if tile == 0:
-            wait_for_launch(WAIT)
-            position = current(WAIT, positions)
-            x_pieces = receive_inputs(x, epoch - 1, COLS, KIND, WARPS, WAIT)
-            x_pieces, factor = normed(x_pieces, norm, eps, COLS, KIND, WARPS)
-            inputs = deal(x_pieces, ROWS, COLS, KIND, WARPS)
-        c, s = _rotation(pair, position, cos, sin, HEADS + KV_HEADS, HEAD_DIM)
+        if TILES > 1:
+            next_pair = pair + ROWS
+            next_row = next_pair // half * HEAD_DIM + next_pair % half
+            more = next_pair < end
+            next_upper = load_tile(codes, scales, next_row, more, COLS, KIND, WARPS)
+            next_lower = load_tile(codes, scales, next_row + half, more, COLS, KIND, WARPS)
+            next_c, next_s = _rotation(next_pair, position, cos, sin, HEADS + KV_HEADS, HEAD_DIM)
         y = multiply_tile(upper, inputs, ROWS, COLS, KIND, WARPS) * factor
         z = multiply_tile(lower, inputs, ROWS, COLS, KIND, WARPS) * factor
         turned = y * c - z * s
@@ -134,6 +137,10 @@ def query(
         publish(out, row + half, z, live, epoch, WAIT)
         store_in_cache(cache, size, row - HEADS * HEAD_DIM, position, turned, live, HEAD_DIM)
         store_in_cache(cache, size, row + half - HEADS * HEAD_DIM, position, z, live, HEAD_DIM)
+        if TILES > 1:
+            pair, row = next_pair, next_row
+            upper, lower = next_upper, next_lower
+            c, s = next_c, next_s
 
 
 @triton.jit
@@ -177,19 +184,28 @@ def project(
     ROWS: tl.constexpr = tile_rows(OUTPUTS, COLS, KIND, WARPS, PROGRAMS)
     TILES: tl.constexpr = tile_count(OUTPUTS, PROGRAMS, ROWS)
     first, end = share_of(OUTPUTS, program, PROGRAMS)
-    inputs = no_inputs(ROWS, COLS, KIND, WARPS)
-    added = no_residual(ROWS, TILES)
-    for tile in tl.range(0, TILES, num_stages=stages(WAIT)):
-        row = first + tile * ROWS + tl.arange(0, ROWS)
-        weights = load_tile(codes, scales, row, row < end, COLS, KIND, WARPS)
-        if tile == 0:
-            wait_for_launch(WAIT)
-            added = receive_residual(residual, first, end, epoch - 2, ROWS, TILES, WARPS, WAIT)
-            x_pieces = receive_inputs(x, epoch - 1, COLS, KIND, WARPS, WAIT)
-            inputs = deal(x_pieces, ROWS, COLS, KIND, WARPS)
-        y = multiply_tile(weights, inputs, ROWS, COLS, KIND, WARPS)
-        y += residual_of(added, tile, ROWS, TILES)
-        publish(out, row, y, row < end, epoch, WAIT)
+    row = first + tl.arange(0, ROWS)
+    tile = load_tile(codes, scales, row, row < end, COLS, KIND, WARPS)
+    wait_for_launch(WAIT)
+    added = receive_residual(residual, first, end, epoch - 2, ROWS, TILES, WARPS, WAIT)
+    inputs = receive_inputs(x, epoch - 1, COLS, KIND, WARPS, WAIT)
+    _project_rows(
+        tile,
+        row,
+        end,
+        codes,
+        scales,
+        inputs,
+        added,
+        out,
+        epoch,
+        COLS,
+        KIND,
+        ROWS,
+        TILES,
+        WARPS,
+        WAIT,
+    )
 
 
 @triton.jit
@@ -218,34 +234,68 @@ def output(
     ROWS: tl.constexpr = tile_rows(HIDDEN, COLS, KIND, WARPS, PROGRAMS)
     TILES: tl.constexpr = tile_count(HIDDEN, PROGRAMS, ROWS)
     first, end = share_of(HIDDEN, program, PROGRAMS)
-    inputs = no_inputs(ROWS, COLS, KIND, WARPS)
-    added = no_residual(ROWS, TILES)
-    for tile in tl.range(0, TILES, num_stages=stages(WAIT)):
-        row = first + tile * ROWS + tl.arange(0, ROWS)
-        weights = load_tile(codes, scales, row, row < end, COLS, KIND, WARPS)
-        if tile == 0:
-            wait_for_launch(WAIT)
-            added = receive_residual(residual, first, end, epoch - 3, ROWS, TILES, WARPS, WAIT)
-            splits, _ = split_plan(current(WAIT, positions) + 1, SPLITS, BLOCK_KV)
-            x_pieces = receive_attended(
-                partial, attended, splits, epoch - 1, HEADS, HEAD_DIM, SPLITS, KIND, WARPS, WAIT
-            )
-            inputs = deal(x_pieces, ROWS, COLS, KIND, WARPS)
-        y = multiply_tile(weights, inputs, ROWS, COLS, KIND, WARPS)
-        y += residual_of(added, tile, ROWS, TILES)
+    row = first + tl.arange(0, ROWS)
+    tile = load_tile(codes, scales, row, row < end, COLS, KIND, WARPS)
+    wait_for_launch(WAIT)
+    added = receive_residual(residual, first, end, epoch - 3, ROWS, TILES, WARPS, WAIT)
+    splits, _ = split_plan(current(WAIT, positions) + 1, SPLITS, BLOCK_KV)
+    inputs = receive_attended(
+        partial, attended, splits, epoch - 1, HEADS, HEAD_DIM, SPLITS, KIND, WARPS, WAIT
+    )
+    _project_rows(
+        tile,
+        row,
+        end,
+        codes,
+        scales,
+        inputs,
+        added,
+        out,
+        epoch,
+        COLS,
+        KIND,
+        ROWS,
+        TILES,
+        WARPS,
+        WAIT,
+    )
+
+
+@triton.jit
+def _project_rows(
+    tile,
+    row,
+    end,
+    codes,
+    scales,
+    inputs,
+    added,
+    out,
+    epoch,
+    COLS: tl.constexpr,
+    KIND: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    WARPS: tl.constexpr,
+    WAIT: tl.constexpr,
+):
+    """Multiply and add; `tile` has the first rows, and was requested before the inputs came."""
+    inputs = deal(inputs, ROWS, COLS, KIND, WARPS)
+    for index in range(TILES):
+        if TILES > 1:
+            next_tile = load_tile(codes, scales, row + ROWS, row + ROWS < end, COLS, KIND, WARPS)
+        y = multiply_tile(tile, inputs, ROWS, COLS, KIND, WARPS)
+        y += _residual_of(added, index, ROWS, TILES)
         publish(out, row, y, row < end, epoch, WAIT)
+        if TILES > 1:
+            row += ROWS
+            tile = next_tile
 
 
 @triton.constexpr_function
 def rounded(ROWS, TILES):
     """Rows of all tiles, a power of two."""
     return 1 << (ROWS * TILES - 1).bit_length()
-
-
-@triton.jit
-def no_residual(ROWS: tl.constexpr, TILES: tl.constexpr):
-    """Return zeros as from `receive_residual`, to be replaced."""
-    return tl.zeros((rounded(ROWS, TILES),), tl.float32)
 
 
 @triton.jit
@@ -266,7 +316,7 @@ def receive_residual(
 
 
 @triton.jit
-def residual_of(added, tile, ROWS: tl.constexpr, TILES: tl.constexpr):  # -> (ROWS,)
+def _residual_of(added, tile, ROWS: tl.constexpr, TILES: tl.constexpr):  # -> (ROWS,)
     if TILES == 1:
         return added
     else:
@@ -294,20 +344,24 @@ def gate_up(
 ):
     """out = silu(h gate^T) * (h up^T), h = rms_norm(x); the gate's rows come before the up's."""
     ROWS: tl.constexpr = tile_rows(INNER, COLS, KIND, WARPS, PROGRAMS, 2)
+    TILES: tl.constexpr = tile_count(INNER, PROGRAMS, ROWS)
     first, end = share_of(INNER, program, PROGRAMS)
     norm = load_norm(norm_weight, COLS, KIND, WARPS)
-    inputs = no_inputs(ROWS, COLS, KIND, WARPS)
-    factor = 0.0
-    for tile in tl.range(0, tile_count(INNER, PROGRAMS, ROWS), num_stages=stages(WAIT)):
-        row = first + tile * ROWS + tl.arange(0, ROWS)
-        live = row < end
-        gate_tile = load_tile(codes, scales, row, live, COLS, KIND, WARPS)
-        up_tile = load_tile(codes, scales, row + INNER, live, COLS, KIND, WARPS)
-        if tile == 0:
-            wait_for_launch(WAIT)
-            x_pieces = receive_inputs(x, epoch - 1, COLS, KIND, WARPS, WAIT)
-            x_pieces, factor = normed(x_pieces, norm, eps, COLS, KIND, WARPS)
-            inputs = deal(x_pieces, ROWS, COLS, KIND, WARPS)
+    row = first + tl.arange(0, ROWS)
+    gate_tile = load_tile(codes, scales, row, row < end, COLS, KIND, WARPS)
+    up_tile = load_tile(codes, scales, row + INNER, row < end, COLS, KIND, WARPS)
+    wait_for_launch(WAIT)
+    inputs = receive_inputs(x, epoch - 1, COLS, KIND, WARPS, WAIT)
+    inputs, factor = normed(inputs, norm, eps, COLS, KIND, WARPS)
+    inputs = deal(inputs, ROWS, COLS, KIND, WARPS)
+    for _ in range(TILES):
+        if TILES > 1:
+            more = row + ROWS < end
+            next_gate = load_tile(codes, scales, row + ROWS, more, COLS, KIND, WARPS)
+            next_up = load_tile(codes, scales, row + ROWS + INNER, more, COLS, KIND, WARPS)
         gate = multiply_tile(gate_tile, inputs, ROWS, COLS, KIND, WARPS) * factor
         up = multiply_tile(up_tile, inputs, ROWS, COLS, KIND, WARPS) * factor
-        publish(out, row, gate / (1 + tl.exp(-gate)) * up, live, epoch, WAIT)
+        publish(out, row, gate / (1 + tl.exp(-gate)) * up, row < end, epoch, WAIT)
+        if TILES > 1:
+            row += ROWS
+            gate_tile, up_tile = next_gate, next_up

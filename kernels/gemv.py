@@ -217,21 +217,6 @@ def deal(
 
 
 @triton.jit
-def no_inputs(ROWS: tl.constexpr, COLS: tl.constexpr, KIND: tl.constexpr, WARPS: tl.constexpr):
-    """Return zeros as from `deal`, to be replaced."""
-    lanes: tl.constexpr = lane_count(COLS, KIND, WARPS)
-    chunks: tl.constexpr = chunk_count(COLS, KIND, WARPS)
-    shape: tl.constexpr = (lanes, ROWS, chunks, vector_width(COLS, KIND, WARPS))
-    dealt = ()
-    for _ in tl.static_range(piece_count(COLS, KIND, WARPS)):
-        for _ in tl.static_range(8 if KIND == "int4_g32" else 1):
-            dealt = dealt + (tl.zeros(shape, tl.float32),)
-        if KIND == "int4_g32":
-            dealt = dealt + (tl.zeros((lanes, ROWS, chunks), tl.float32),)
-    return dealt
-
-
-@triton.jit
 def _bytes_to_rows(half, ROWS: tl.constexpr):  # (..., words, 2, 2) -> (..., words) of each byte
     even, odd = tl.split(half)
     first, third = tl.split(even)

@@ -35,15 +35,6 @@ def copies(WAIT):
     return 4 if WAIT == "grid" else 1
 
 
-@triton.constexpr_function
-def stages(WAIT):
-    """Tiles of a loop that are on their way or in use, in shared memory.
-
-    In a grid, a program has a multiprocessor for itself. Else it has rarely more than one tile.
-    """
-    return 3 if WAIT == "grid" else 2
-
-
 @triton.jit
 def wait_for_launch(WAIT: tl.constexpr):
     """Wait for the kernel before, if this one may start before it ends."""
@@ -233,9 +224,15 @@ def wait_for_all(WAIT: tl.constexpr, counter, arrivals):
 
 
 @triton.jit
-def prefetch(AHEAD: tl.constexpr, address, nbytes):
-    """Request `nbytes` (a multiple of 16) from `address` on into the L2 cache."""
+def prefetch_part(AHEAD: tl.constexpr, matrix, nbytes, program, PROGRAMS: tl.constexpr):
+    """Request an even part of `nbytes` of memory into the L2 cache, each program another one.
+
+    What is requested is in whole units of 16 bytes.
+    """
     if AHEAD:
+        part = (nbytes + 16 * PROGRAMS - 1) // (16 * PROGRAMS) * 16
+        start = program * part
+        address = matrix.to(tl.pointer_type(tl.int8), bitcast=True) + start
         tl.inline_asm_elementwise(
             """
             {
@@ -249,21 +246,11 @@ def prefetch(AHEAD: tl.constexpr, address, nbytes):
             }
             """,
             "=r,l,r",
-            [address, nbytes],
+            [address, tl.minimum(part, nbytes - start) // 16 * 16],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
-
-
-@triton.jit
-def prefetch_part(AHEAD: tl.constexpr, matrix, nbytes, program, PROGRAMS: tl.constexpr):
-    """Request an even part of `nbytes` of memory, of which each program requests another."""
-    if AHEAD:
-        part = (nbytes + 16 * PROGRAMS - 1) // (16 * PROGRAMS) * 16
-        start = program * part
-        address = matrix.to(tl.pointer_type(tl.int8), bitcast=True) + start
-        prefetch(True, address, tl.minimum(part, nbytes - start) // 16 * 16)
 
 
 @triton.jit

@@ -8,14 +8,13 @@ from .gemv import (
     load_norm,
     load_tile,
     multiply_tile,
-    no_inputs,
     normed,
     receive_inputs,
     share_of,
     tile_count,
     tile_rows,
 )
-from .grid_sync import current, stages, wait_for_launch
+from .grid_sync import current, wait_for_launch
 
 FIELDS = tl.constexpr(5)  # of a program's candidate: rank, token (in bits), logit, largest, sum
 
@@ -55,27 +54,24 @@ def candidate(
     ROWS: tl.constexpr = tile_rows(VOCAB, COLS, KIND, WARPS, PROGRAMS)
     first, end = share_of(VOCAB, program, PROGRAMS)
     norm = load_norm(norm_weight, COLS, KIND, WARPS)
-    inputs = no_inputs(ROWS, COLS, KIND, WARPS)
-    factor = 0.0
-    position, heat, noise_seed = 0, 0.0, tl.full((), 0, tl.int64)
+    row = first + tl.arange(0, ROWS)
+    tile = load_tile(codes, scales, row, row < end, COLS, KIND, WARPS)
+    wait_for_launch(WAIT)
+    position = current(WAIT, positions)
+    heat = current(WAIT, temperature)
+    noise_seed = current(WAIT, seed)
+    inputs = receive_inputs(x, epoch - 1, COLS, KIND, WARPS, WAIT)
+    inputs, factor = normed(inputs, norm, eps, COLS, KIND, WARPS)
+    inputs = deal(inputs, ROWS, COLS, KIND, WARPS)
     best_rank = tl.full((ROWS,), float("-inf"), tl.float32)
-    best_token = first + tl.arange(0, ROWS)
+    best_token = row
     best_logit = tl.full((ROWS,), float("-inf"), tl.float32)
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    for tile in tl.range(0, tile_count(VOCAB, PROGRAMS, ROWS), num_stages=stages(WAIT)):
-        row = first + tile * ROWS + tl.arange(0, ROWS)
+    for _ in range(tile_count(VOCAB, PROGRAMS, ROWS)):
         live = row < end
-        weights = load_tile(codes, scales, row, live, COLS, KIND, WARPS)
-        if tile == 0:
-            wait_for_launch(WAIT)
-            position = current(WAIT, positions)
-            heat = current(WAIT, temperature)
-            noise_seed = current(WAIT, seed).to(tl.int64)
-            x_pieces = receive_inputs(x, epoch - 1, COLS, KIND, WARPS, WAIT)
-            x_pieces, factor = normed(x_pieces, norm, eps, COLS, KIND, WARPS)
-            inputs = deal(x_pieces, ROWS, COLS, KIND, WARPS)
-        logit = multiply_tile(weights, inputs, ROWS, COLS, KIND, WARPS) * factor
+        next_tile = load_tile(codes, scales, row + ROWS, row + ROWS < end, COLS, KIND, WARPS)
+        logit = multiply_tile(tile, inputs, ROWS, COLS, KIND, WARPS) * factor
         tl.store(logits + row, logit, mask=live)
         logit = tl.where(live, logit, float("-inf"))
         rank = logit
@@ -91,6 +87,8 @@ def candidate(
         shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
         total = total * tl.exp(largest - shift) + tl.exp(logit - shift)
         largest = new_largest
+        row += ROWS
+        tile = next_tile
     rank, token, chosen, top, weights = _best(best_rank, best_token, best_logit, largest, total)
     place = candidates + program * FIELDS
     tl.store(place, rank)

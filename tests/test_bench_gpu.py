@@ -1,5 +1,6 @@
 """The GPU's benchmark on a CPU: what is wrong gets no figures, what fails is told."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -303,3 +304,11 @@ def test_a_tier_that_hung_in_a_process_of_its_own_is_not_run_here(tmp_path):
         run.gate_tier("persistent")
     assert run.executor(gpu_decodes.Model("125M", tier="pdl"))
     assert "it did not end" in json.dumps(read(run.results)["notes"])
+
+
+def test_the_profile_finds_the_stages_of_the_persistent_kernel(tmp_path):
+    profile_decode = importlib.import_module("profile_decode")
+    kernels = importlib.import_module("mobilellm_fast.kernels.decode_persistent")
+    copy = profile_decode.marked(kernels, tmp_path)
+    assert Path(copy.__file__).read_text().count("_mark(") == len(profile_decode.ENDS) + 3
+    assert copy.persistent_kernel.arg_names == kernels.persistent_kernel.arg_names

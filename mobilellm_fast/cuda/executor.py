@@ -20,7 +20,7 @@ from .cache import FORMATS, CudaCache
 from .weights import CudaWeights
 
 TIERS = ("graph", "pdl", "persistent")
-# At 1280 launches that overlap were faster, at 576 neither (docs/gpu.md); between is not measured.
+# At 1280 and 1600 launches that overlap are faster, at 576 and 960 they are not (docs/gpu.md).
 PERSISTENT_WIDTH = 1024
 PIECE = 2048  # tokens of a prompt at once: bounds the memory of activations
 

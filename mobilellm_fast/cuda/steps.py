@@ -28,8 +28,6 @@ MAX_STEPS = 64  # tokens of one call
 STAGE_WARPS = 4  # rows of a program of the tiers with one kernel per stage
 ATTENTION_WARPS = 8
 PERSISTENT_WARPS = 8  # more would have too few registers each
-PREFETCH_WIDTH = 1024  # narrower models wait for each other, not for memory
-PREFETCHED = 32 << 10  # bytes per program: more would queue before what is wanted sooner
 CANDIDATE_FIELDS = 5
 
 
@@ -284,9 +282,6 @@ class PersistentSteps(Steps):
     Args:
         programs: of the grid, at most; None takes one per multiprocessor.
         warps: of a program.
-        ahead: request weights into the L2 cache, which takes compute capability 9; None does it for
-            wide models.
-        prefetch_limit: most bytes that a program requests at once.
         maxnreg: most registers of a thread, so that a multiprocessor holds several programs.
     """
 
@@ -295,8 +290,6 @@ class PersistentSteps(Steps):
         *args: Any,
         programs: int | None = None,
         warps: int | None = None,
-        ahead: bool | None = None,
-        prefetch_limit: int = PREFETCHED,
         maxnreg: int | None = None,
     ) -> None:
         super().__init__(*args)
@@ -309,14 +302,9 @@ class PersistentSteps(Steps):
         # one without a share of some vector could be left behind: nobody would wait for it
         config = self.weights.config
         programs = min(programs, config.hidden_size, config.intermediate_size)
-        if ahead is None:
-            able = on_gpu and torch.cuda.get_device_capability(device)[0] >= 9
-            ahead = able and config.hidden_size >= PREFETCH_WIDTH
         self.programs = programs
         self.warps = warps or PERSISTENT_WARPS
-        self.ahead = ahead
         self._wait = "grid" if on_gpu else "alone"
-        self._prefetch_limit = prefetch_limit
         self._launch: dict[str, Any] = {"num_warps": self.warps}
         if on_gpu:
             self._launch["launch_cooperative_grid"] = True
@@ -377,7 +365,6 @@ class PersistentSteps(Steps):
             softmax_scale(weights),
             float(temperature),
             seed,
-            self._prefetch_limit,
             **self.constants(),
             **self._launch,
         )
@@ -396,7 +383,6 @@ class PersistentSteps(Steps):
             "PROGRAMS": self.programs,
             "CANDIDATE_BLOCK": power_of_two(self.programs),
             "SHARE_BLOCK": power_of_two(-(-config.hidden_size // self.programs)),
-            "AHEAD": self.ahead,
             "WAIT": self._wait,
         }
 
