@@ -119,16 +119,16 @@ def attend(
             base = _largest_score(query, score, keys, first, end, BLOCK_KV, DIM, HEAD_DIM)
             tiles = _first_tokens(keys, values, first, end, BLOCK_KV, DIM, HEAD_DIM)
 
-    # a part of tokens that have next to no weight may have none at all
-    out *= tl.where(total == 0, 0.0, 1 / total)
+    # a part of tokens that have next to no weight may have none at all, or too little to divide by
+    total = tl.maximum(total, SMALLEST_SUM, propagate_nan=tl.PropagateNan.ALL)
+    out *= 1 / total
     live = dim < HEAD_DIM
     if splits == 1:
         publish(attended, head * HEAD_DIM + dim, out, live, epoch, WAIT)
     else:
         part = (head * SPLITS + split) * (HEAD_DIM + 1)
         publish(partial, part + dim, out, live, epoch, WAIT)
-        log = base + tl.log2(tl.maximum(total, SMALLEST_SUM, propagate_nan=tl.PropagateNan.ALL))
-        publish(partial, part + HEAD_DIM + dim, log, dim == 0, epoch, WAIT)
+        publish(partial, part + HEAD_DIM + dim, base + tl.log2(total), dim == 0, epoch, WAIT)
 
 
 @triton.jit

@@ -125,8 +125,9 @@ def receive(
 
 @triton.constexpr_function
 def per_thread(SIZE, WARPS, PARTS):
-    """Elements of which one thread polls all parts together."""
-    return max(min(SIZE // (32 * WARPS), max(32 // PARTS, 1)), 1)
+    """Elements of which one thread polls all parts together: a power of two, up to 32 words."""
+    most = max(32 // PARTS, 1)
+    return max(min(SIZE // (32 * WARPS), 1 << (most.bit_length() - 1)), 1)
 
 
 @triton.constexpr_function
@@ -137,7 +138,7 @@ def poll_dtypes(PARTS):
 @triton.constexpr_function
 def poll_asm(SIZE, WARPS, PARTS, STRIDE):
     """Load all words of a thread, and again until every epoch is right."""
-    count = max(min(SIZE // (32 * WARPS), max(32 // PARTS, 1)), 1)
+    count = per_thread(SIZE, WARPS, PARTS)
     words = count * PARTS
     inputs = [[f"${words + group * count + i}" for i in range(count)] for group in range(3)]
     addresses, epochs, lives = inputs
@@ -153,6 +154,8 @@ def poll_asm(SIZE, WARPS, PARTS, STRIDE):
     for word in range(words):
         part, i = divmod(word, count)
         place = f"[{addresses[i]} + {part * STRIDE * 8}]"
+        # Both halves come together. PTX promises that of b64 alone, with which the kernel
+        # spills; but the machine has one instruction for either (`tests/builds_decode.py`).
         lines.append(f"@live{word} ld.relaxed.gpu.global.v2.b32 {{${word}, seen{word}}}, {place};")
     lines.append(f"setp.ne.b32 late, seen0, {epochs[0]};")
     for word in range(1, words):
@@ -163,7 +166,7 @@ def poll_asm(SIZE, WARPS, PARTS, STRIDE):
 
 @triton.constexpr_function
 def poll_constraints(SIZE, WARPS, PARTS):
-    count = max(min(SIZE // (32 * WARPS), max(32 // PARTS, 1)), 1)
+    count = per_thread(SIZE, WARPS, PARTS)
     return ",".join(["=&r"] * count * PARTS + ["l"] * count + ["r"] * count * 2)
 
 

@@ -20,10 +20,13 @@ from mobilellm_fast.model import MobileLLM
 
 pytest.importorskip("triton")
 
+import triton.language as tl
+
 from mobilellm_fast.cuda import geometry, steps
 from mobilellm_fast.cuda.engine import CudaEngine
-from mobilellm_fast.cuda.executor import CudaExecutor
+from mobilellm_fast.cuda.executor import CudaExecutor, best_tier
 from mobilellm_fast.cuda.weights import CudaWeights, Matrix
+from mobilellm_fast.kernels import decode_attention, decode_step, grid_sync
 
 TINY = MobileLLMConfig(
     vocab_size=61,
@@ -366,6 +369,82 @@ def test_half_precision_caches_and_weights(tier):
     )
     want = Executor(config, weights, "bf16", threads=1)
     assert_close(rounded.forward([3], rounded.new_cache()), want.forward([3], want.new_cache()))
+
+
+def test_a_part_may_weigh_next_to_nothing():
+    """Weights relative to the new token's that add up to less than a float can divide by."""
+    parts, block, dim = 2, 4, 8
+    length = 2 * 2 * block  # two blocks each, the new token among the second part
+    keys, values = torch.zeros(2, length, dim), torch.randn(2, length, dim)
+    exponents = torch.linspace(-148, -126, 50).tolist()
+    for exponent in exponents:
+        # in units of the query: scores of the first part are that many powers of two lower
+        keys[0, : length // 2, 0] = exponent
+        cache = torch.stack((keys[0], values[0])).unsqueeze(1).contiguous().to(DEVICE)
+        new = torch.zeros(3, dim)
+        new[0, 0], new[2] = 1.0, values[0, -1]
+        partial = torch.zeros(parts, dim + 1, device=DEVICE)
+        _launch_attention(cache, new.to(DEVICE), length, partial, parts, block, dim)
+        got = partial.cpu().double()
+        assert got.isfinite().all(), exponent
+        total = got[:, -1].exp2()
+        joined = (got[:, :-1] * total[:, None]).sum(0) / total.sum()
+        want = values[0, length // 2 :].double().mean(0)
+        assert (joined - want).abs().max() <= 8 * length * U
+
+
+def _launch_attention(cache, new, length, partial, parts, block, dim):
+    def numbers(value, dtype):
+        return torch.tensor([value], dtype=dtype, device=DEVICE)
+
+    decode_step.attention_kernel[(parts, 1)](
+        numbers(length - 1, torch.int32),
+        numbers(cache.data_ptr(), torch.int64),
+        numbers(length, torch.int32),
+        0,
+        new,
+        1 / decode_attention.LOG2_E.value,
+        partial,
+        torch.zeros(dim, device=DEVICE),
+        KV=tl.float32,
+        HEADS=1,
+        KV_HEADS=1,
+        HEAD_DIM=dim,
+        DIM=dim,
+        SPLITS=parts,
+        BLOCK_KV=block,
+        WARPS=4,
+        WAIT="none",
+        num_warps=4,
+    )
+
+
+@pytest.mark.parametrize("parts", range(1, 10))
+def test_threads_poll_a_power_of_two_of_elements(parts):
+    """As Triton wants of what an instruction takes; all words of a thread are at most 32."""
+    for size in (256, 1024, 4096, 8192):
+        count = grid_sync.per_thread(size, 8, parts)
+        assert size % count == 0 and count & (count - 1) == 0 and count * parts <= 32
+        constraints = grid_sync.poll_constraints(size, 8, parts).split(",")
+        assert constraints.count("=&r") == count * parts
+        code = grid_sync.poll_asm(size, 8, parts, size)
+        assert code.count("ld.relaxed") == count * parts
+        assert f"${len(constraints) - 1}" in code and f"${len(constraints)}," not in code
+
+
+def test_the_tier_goes_by_width_and_room(monkeypatch):
+    base = dataclasses.replace(TINY, hidden_size=576, intermediate_size=1536)
+    # queries alone of 64 heads leave no room for the parts of each
+    many = dataclasses.replace(base, num_attention_heads=64, num_key_value_heads=64, head_dim=128)
+    wide = dataclasses.replace(base, hidden_size=960)
+    monkeypatch.setattr(geometry, "SPLITS", 8)
+    monkeypatch.setattr(torch.version, "hip", None)
+    device = torch.device("cuda")
+    for generation, tiers in ((9, "persistent pdl pdl"), (8, "persistent graph graph")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, g=generation: (g, 0))
+        for config, tier in zip((base, many, wide), tiers.split(), strict=True):
+            assert best_tier(device, config) == tier
+    assert best_tier(torch.device("cpu"), base) == "graph"
 
 
 @pytest.mark.skipif(HAS_GPU, reason="counts epochs of a grid of one")

@@ -20,8 +20,8 @@ from .cache import FORMATS, CudaCache
 from .weights import CudaWeights
 
 TIERS = ("graph", "pdl", "persistent")
-# At 1280 and 1600 launches that overlap are faster, at 576 and 960 they are not (docs/gpu.md).
-PERSISTENT_WIDTH = 1024
+# At 960 and wider, launches that overlap are faster; at 576 they are not (docs/gpu.md).
+PERSISTENT_WIDTH = 960
 PIECE = 2048  # tokens of a prompt at once: bounds the memory of activations
 
 
@@ -228,10 +228,12 @@ def best_tier(device: torch.device, config: MobileLLMConfig) -> str:
     """
     if device.type != "cuda" or torch.version.hip:
         return "graph"
+    from ..kernels import grid_sync
+    from .geometry import vector_size
+
     generation, _ = torch.cuda.get_device_capability(device)
     narrow = config.hidden_size < PERSISTENT_WIDTH
-    # its vectors are kept in 65536 words
-    fits = config.intermediate_size < 1 << 14 and config.num_attention_heads <= 64
+    fits = vector_size(config) <= grid_sync.COPY_STRIDE.value
     if narrow and fits and config.head_dim <= 128 and generation >= 8:
         return "persistent"
     return "pdl" if generation >= 9 else "graph"

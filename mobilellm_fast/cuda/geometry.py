@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config import MobileLLMConfig
 from .weights import CudaWeights, Matrix
 
 BLOCK = 8192  # keys of a block of attention: four loads per thread of 8 warps
@@ -49,8 +50,19 @@ class Geometry:
     @property
     def partial_size(self) -> int:
         """Values of `attend`'s partial results."""
-        config = self.weights.config
-        return config.num_attention_heads * SPLITS * (config.head_dim + 1)
+        return _partial_size(self.weights.config)
+
+
+def vector_size(config: MobileLLMConfig) -> int:
+    """Count the values of all vectors of a decode step, in the order of `persistent_kernel`."""
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    size = 2 * config.hidden_size + (queries + 2 * keys) + queries + config.intermediate_size
+    return size + _partial_size(config)
+
+
+def _partial_size(config: MobileLLMConfig) -> int:
+    return config.num_attention_heads * SPLITS * (config.head_dim + 1)
 
 
 def scales_of(matrix: Matrix) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import MobileLLMError
 from ..kernels import decode_persistent, decode_step, grid_sync
 from .cache import FORMATS, CudaCache
-from .geometry import Geometry, power_of_two, scales_of, softmax_scale
+from .geometry import Geometry, power_of_two, scales_of, softmax_scale, vector_size
 from .weights import CudaWeights, Matrix
 
 MAX_STEPS = 64  # tokens of one call
@@ -310,10 +310,7 @@ class PersistentSteps(Steps):
             self._launch["launch_cooperative_grid"] = True
         if maxnreg is not None:
             self._launch["maxnreg"] = maxnreg
-        queries = config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
-        size = 2 * config.hidden_size + 2 * queries + 2 * keys + config.intermediate_size
-        size += self.geometry.partial_size
+        size = vector_size(config)
         stride = grid_sync.COPY_STRIDE.value
         if size > stride:
             raise MobileLLMError(
