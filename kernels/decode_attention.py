@@ -97,6 +97,7 @@ def attend(
     total = float("inf")
     out = tl.zeros((DIM,), tl.float32)
     again = True
+    turn = 0
     while again:
         weight_sum = tl.zeros((BLOCK_KV,), tl.float32)
         products = tl.zeros((BLOCK_KV, DIM), tl.float32)
@@ -114,7 +115,9 @@ def attend(
         new_weight = tl.where(has_new, tl.exp2(score - base), 0.0)
         total = tl.sum(weight_sum, 0) + new_weight
         out = tl.sum(products, 0) + new_weight * value
-        again = (total > LARGEST_SUM) & (base == score)
+        # once: other roundings of huge scores must not make it go on
+        again = (total > LARGEST_SUM) & (turn == 0)
+        turn += 1
         if again:
             base = _largest_score(query, score, keys, first, end, BLOCK_KV, DIM, HEAD_DIM)
             tiles = _first_tokens(keys, values, first, end, BLOCK_KV, DIM, HEAD_DIM)
