@@ -30,20 +30,29 @@ def attention(model: str) -> dict[str, int]:
     }
 
 
-def stage_builds(model: str, kind: str) -> list[Build]:
+def stage_builds(model: str, kind: str, wait: str = "none") -> list[Build]:
     hidden, inner, heads, kv_heads = MODELS[model]
     matrix = {"codes": CODES[kind], "scales": SCALES[kind]}
     sizes = attention(model)
     merging = {k: sizes[k] for k in ("HEADS", "HEAD_DIM", "SPLITS", "BLOCK_KV")}
     ahead = {"ahead": CODES[kind], "ahead_nbytes": "i32"}
-    shared = {"KIND": kind, "WARPS": 4, "WAIT": "none"}
-    quick = model == "125M" and kind == "bf16"
+    shared = {"KIND": kind, "WARPS": 4, "WAIT": wait}
+    early = wait == "pdl"
+    quick = model == "125M" and kind == "bf16" and not early
+    arches = ("sm_90",) if early else STAGED
+    options = {"launch_pdl": True} if early else {}
     vectors = dict.fromkeys(("x", "norm_weight", "residual", "out"), FLOATS)
 
     def build(kernel: str, types: dict, constants: dict, warps: int = 4, needs=WIDE_LOAD) -> Build:
-        name = f"decode_{kernel}-{model}-{kind}"
+        name = f"decode_{kernel}-{model}-{kind}{'-early' * early}"
         place = f"decode_step:{kernel}_kernel"
-        return Build(name, place, types, constants, warps, needs=needs, arches=STAGED, quick=quick)
+        return Build(
+            *(name, place, types, constants, warps),
+            needs=needs,
+            arches=arches,
+            quick=quick or (early and kernel == "query"),
+            options=options,
+        )
 
     return [
         build(
@@ -62,7 +71,7 @@ def stage_builds(model: str, kind: str) -> list[Build]:
             },
             {
                 **{k: sizes[k] for k in ("HEADS", "KV_HEADS", "HEAD_DIM")},
-                "AHEAD": False,
+                "AHEAD": early,
                 **shared,
                 "KV": "tl.float16",
                 "COLS": hidden,
@@ -90,12 +99,12 @@ def stage_builds(model: str, kind: str) -> list[Build]:
                 "out": FLOATS,
                 **ahead,
             },
-            {**merging, **shared, "AHEAD": False, "HIDDEN": hidden, "PROGRAMS": hidden // 4},
+            {**merging, **shared, "AHEAD": early, "HIDDEN": hidden, "PROGRAMS": hidden // 4},
         ),
         build(
             "gate_up",
             {**matrix, "x": FLOATS, "norm_weight": FLOATS, "eps": "fp32", "out": FLOATS, **ahead},
-            {**shared, "AHEAD": False, "INNER": inner, "COLS": hidden, "PROGRAMS": inner // 4},
+            {**shared, "AHEAD": early, "INNER": inner, "COLS": hidden, "PROGRAMS": inner // 4},
         ),
         build(
             "attention",
@@ -109,7 +118,7 @@ def stage_builds(model: str, kind: str) -> list[Build]:
                 "partial": FLOATS,
                 "attended": FLOATS,
             },
-            {**sizes, "KV": "tl.float16", "WARPS": 8, "WAIT": "none"},
+            {**sizes, "KV": "tl.float16", "WARPS": 8, "WAIT": wait},
             warps=8,
         ),
         build(
@@ -179,5 +188,6 @@ SPILLED = {
 
 BUILDS = [
     *(b for model in MODELS for kind in CODES for b in stage_builds(model, kind)),
+    *stage_builds("125M", "bf16", "pdl"),
     *(persistent(model, kind) for model in MODELS for kind in CODES),
 ]

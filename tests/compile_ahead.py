@@ -69,7 +69,8 @@ class Code:
         name: of the build.
         registers, spilled: per thread; registers, and bytes that did not fit into them.
         shared: bytes of shared memory per program.
-        instructions: how often each stands in the code (NVIDIA only).
+        instructions: how often each stands in the code (NVIDIA only), in the order in which they
+            first do.
     """
 
     name: str

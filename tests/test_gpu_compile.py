@@ -19,6 +19,8 @@ pytestmark = pytest.mark.skipif(
 HARNESS = Path(__file__).with_name("compile_ahead.py")
 # bytes of shared memory that a program may have: on an A100 (a Build says it for an H100), an MI300
 SHARED = {"sm_80": 163 * 1024, "gfx942": 64 * 1024}
+STORES = ("ST", "STG", "ATOM", "ATOMG", "RED", "REDG", "UTMASTG")
+LOADS = ("LD", "LDG", "LDGSTS", "UTMALDG")
 
 
 def pytest_generate_tests(metafunc):
@@ -64,6 +66,10 @@ def test_build(build, arch, compiled):
     assert build.serial or code.count("WARPGROUP.DEPBAR") <= products / 2
     for instruction in build.needs.get(arch, ()):
         assert code.count(instruction), f"{instruction} is not in {sorted(code.instructions)}"
+    if build.options.get("launch_pdl"):
+        early = list(code.instructions)[: list(code.instructions).index("ACQBULK")]
+        kept = STORES if "WAIT" in build.constants else STORES + LOADS  # of weights, if need be
+        assert not [i for i in early if i.split(".")[0] in kept], "the kernel before may still run"
 
 
 def test_names_are_unique():
