@@ -213,7 +213,17 @@ inline void store_group(const float* values, const Activations& out, int64_t row
   else memcpy(out.values + row * out.cols + group * kGroup, values, sizeof(float) * count);
 }
 
+// out = silu(gate) * up for one row of one group.
+inline void store_gated(const float* gate, const float* up, const Activations& out, int64_t row,
+                        int64_t group) {
+  float values[kGroup];
+  for (int i = 0; i < kGroup; i += 16) store(values + i, mul(silu(load(gate + i)), load(up + i)));
+  store_group(values, out, row, group);
+}
+
 // T streams of equally many groups, and what is left in fewer. Gate and up are read side by side.
+// As many groups as the buffer holds are gated and rounded together: each is a long chain of
+// operations, and memory would rest meanwhile.
 template <int T>
 inline void swiglu_streams(const Panel& x, const Weight& gate, const Weight& up,
                            const Activations& out, Tiles tiles) {
@@ -221,35 +231,38 @@ inline void swiglu_streams(const Panel& x, const Weight& gate, const Weight& up,
   const int64_t groups = S == 1 ? ceil_div(tiles.end - tiles.begin, kTilesPerGroup)
                                 : (tiles.end - tiles.begin) / kTilesPerGroup;
   const int64_t length = groups / S, stride = length * kTilesPerGroup;
-  float values[S][Panel::kMaxRows][kGroup];
-  for (int64_t first = tiles.begin; first < tiles.begin + stride; first += kTilesPerGroup) {
-    for (int64_t i = 0; i < kTilesPerGroup && first + i < tiles.end; ++i) {
-      TileRef refs[2 * S];
-      for (int s = 0; s < S; ++s) {
-        const int64_t tile = first + i + s * stride;
-        refs[2 * s] = {&gate, tile, ahead_of<T>(tiles, tile)};
-        refs[2 * s + 1] = {&up, tile, ahead_of<T>(tiles, tile)};
-      }
-      if constexpr (T == 1) {
-        VecF gates[Panel::kMaxRows];
-        x.dot<1>({refs[0]}, [&](const VecF* y, int64_t row, auto count) {
-          for (int m = 0; m < decltype(count)::value; ++m) gates[row + m] = silu(y[m]);
-        });
-        x.dot<1>({refs[1]}, [&](const VecF* y, int64_t row, auto count) {
-          for (int m = 0; m < decltype(count)::value; ++m)
-            store(values[0][row + m] + i * kTileRows, mul(gates[row + m], y[m]));
-        });
-      } else {
-        x.dot<T>(refs, [&](const VecF* y, int64_t row, auto count) {
-          for (int m = 0; m < decltype(count)::value; ++m)
-            for (int s = 0; s < S; ++s, y += 2)
-              store(values[s][row + m] + i * kTileRows, mul(silu(y[0]), y[1]));
-        });
+  const int64_t first_group = tiles.begin / kTilesPerGroup, fit = Panel::kMaxRows / x.rows;
+  // of the gate and up of each stream: (groups, rows)
+  float dots[2 * S][Panel::kMaxRows][kGroup];
+  for (int64_t first = 0, end; first < length; first = end) {
+    end = first + fit < length ? first + fit : length;
+    for (int64_t group = first; group < end; ++group) {
+      const int64_t tile = tiles.begin + group * kTilesPerGroup, at = (group - first) * x.rows;
+      for (int64_t i = 0; i < kTilesPerGroup && tile + i < tiles.end; ++i) {
+        TileRef refs[2 * S];
+        for (int s = 0; s < S; ++s) {
+          const int64_t own = tile + i + s * stride;
+          refs[2 * s] = {&gate, own, ahead_of<T>(tiles, own)};
+          refs[2 * s + 1] = {&up, own, ahead_of<T>(tiles, own)};
+        }
+        constexpr int kTogether = T == 1 ? 1 : T;
+        for (int t = 0; t < 2 * S; t += kTogether) {
+          const auto& some = reinterpret_cast<const TileRef(&)[kTogether]>(refs[t]);
+          x.dot<kTogether>(some, [&](const VecF* y, int64_t row, auto count) {
+            for (int m = 0; m < decltype(count)::value; ++m)
+              for (int j = 0; j < kTogether; ++j)
+                store(dots[t + j][at + row + m] + i * kTileRows, y[m * kTogether + j]);
+          });
+        }
       }
     }
-    for (int64_t row = 0; row < x.rows; ++row)
-      for (int s = 0; s < S; ++s)
-        store_group(values[s][row], out, row, (first + s * stride) / kTilesPerGroup);
+    for (int s = 0; s < S; ++s)
+      for (int64_t group = first; group < end; ++group)
+        for (int64_t row = 0; row < x.rows; ++row) {
+          const int64_t at = (group - first) * x.rows + row;
+          store_gated(dots[2 * s][at], dots[2 * s + 1][at], out, row,
+                      first_group + s * length + group);
+        }
   }
   tiles.begin += S * stride;
   if constexpr (S > 1) {
