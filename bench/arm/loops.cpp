@@ -37,6 +37,7 @@ constexpr Case kCases[] = {
     {"gemv_w8a8", WeightKind::int8, ActivationKind::int8, 1, 64, 1024},
     {"gemv_int8", WeightKind::int8, ActivationKind::int8_g32, 1, 64, 1024},
     {"gemv_int4", WeightKind::int4_g32, ActivationKind::int8_g32, 1, 64, 1024},
+    {"gemv_int4_sym", WeightKind::int4_sym_g32, ActivationKind::int8_g32, 1, 64, 1024},
 };
 
 int run(const KernelTable& kernels, const Case& c, int repeats) {

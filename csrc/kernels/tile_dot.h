@@ -321,7 +321,7 @@ struct Int4SymmetricTile {
     }
   };
   template <int R, int T>
-  static void dot(TileReader* tiles, const CodeRows<R>& rows, VecF* out) {
+  MLF_INLINE static void dot(TileReader* tiles, const CodeRows<R>& rows, VecF* out) {
     Int4Tile::dot<R, T>(tiles, rows, out);
   }
 };
