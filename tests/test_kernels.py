@@ -201,15 +201,20 @@ def test_silu_over_its_whole_range(isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("kind", quant.QUANTIZED_KINDS)
-def test_swiglu_of_integer_weights(isa, kind):
-    gate, up = (quant.pack(matrix(40, 96, seed), kind) for seed in (0, 1))
-    x = matrix(9, 96, 2)
-    out = np.full((9, 40), np.nan, np.float32)
-    _C.swiglu(x, gate.as_tuple(), up.as_tuple(), out, "int8_g32", isa)
+@pytest.mark.parametrize("gate_kind", quant.QUANTIZED_KINDS)
+@pytest.mark.parametrize("up_kind", quant.QUANTIZED_KINDS)
+def test_swiglu_of_integer_weights(isa, gate_kind, up_kind):
+    """Of one kind or, as a GGUF file may have them, of two."""
+    gate, up = quant.pack(matrix(200, 96, 0), gate_kind), quant.pack(matrix(200, 96, 1), up_kind)
+    x = matrix(70, 96, 2)
     g, u = (linear(x, w, "int8_g32", isa).astype(np.float64) for w in (gate, up))
     want = g / (1 + np.exp(-g)) * u
-    assert (np.abs(out - want) <= 8 * 2**-24 * np.abs(want) + 1e-30).all()
+    for rows in (1, 2, 9, 70):
+        for threads in (1, 3):
+            out = np.full((rows, 200), np.nan, np.float32)
+            _C.swiglu(x[:rows], gate.as_tuple(), up.as_tuple(), out, "int8_g32", isa, threads)
+            bound = 8 * 2**-24 * np.abs(want[:rows]) + 1e-30
+            assert (np.abs(out - want[:rows]) <= bound).all()
 
 
 @pytest.mark.parametrize("isa", ISAS)

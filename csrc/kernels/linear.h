@@ -273,6 +273,8 @@ inline void swiglu_streams(const Panel& x, const Weight& gate, const Weight& up,
 void swiglu(const Activations& x, const Weight& gate, const Weight& up, const Activations& out,
             int64_t rows, const Tiles& tiles) {
   for_each_panel(x, rows, [&](const Panel& panel, int64_t row) {
+    if (gate.kind != up.kind)  // tiles that are multiplied together have one kind
+      return swiglu_streams<1>(panel, gate, up, out.from_row(row), tiles);
     with_streams(panel.rows, is_int4(gate.kind) ? 6 : 4, [&](auto count) {
       if constexpr (decltype(count)::value != 3)  // gate and up
         swiglu_streams<decltype(count)::value>(panel, gate, up, out.from_row(row), tiles);

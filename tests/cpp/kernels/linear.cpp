@@ -97,9 +97,9 @@ std::vector<float> exact_w8a8(const Inputs& x, const Matrix& w, int64_t rows) {
   return out;
 }
 
-constexpr WeightKind kKinds[] = {WeightKind::fp32, WeightKind::bf16, WeightKind::int8,
-                                 WeightKind::int8_g32, WeightKind::int4_g32,
-                                 WeightKind::int4_sym_g32};
+constexpr WeightKind kKinds[] = {WeightKind::fp32,     WeightKind::bf16,
+                                 WeightKind::int8,     WeightKind::int8_g32,
+                                 WeightKind::int4_g32, WeightKind::int4_sym_g32};
 
 template <class Use>
 void for_each_product(Use use) {
@@ -154,7 +154,11 @@ MLF_TEST(swiglu) {
   for_each_product([&](const Product& p, const Matrix& gate, const std::vector<float>& x) {
     if (p.rows * p.outputs * p.cols > 100000) return;  // the products are those of linear
     const std::string name = name_of(p, gate.weight.kind);
-    const Matrix up = make_matrix(gate.weight.kind, p.outputs, p.cols, Fill::random, 7);
+    // Where the number of inputs is odd, gate and up are of two kinds, as in files they may be.
+    const WeightKind kind = gate.weight.kind,
+                     other = kind == WeightKind::int8 ? WeightKind::int4_g32 : WeightKind::int8,
+                     up_kind = is_quantized(kind) && p.cols % 2 ? other : kind;
+    const Matrix up = make_matrix(up_kind, p.outputs, p.cols, Fill::random, 7);
     const auto call = [&](const KernelTable& table, const Activations& out) {
       Inputs inputs;
       make_inputs(inputs, table, p.activation, x, p.rows, p.cols);
