@@ -282,7 +282,6 @@ class PersistentSteps(Steps):
     Args:
         programs: of the grid, at most; None takes one per multiprocessor.
         warps: of a program.
-        maxnreg: most registers of a thread, so that a multiprocessor holds several programs.
     """
 
     def __init__(
@@ -290,7 +289,6 @@ class PersistentSteps(Steps):
         *args: Any,
         programs: int | None = None,
         warps: int | None = None,
-        maxnreg: int | None = None,
     ) -> None:
         super().__init__(*args)
         device = self.weights.device
@@ -308,8 +306,6 @@ class PersistentSteps(Steps):
         self._launch: dict[str, Any] = {"num_warps": self.warps}
         if on_gpu:
             self._launch["launch_cooperative_grid"] = True
-        if maxnreg is not None:
-            self._launch["maxnreg"] = maxnreg
         size = vector_size(config)
         stride = grid_sync.COPY_STRIDE.value
         if size > stride:
