@@ -5,7 +5,7 @@ import pytest
 from energy import NOT_READABLE
 from engines import DEFAULT, Engines, with_threads
 from model_works import batch, decode, prefill
-from timing import interleave
+from timing import Probe, interleave
 
 from mobilellm_fast.quant import FORMATS
 
@@ -44,21 +44,22 @@ def engines(pytestconfig, smoke):
 
 
 def _run(benchmark, works, rounds, say, **about):
-    """Measure works that have facts of engines, beside the limits at this moment."""
+    """Measure works that have facts of engines, beside what limits them at this moment.
+
+    Prompts have a floor of operations, measured before; the rest is held to probes of the memory
+    around each turn.
+    """
+    threads = {work.facts["threads"] for work in works.values()}
+    by_memory = not any("operations" in work.facts for work in works.values())
     found = {}  # by number of threads: each work is held to what its own can do
-    for work in works.values():
-        threads = work.facts["threads"]
-        if threads not in found:
-            found[threads] = {"read_bandwidth": machine.read_rate("memory", threads)}
-            found[threads] |= machine.peaks(threads, work.facts["isa"])
-        limits = found[threads]
-        if "nbytes" in work.facts:
-            work.facts["floor_seconds"] = work.facts["nbytes"] / limits["read_bandwidth"]
-        if "operations" in work.facts:
-            work.facts["floor_seconds"] = work.facts["operations"] / limits[work.facts["peak"]]
-    benchmark.extra_info |= {"limits": limits, **about}
+    for work in works.values() if not by_memory else ():
+        own = work.facts["threads"]
+        if own not in found:
+            found[own] = machine.peaks(own, work.facts["isa"])
+        work.facts["floor_seconds"] = work.facts["operations"] / found[own][work.facts["peak"]]
+    benchmark.extra_info |= about
     say(f"measuring {', '.join(works)}")
-    if not interleave(benchmark, works, rounds):
+    if not interleave(benchmark, works, rounds, Probe(threads) if by_memory else None):
         benchmark.extra_info["energy"] = NOT_READABLE
 
 

@@ -9,7 +9,7 @@ from Python and quantizes its inputs itself, as `ops` does; the smallest calls a
 import pytest
 from machine import peaks, read_rate
 from op_works import OpCase, calls, check, demands, op_cases
-from timing import ROUND_SECONDS, Work, interleave, repeated
+from timing import ROUND_SECONDS, Probe, Work, interleave, repeated
 
 from mobilellm_fast import _C
 
@@ -28,11 +28,13 @@ def test_op(case: OpCase, benchmark, rounds, smoke):
     facts = demands(case)
     seconds = 1e-4 if smoke else ROUND_SECONDS
     works = {isa: Work(repeated(call, seconds)) for isa, call in calls(case, isas).items()}
-    read = read_rate(facts["source"], 1)
+    by_memory = facts["source"] == "memory"
+    read = 0.0 if by_memory else read_rate(facts["source"], 1)
     for isa, work in works.items():
         peak = peaks(1, isa)[facts["peak"]]
-        floor = max(facts["nbytes"] / read, facts["operations"] / peak)
-        work.facts = facts | {"read_bandwidth": read, "peak_rate": peak, "floor_seconds": floor}
+        work.facts = facts | {"threads": 1, "compute_seconds": facts["operations"] / peak}
+        if not by_memory:  # its share of the memory is told by probes around its turns
+            work.facts["floor_seconds"] = max(facts["nbytes"] / read, facts["operations"] / peak)
     benchmark.extra_info |= {"kind": "op", "title": str(case), "preset": case.preset}
     benchmark.extra_info["stem"] = case.stem
-    interleave(benchmark, works, rounds)
+    interleave(benchmark, works, rounds, Probe({1}) if by_memory else None)

@@ -53,7 +53,9 @@ def _works(results: list[Result], tokens: int) -> dict[str, Work]:
     works = {}
     for result in results:
         facts = result.about | {"fault": result.fault, "tokens": tokens}
-        works[str(result.spec)] = Work(lambda: 0.0, facts, result.seconds)
+        works[str(result.spec)] = Work(
+            lambda: 0.0, facts, seconds=result.seconds, probes=result.probes
+        )
     return works
 
 

@@ -3,12 +3,17 @@
     python bench/goals.py                      # about 25 minutes -> docs/benchmarks/goals.md
     python bench/goals.py --only own --quick   # without other engines, fewer rounds
 
-Works that are compared run in turns; a figure is the median of the ratios of single rounds, with
-the smallest and the largest beside it. Nothing else should run meanwhile. Peers are installed by
-`bench/peers.py`; a missing one is reported as missing.
+Each part (own, peers, quality) is a section of that file with its own date and command: a run
+replaces those that it measured and keeps the rest, and what is written above the first.
+
+Works that are compared run in turns; a figure is the median of the ratios of those rounds in which
+the memory was as fast for both (`steadiness.py`), with the smallest and the largest beside it, and
+how many were left out. Nothing else should run meanwhile. Peers are installed by `bench/peers.py`;
+a missing one is reported as missing.
 """
 
 import argparse
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +28,7 @@ import machine
 from export import default_root
 from peer_compare import Contest
 from peer_workers import Spec
+from steadiness import Sample
 
 from mobilellm_fast.files import whole_file
 
@@ -60,7 +66,8 @@ def compare(
         own, peer = ours[goal.ours], results[goal.peer]
         name = f"{title}: {goal.goal}"
         if peer.fault or own.fault:
-            yield goals_own.Row(name, f">= {goal.must}", [], f"missing: {peer.fault or own.fault}")
+            missing = f"missing: {peer.fault or own.fault}"
+            yield goals_own.Row(name, f">= {goal.must}", Sample.of([]), missing)
             continue
         speeds = [1 / statistics.median(r.seconds) for r in (own, peer)]
         together = sizes.get("sequences", 1)
@@ -127,45 +134,84 @@ def say(text: str) -> None:
 
 def row_line(row: goals_own.Row) -> str:
     """Format a row of the table."""
-    spread = ""
+    reached = ""
     if row.figures:
-        low, high = min(row.figures), max(row.figures)
-        spread = f"**{statistics.median(row.figures):.2f}** ({low:.2f} … {high:.2f})"
-    return f"| {row.goal} | {row.must} | {spread} | {row.note} |"
+        low, high = min(row.figures.values), max(row.figures.values)
+        reached = f"**{row.figures.median:.2f}** ({low:.2f} … {high:.2f})"
+    note = "; ".join(text for text in (row.note, row.figures.note) if text)
+    return f"| {row.goal} | {row.must} | {reached} | {note} |"
+
+
+def goals_table(part: Callable) -> Callable[[argparse.Namespace], list[str]]:
+    """Make a function that measures a part's rows, prints each, and returns their table."""
+
+    def lines(options: argparse.Namespace) -> list[str]:
+        found, discarded = ["| goal | must | reached | |", "| --- | --- | --- | --- |"], 0
+        for row in part(options):
+            discarded += row.figures.discarded
+            found.append(row_line(row))
+            print(found[-1], flush=True)
+        return [
+            f"Medians of {options.rounds} rounds in turns, the smallest and largest in brackets. "
+            f"Left out, as the memory changed its speed: {discarded}, over all rows.",
+            "",
+            *found,
+        ]
+
+    return lines
+
+
+# Of each part: the title of its section, and what measures it.
+PARTS: dict[str, tuple[str, Callable[[argparse.Namespace], list[str]]]] = {
+    "own": ("This library alone", goals_table(goals_own.rows)),
+    "peers": ("Beside other engines", goals_table(peers)),
+    "quality": ("Quality, on 1537 tokens of English, against fp32", quality),
+}
+
+
+def merged(text: str, sections: dict[str, str]) -> str:
+    """Put sections, by title, into a document: in place of those it has, in the order of `PARTS`.
+
+    What stands above its first section stays, and so do sections that are not ours.
+    """
+    head, *rest = re.split(r"^(?=## )", text or "# Goals of the CPU engine\n", flags=re.MULTILINE)
+    old = {part.partition("\n")[0].removeprefix("## "): part for part in rest}
+    new = old | {title: f"## {title}\n\n{body}" for title, body in sections.items()}
+    order = [title for title, _ in PARTS.values() if title in new]
+    order += [title for title in old if title not in order]
+    return "\n\n".join(part.strip("\n") for part in (head, *(new[t] for t in order))) + "\n"
+
+
+def stamp(options: argparse.Namespace) -> str:
+    """Say what machine, when, and how."""
+    facts = machine.facts()
+    return (
+        f"{facts['processor']}, {options.threads} threads, {facts['system']}, mobilellm_fast "
+        f"{facts['versions']['mobilellm_fast']}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, "
+        f"load {facts['load_average']:.1f} at the start. Command: `python {' '.join(sys.argv)}`."
+    )
 
 
 def main() -> int:
-    """Measure what is asked for and write the tables."""
+    """Measure what is asked for; write each part when it is done."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=("own", "peers", "quality"))
+    parser.add_argument("--only", choices=PARTS)
     parser.add_argument("--threads", type=int, default=machine.available_cpus())
     parser.add_argument("--root", type=Path, default=default_root(), help="of the peers")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--quick", action="store_true", help="3 rounds instead of 7")
     options = parser.parse_args()
     options.rounds = 3 if options.quick else 7
-    facts = machine.facts()
-    lines = ["# Goals of the CPU engine", ""]
-    lines.append(
-        f"{facts['processor']}, {options.threads} threads, {facts['system']}, "
-        f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, load {facts['load_average']:.1f} at the "
-        f"start. Command: `python {' '.join(sys.argv)}`. Medians of {options.rounds} rounds in "
-        "turns, the smallest and the largest in brackets."
-    )
-    parts: dict[str, Callable] = {"own": goals_own.rows, "peers": peers}
-    lines += ["", "| goal | must | reached | |", "| --- | --- | --- | --- |"]
-    for name, part in parts.items():
-        if options.only in (None, name):
-            for row in part(options):
-                lines.append(row_line(row))
-                print(lines[-1], flush=True)
-    if options.only in (None, "quality"):
-        lines += ["", "Quality on 1537 tokens of English, against fp32:", "", *quality(options)]
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(options.output) as file:
-        file.write("\n".join([*lines, ""]).encode())
+    for name, (title, part) in PARTS.items():
+        if options.only in (None, name):
+            say(title)
+            body = "\n".join([stamp(options), "", *part(options)])
+            text = options.output.read_text() if options.output.exists() else ""
+            with whole_file(options.output) as file:
+                file.write(merged(text, {title: body}).encode())
     return 0
 
 

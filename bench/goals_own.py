@@ -16,21 +16,24 @@ from cases import bind_kernel, make_args
 from engines import random_image, shape
 from model_works import batch, decode, prefill
 from starts import start
+from steadiness import Sample, bandwidths, ratios, shares
+from timing import Probe, Work, take_turns
 
 from mobilellm_fast import _C
 from mobilellm_fast.engine import Engine
 
 TEXT = "Repeat: " + "the quick brown fox jumps over the lazy dog. " * 12
 SPIN = "while True: pass"
+STREAMED, AT_ONCE = 192, 8  # tokens of a stream, and in a block of them
 
 
 @dataclass(frozen=True)
 class Row:
-    """A goal, what it asks for, a figure per round, and a remark."""
+    """A goal, what it asks for, figures of the rounds that count, and a remark."""
 
     goal: str
     must: str
-    figures: list[float]
+    figures: Sample
     note: str = ""
 
 
@@ -40,36 +43,39 @@ def rows(options) -> Iterator[Row]:
         yield from part(options)
 
 
-def in_turns(works: dict[str, Callable[[], float]], rounds: int) -> dict[str, np.ndarray]:
-    """Run works A B A B, once to warm up and then `rounds` times; return figures by name."""
-    found = {name: [] for name in works}
-    for round in range(rounds + 1):
-        for name, run in works.items():
-            figure = run()
-            if round:
-                found[name].append(figure)
-    return {name: np.array(figures) for name, figures in found.items()}
+def in_turns(
+    works: dict[str, Callable[[], float] | Work], rounds: int, threads: set[int] = frozenset()
+) -> dict[str, Work]:
+    """Run works by `take_turns`, between probes of the memory with each of `threads`, if any."""
+    made = {n: work if isinstance(work, Work) else Work(work) for n, work in works.items()}
+    take_turns(made, rounds, Probe(set(threads)) if threads else None)
+    return made
+
+
+def milliseconds(work: Work) -> float:
+    return 1e3 * statistics.median(work.seconds)
 
 
 def sharing(options) -> Iterator[Row]:
     """Yield what a second pass over shared blocks costs, on one and on all threads."""
-    works = {}
+    engines = {}
     for name in ("125M", "LS-125M", "125M-unshared"):
         config = shape(name)
         image = random_image(config, "int8", name)
         for threads in sorted({1, options.threads}):
-            engine = Engine(config, image.weights, "int8", name=name, threads=threads)
-            works[name, threads] = decode(engine, 128).run
-    found = in_turns(works, options.rounds)
+            engines[name, threads] = Engine(
+                config, image.weights, "int8", name=name, threads=threads
+            )
     for threads in sorted({1, options.threads}):
-        base, shared, copies = (
-            found[name, threads] for name in ("125M", "LS-125M", "125M-unshared")
-        )
-        note = f"{1e3 * np.median(shared):.2f} ms against {1e3 * np.median(base):.2f}"
+        names = ("125M", "LS-125M", "125M-unshared")
+        works = {name: decode(engines[name, threads], 128) for name in names}
+        base, shared, copies = in_turns(works, options.rounds, {threads}).values()
+        note = f"{milliseconds(shared):.2f} ms against {milliseconds(base):.2f}"
         where = f"int8, {threads} thread(s)"
-        yield Row(f"LS-125M / 125M, {where}", "<= 1.25", list(shared / base), note)
-        yield Row(f"60 blocks of their own / 125M, {where}", "", list(copies / base))
-        yield Row(f"sharing is faster than copies by, {where}", ">= 1.5", list(copies / shared))
+        yield Row(f"LS-125M / 125M, {where}", "<= 1.25", ratios(shared, base), note)
+        yield Row(f"60 blocks of their own / 125M, {where}", "", ratios(copies, base))
+        faster = ratios(copies, shared)
+        yield Row(f"sharing is faster than copies by, {where}", ">= 1.5", faster)
 
 
 def real_model(options) -> Iterator[Row]:
@@ -78,34 +84,34 @@ def real_model(options) -> Iterator[Row]:
     engines = {f: Engine.load(format=f, threads=threads) for f in ("int8", "int4")}
     eight = Engine.load(format="int8", threads=threads, kv_format="int8")
     works = {f: decode(engine, 128) for f, engine in engines.items()}
-    runs = {f: work.run for f, work in works.items()}
-    runs["read"] = lambda: _C.read_bandwidth(threads)
-    found = in_turns(runs, options.rounds)
+    in_turns(works, options.rounds, {threads})
     for format, must in (("int8", 0.80), ("int4", 0.72)):
-        share = works[format].facts["nbytes"] / found[format] / found["read"]
-        note = (
-            f"{np.median(found['read']) / 1e9:.1f} GB/s, {1 / np.median(found[format]):.0f} tok/s"
-        )
-        yield Row(f"share of the read bandwidth, {format}", f">= {must}", list(share), note)
+        work = works[format]
+        read = [rate / 1e9 for rate in bandwidths(work)]
+        note = f"{min(read):.0f} to {max(read):.0f} GB/s, {1e3 / milliseconds(work):.0f} tok/s"
+        yield Row(f"share of the read bandwidth, {format}", f">= {must}", shares(work), note)
 
-    found = in_turns({n: decode(eight, n).run for n in (128, 2048)}, options.rounds)
-    yield Row("context 2048 / 128, int8 keys", "<= 1.25", list(found[2048] / found[128]))
+    found = in_turns({n: decode(eight, n) for n in (128, 2048)}, options.rounds, {threads})
+    grown = ratios(found[2048], found[128])
+    yield Row("context 2048 / 128, int8 keys", "<= 1.25", grown)
 
     works = {
-        (kv, n): prefill(engine, n).run
+        (kv, n): prefill(engine, n)
         for kv, engine in (("fp16", engines["int8"]), ("int8", eight))
         for n in (512, 2048)
     }
-    works["int4", 512] = prefill(engines["int4"], 512).run
+    works["int4", 512] = prefill(engines["int4"], 512)
     found = in_turns(works, min(options.rounds, 5))
     for kv in ("fp16", "int8"):
-        ratio = found[kv, 2048] / found[kv, 512] / 4
-        yield Row(f"prompt of 2048 / (4 x 512), {kv} keys", "<= 1.35", list(ratio))
-    yield Row("prompt of 512, int4 / int8", ">= 1.0", list(found["fp16", 512] / found["int4", 512]))
+        grown = ratios(found[kv, 2048], found[kv, 512]).times(1 / 4)
+        yield Row(f"prompt of 2048 / (4 x 512), {kv} keys", "<= 1.35", grown)
+    faster = ratios(found["fp16", 512], found["int4", 512])
+    yield Row("prompt of 512, int4 / int8", ">= 1.0", faster)
 
-    found = in_turns({n: batch(engines["int8"], n, 128).run for n in (1, 8, 32)}, 3)
+    found = in_turns({n: batch(engines["int8"], n, 128) for n in (1, 8, 32)}, 3, {threads})
     for n, must in ((8, ">= 3"), (32, "")):
-        yield Row(f"batch of {n} / batch of 1, int8", must, list(n * found[1] / found[n]))
+        together = ratios(found[1], found[n]).times(n)
+        yield Row(f"batch of {n} / batch of 1, int8", must, together)
     yield from lookup(engines["int8"], options)
     yield from around_a_step(engines["int8"], options)
     yield from tails(engines["int8"])
@@ -118,7 +124,7 @@ def operator(options) -> Iterator[Row]:
     A call rounds its inputs first; so many outputs make that 3% of it.
     """
     isa = _C.supported_isas()[0]
-    works = {"peak": lambda: machine.peaks(1, isa)["int8"]}
+    works = {"peak": lambda: 1 / machine.peaks(1, isa)["int8"]}
     for activation in ("int8", "int8_g32"):
         sizes = {"rows": 512, "cols": 1536, "outputs": 3072}
         args = make_args("linear", sizes, kind="int8", activation=activation)
@@ -127,12 +133,12 @@ def operator(options) -> Iterator[Row]:
         def run(call=call, operations=2 * 512 * 1536 * 3072) -> float:
             started = perf_counter()
             call()
-            return operations / (perf_counter() - started)
+            return (perf_counter() - started) / operations
 
         works[activation] = run
     found = in_turns(works, 3 * options.rounds)
     for activation, name in (("int8", "w8a8"), ("int8_g32", "int8 in groups")):
-        share = list(found[activation] / found["peak"])
+        share = ratios(found["peak"], found[activation])
         yield Row(f"product of 512 rows, {name}, of the int8 peak, 1 thread", ">= 0.65", share, isa)
 
 
@@ -143,38 +149,46 @@ def lookup(engine: Engine, options) -> Iterator[Row]:
         answer = engine.generate(TEXT, max_new_tokens=96, prompt_lookup=guesses)
         return answer.timings.decode_seconds / len(answer.token_ids)
 
-    found = in_turns({n: lambda n=n: per_answer(n) for n in (None, 8)}, options.rounds)
-    faster = list(found[None] / found[8])
+    works = {n: lambda n=n: per_answer(n) for n in (None, 8)}
+    found = in_turns(works, options.rounds, {options.threads})
+    faster = ratios(found[None], found[8])
     yield Row("lookup decoding of a repetition / plain, int8", ">= 1.5", faster)
 
 
 def around_a_step(engine: Engine, options) -> Iterator[Row]:
-    """Yield how much longer a token of `stream` takes than a step of the bare loop."""
-    ids, count = list(range(1, 129)), 128
+    """Yield how much longer a token of `stream` takes than a step of the bare loop.
 
-    def bare() -> float:
+    Both advance in one loop, `AT_ONCE` tokens each in turn, after the same number of tokens: what
+    the machine does within seconds hits both. A figure is the median over these blocks.
+    """
+    ids = list(range(1, 129))
+
+    def per_cent(**sampling) -> float:
         cache = engine.new_cache()
         engine.forward(ids, cache)
-        times = [perf_counter()]
-        for token in range(count):
-            engine.forward([token + 1], cache)
-            times.append(perf_counter())
-        return float(np.median(np.diff(times)))
+        stream = engine.stream(ids, max_new_tokens=STREAMED, **sampling)
+        next(stream)  # the prompt
+        extra = []
+        while True:
+            bare = steps(lambda: engine.forward([17], cache))
+            streamed = steps(lambda: next(stream, None))
+            if len(streamed) < AT_ONCE:  # the answer has ended
+                return 100 * statistics.median(extra)
+            extra.append(statistics.median(streamed) / statistics.median(bare) - 1)
 
-    def streamed(**sampling) -> float:
+    def steps(step: Callable[[], object]) -> list[float]:
         times = []
-        for _ in engine.stream(ids, max_new_tokens=count, **sampling):
-            times.append(perf_counter())
-        return float(np.median(np.diff(times)))
+        for _ in range(AT_ONCE):
+            started = perf_counter()
+            if step() is None:
+                break
+            times.append(perf_counter() - started)
+        return times
 
-    works = {
-        "bare": bare,
-        "greedy": streamed,
-        "top_p": lambda: streamed(temperature=0.8, top_p=0.95, seed=1),
-    }
-    found = in_turns(works, options.rounds)
-    for name in ("greedy", "top_p"):
-        extra = list(100 * (found[name] / found["bare"] - 1))
+    samplings = {"greedy": {}, "top_p": {"temperature": 0.8, "top_p": 0.95, "seed": 1}}
+    per_cent()  # warms up
+    for name, sampling in samplings.items():
+        extra = Sample.of([per_cent(**sampling) for _ in range(options.rounds)])
         yield Row(f"stream() over the bare loop, {name}, per cent", "< 3", extra)
 
 
@@ -190,7 +204,7 @@ def tails(engine: Engine, steps: int = 1000) -> Iterator[Row]:
             times.append(perf_counter() - started)
     ratio = float(np.quantile(times, 0.99) / np.median(times))
     note = f"largest {max(times) / statistics.median(times):.2f}"
-    yield Row(f"p99 / median of {steps} steps, int8", "<= 1.5", [ratio], note)
+    yield Row(f"p99 / median of {steps} steps, int8", "<= 1.5", Sample.of([ratio]), note)
 
 
 @contextlib.contextmanager
@@ -206,12 +220,12 @@ def busy_process() -> Iterator[None]:
 
 def beside_another(engine: Engine, options) -> Iterator[Row]:
     """Yield the part of the quiet throughput that is left beside a process that never rests."""
-    work, shares = decode(engine, 128, 48), []
+    work, left = decode(engine, 128, 48), []
     for _ in range(min(options.rounds, 5)):
         quiet = work.run()
         with busy_process():
-            shares.append(quiet / throughput_step(engine))
-    yield Row("throughput beside a busy process / quiet, int8", ">= 0.45", shares)
+            left.append(quiet / throughput_step(engine))
+    yield Row("throughput beside a busy process / quiet, int8", ">= 0.45", Sample.of(left))
 
 
 def throughput_step(engine: Engine, steps: int = 96) -> float:
@@ -236,11 +250,12 @@ def surroundings(options) -> Iterator[Row]:
         if round:
             loads.append(1e3 * found["load"])
             firsts.append(perf_counter() - started)
-    yield Row("warm load, ms", "<= 30", loads)
+    yield Row("warm load, ms", "<= 30", Sample.of(loads))
+    firsts = Sample.of(firsts)
     yield Row("`mobilellm-fast generate`, start to end of one token, s", "<= 0.6", firsts)
     script = Path(__file__).resolve().parent / "resident.py"
     done = subprocess.run([sys.executable, script], check=True, stdout=subprocess.PIPE)
     found = json.loads(done.stdout)
     note = f"{found['resident'] / 1e6:.1f} MB for {found['needed'] / 1e6:.1f}"
-    ratio = found["resident"] / found["needed"]
-    yield Row("resident memory, int8 + 2048 int8 keys / their bytes", "<= 1.1", [ratio], note)
+    ratio = Sample.of([found["resident"] / found["needed"]])
+    yield Row("resident memory, int8 + 2048 int8 keys / their bytes", "<= 1.1", ratio, note)

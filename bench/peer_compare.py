@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 from peer_workers import OURS, Spec, Unavailable, Worker
+from steadiness import Reading, Sample, ratios
+from timing import Probe, Work, take_turns
 
 from mobilellm_fast.checkpoint import open_checkpoint
 
@@ -22,8 +24,8 @@ TEXT_TOKENS = 1537  # of every CPython's help texts, about a short article's wor
 class Result:
     """What is known of one engine after a run.
 
-    `seconds` has one figure per round, per token; `quality` see `distance`; `fault` says why the
-    engine, or a part of its figures, is missing.
+    `seconds` has one figure per round, per token, and `probes` the memory's around each, see
+    `steadiness`; `quality` see `distance`; `fault` says why the engine's figures are missing.
     """
 
     spec: Spec
@@ -31,10 +33,11 @@ class Result:
     seconds: list[float] = field(default_factory=list)
     quality: dict[str, float] = field(default_factory=dict)
     fault: str | None = None
+    probes: list[tuple[Reading, Reading]] = field(default_factory=list)
 
-    def ratios(self, reference: "Result") -> list[float]:
-        """How many times as fast the reference was, in each round."""
-        return [own / ref for own, ref in zip(self.seconds, reference.seconds, strict=False)]
+    def ratios(self, reference: "Result") -> Sample:
+        """How many times as fast the reference was, in each round that can be compared."""
+        return ratios(self, reference)
 
     def attempt(self, work: Callable[[], None]) -> None:
         """Do something with the engine unless it failed before; note if it fails now."""
@@ -100,7 +103,7 @@ class Contest:
         sequences: int = SEQUENCES,
         rounds: int = 7,
     ) -> list[Result]:
-        """Measure what engines take; a first round only warms up.
+        """Measure what engines take, by `take_turns`: decoding between probes of the memory.
 
         Args:
             op: "decode" measures `tokens` greedy steps (64) after `context` tokens, whose median
@@ -117,17 +120,22 @@ class Contest:
         if op == "batch":
             arguments["sequences"] = sequences
         results = [Result(r.spec, r.about, fault=r.fault) for r in self._started]
-        for round in range(rounds + 1):
-            for i, result in enumerate(results):
+        per_figure = tokens if op == "prefill" else 1
 
-                def measure(i=i, result=result, counted=round > 0):
-                    seconds = self._workers[i].ask(op, **arguments)["seconds"]
-                    if counted:
-                        per_step = tokens if op == "prefill" else 1
-                        result.seconds.append(statistics.median(seconds) / per_step)
+        def work(i: int, result: Result) -> Work:
+            def run() -> float | None:
+                found, worker = [], self._workers[i]
+                result.attempt(lambda: found.extend(worker.ask(op, **arguments)["seconds"]))
+                return statistics.median(found) / per_figure if found else None
 
-                self.progress(f"{op}, round {round} of {rounds}: {result.spec}")
-                result.attempt(measure)
+            return Work(run, seconds=result.seconds, probes=result.probes)
+
+        def tell(round: int, name: str) -> None:
+            self.progress(f"{op}, round {round} of {rounds}: {results[int(name)].spec}")
+
+        works = {f"{i}": work(i, r) for i, r in enumerate(results) if r.fault is None}
+        if works:
+            take_turns(works, rounds, Probe({self.threads}) if op != "prefill" else None, tell)
         return results
 
     def quality(self, wanted: Callable[[Spec], bool] = lambda spec: True) -> list[Result]:

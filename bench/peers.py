@@ -114,7 +114,11 @@ def _compare(args: argparse.Namespace) -> int:
             "command": " ".join(["python", "bench/peers.py", *sys.argv[1:]]),
             **options,
             "results": [
-                {**asdict(result), "spec": str(result.spec), "ratios": result.ratios(results[0])}
+                {
+                    **asdict(result),
+                    "spec": str(result.spec),
+                    "ratios": result.ratios(results[0]).values,
+                }
                 for result in results
             ],
         }
@@ -138,7 +142,7 @@ def _print(results: list[Result], op: str, sequences: int) -> None:
         f"{op} tokens/s",
         f"ms/{'step' if op == 'batch' else 'token'} (min … max)",
     ]
-    header += [f"{first.spec} is faster by (min … max)", "each round"]
+    header += [f"{first.spec} is faster by (min … max)", "each comparable round"]
     header += ["KL", "same top-1", "perplexity"] if quality else []
     for row in (header, ["---"] * len(header)):
         print("|", " | ".join(row), "|")
@@ -159,8 +163,12 @@ def _cells(result: Result, first: Result, quality: bool, op: str, sequences: int
         cells.append(_spread([1e3 * seconds for seconds in result.seconds]))
     else:
         cells += ["**missing**", ""]
-    ratios = result.ratios(first) if result is not first else []
-    cells += [_spread(ratios), " ".join(f"{ratio:.2f}" for ratio in ratios)]
+    if result is first:
+        cells += ["", ""]
+    else:
+        sample = result.ratios(first)
+        note = f", {sample.note}" if sample.note else ""
+        cells += [_spread(sample.values) + note, " ".join(f"{r:.2f}" for r in sample.values)]
     if quality and result.quality:
         figures = result.quality
         cells += [f"{figures['kl']:.5f}", f"{figures['same_top1']:.1%}"]

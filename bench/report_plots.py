@@ -1,11 +1,13 @@
 """Saved runs as plots."""
 
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import fill
 
 import matplotlib
 from saved_runs import Benchmark, Run
+from steadiness import bandwidths
 
 matplotlib.use("svg")
 matplotlib.rcParams.update({"svg.hashsalt": "mobilellm_fast", "font.size": 9})
@@ -51,7 +53,7 @@ def _decode_by_bits(run: Run, axes) -> bool:
         place = (4, above)
         axes.annotate(name, (bits, speed), xytext=place, textcoords="offset points", fontsize=6)
         placed.append(name)
-    bandwidth = drawn[0].about["limits"]["read_bandwidth"]
+    bandwidth = statistics.median(bandwidths(drawn[0].first))
     # a token's weights, once, at the bandwidth of this run
     grid = [4 + i * 0.25 for i in range(4 * 29)]
     floor = [8 * bandwidth / (parameters * bits) for bits in grid]

@@ -1,9 +1,10 @@
 """Saved runs as Markdown tables."""
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
-from saved_runs import DIFFERENT, KINDS, Benchmark, Run, Series, agreement
+from saved_runs import DIFFERENT, KINDS, Agreement, Benchmark, Run, Series, agreement
+from steadiness import SAME
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -31,8 +32,17 @@ def percent(value: float | None) -> str:
 
 
 def ratio(benchmark: Benchmark, series: Series) -> str:
-    """Format how long a work took beside the first of its benchmark."""
-    return "1" if series is benchmark.first else spread(series.ratios(benchmark.first))
+    """Format how long a work took beside the reference of its benchmark.
+
+    Where rounds were left out, or other runs found another ratio, that is part of it.
+    """
+    sample = benchmark.ratios(series.name)
+    if sample is None:
+        return "1"
+    apart = benchmark.apart.get(series.name)
+    between = "" if apart is None else f"**{apart:.0%} between runs**"
+    notes = [spread(sample.values), sample.note, between]
+    return ", ".join(note for note in notes if note)
 
 
 def limits(run: Run) -> str:
@@ -122,12 +132,10 @@ def paper(benchmarks: list[Benchmark]) -> str:
     header = ["model", "engine", "load ms", "init ms", "execute ms", "execute / first", "peak MB"]
     rows = []
     for benchmark in benchmarks:
-        bases: dict[str, Series] = {}
         for series in benchmark.series.values():
             facts, parts = series.facts, series.facts["parts"]
-            base = bases.setdefault(facts["engine"], series)
             cells = [spread(parts[part], 1e3, 1) for part in ("load", "init", "execute")]
-            repeat = spread(series.ratios(base))
+            repeat = ratio(benchmark, series)
             peak = spread(parts["peak_nbytes"], 1e-6, 0)
             rows.append([facts["model"], facts["engine"], *cells, repeat, peak])
         figures = {s.facts["model"]: s.facts["paper"] for s in benchmark.series.values()}
@@ -188,28 +196,52 @@ def agreements(runs: list[Run]) -> str:
     found = agreement(runs)
     if not found:
         return "The runs have no ratio in common.\n"
-    apart = sum(spread > DIFFERENT for *_, spread in found)
-    header = ["what", "work", *(f"run {i + 1}" for i in range(len(runs))), "spread", ""]
+    header = ["what", "work", *(f"run {i + 1}" for i in range(len(runs))), "between runs", ""]
     rows = (
-        [title, name, *(f"{value:.3f}" for value in ratios), f"{spread:.1%}", _mark(spread)]
-        for title, name, ratios, spread in found
+        [
+            row.title,
+            row.name,
+            *(spread(sample.values, digits=3) for sample in row.samples),
+            f"{row.spread:.1%}",
+            f"**above {DIFFERENT:.0%}**" if row.apart else "",
+        ]
+        for row in found
     )
-    text = f"{len(found) - apart} of {len(found)} ratios agree within {DIFFERENT:.0%}.\n\n"
-    return text + table(header, rows)
+    return f"{agreed(found)}. In brackets the rounds of each run.\n\n" + table(header, rows)
 
 
-def _mark(spread: float) -> str:
-    return f"**above {DIFFERENT:.0%}**" if spread > DIFFERENT else ""
+def agreed(found: list[Agreement]) -> str:
+    """Count the ratios on which runs agree."""
+    same = sum(not row.apart for row in found)
+    return f"{same} of {len(found)} ratios agree within {DIFFERENT:.0%}"
 
 
-def report(run: Run, plots: dict[str, str]) -> str:
+def left_out(run: Run) -> str:
+    """Count the rounds of ratios that unsteady memory spoiled."""
+    samples = [s for b in run.benchmarks for name in b.series if (s := b.ratios(name))]
+    rounds = sum(sample.rounds for sample in samples)
+    unsteady = sum(not sample.steady for sample in samples)
+    return (
+        f"{sum(s.discarded for s in samples)} of {rounds} rounds of ratios do not count, the "
+        f"memory having changed its speed by more than {SAME - 1:.0%} within them; "
+        f"{unsteady} of {len(samples)} ratios have no round that counts, and show all of them."
+    )
+
+
+def report(run: Run, plots: dict[str, str], others: Sequence[Run] = ()) -> str:
     """Write a run as Markdown.
 
     Args:
         run: what to show.
         plots: file names by title.
+        others: earlier runs of the same; ratios that they do not agree on are marked.
     """
-    parts = ["# Benchmarks\n", f"{run.stamp}\n", "## Limits of this machine\n", limits(run)]
+    parts = ["# Benchmarks\n", f"{run.stamp}\n", f"{left_out(run)}\n"]
+    if others:
+        found = agreement([*others, run])
+        run.mark(found)
+        parts.append(f"With {len(others)} other run(s): {agreed(found)}; the others are marked.\n")
+    parts += ["## Limits of this machine\n", limits(run)]
     parts += [f"![{title}]({name})\n\n{title}. {run.stamp}\n" for title, name in plots.items()]
     for kind, title in KINDS.items():
         if benchmarks := run.of(kind):

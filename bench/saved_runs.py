@@ -5,6 +5,8 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from steadiness import Sample, ratios, shares
+
 # Everything that a full run has, in the order of a report.
 KINDS = {
     "op": "Ops",
@@ -29,6 +31,7 @@ class Series:
     seconds: list[float]
     joules: list[float]
     facts: dict
+    probes: list = field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -41,6 +44,8 @@ class Series:
     @property
     def share(self) -> float | None:
         """The part of the machine's limit that it reached, None where there is no such limit."""
+        if self.probes and self.facts.get("nbytes"):
+            return shares(self).median
         floor = self.facts.get("floor_seconds")
         return None if floor is None else floor / self.median
 
@@ -49,30 +54,47 @@ class Series:
         tokens = self.facts.get("tokens_per_run")
         return statistics.median(self.joules) / tokens if self.joules and tokens else None
 
-    def ratios(self, reference: "Series") -> list[float]:
-        """How many times as long as the reference it took, in each round."""
-        pairs = zip(self.seconds, reference.seconds, strict=False)
-        return [own / ref for own, ref in pairs]
+    def ratios(self, reference: "Series") -> Sample:
+        """How many times as long as the reference it took, in each round that can be compared."""
+        return ratios(self, reference)
 
 
 @dataclass
 class Benchmark:
-    """One test: works that were measured in turns; the first that has figures is the reference."""
+    """One test: works that were measured in turns; the first that has figures is the reference.
+
+    `apart`: the spread between runs of the ratios that these do not agree on, by work.
+    """
 
     kind: str
     title: str
     about: dict
     series: dict[str, Series]
+    apart: dict[str, float] = field(default_factory=dict)
 
     @property
     def first(self) -> Series:
         measured = (series for series in self.series.values() if series.seconds)
         return next(measured, next(iter(self.series.values())))
 
+    def reference(self, series: Series) -> Series:
+        """Return what a work's ratio is to: the first, in the paper's table that of its engine."""
+        if self.kind == "paper":
+            own = series.facts["engine"]
+            return next(s for s in self.series.values() if s.facts["engine"] == own)
+        return self.first
+
+    def ratios(self, name: str) -> Sample | None:
+        """A work's time in that of its reference, None if missing or that itself."""
+        series = self.series.get(name)
+        if series is None or (reference := self.reference(series)) is series:
+            return None
+        return series.ratios(reference) or None
+
     def ratio(self, name: str) -> float | None:
-        """The median, over the rounds, of a work's time in that of the first; None if missing."""
-        ratios = self.series[name].ratios(self.first) if name in self.series else []
-        return statistics.median(ratios) if ratios else None
+        """The median of `ratios`; 1 of the reference."""
+        sample = self.ratios(name)
+        return sample.median if sample else (1.0 if name == self.first.name else None)
 
 
 @dataclass
@@ -102,7 +124,13 @@ class Run:
         for entry in raw["benchmarks"]:
             about = dict(entry["extra_info"])
             series = {
-                key: Series(key, facts.pop("seconds"), facts.pop("joules", []), facts)
+                key: Series(
+                    key,
+                    facts.pop("seconds"),
+                    facts.pop("joules", []),
+                    probes=facts.pop("probes", []),
+                    facts=facts,
+                )
                 for key, facts in about.pop("series", {}).items()
             }
             if series:
@@ -112,6 +140,13 @@ class Run:
 
     def of(self, kind: str) -> list[Benchmark]:
         return [benchmark for benchmark in self.benchmarks if benchmark.kind == kind]
+
+    def mark(self, found: list["Agreement"]) -> None:
+        """Note which ratios other runs do not agree on."""
+        apart = {(row.title, row.name): row.spread for row in found if row.apart}
+        for benchmark in self.benchmarks:
+            names = (n for n in benchmark.series if (benchmark.title, n) in apart)
+            benchmark.apart = {name: apart[benchmark.title, name] for name in names}
 
     @property
     def missing(self) -> list[str]:
@@ -138,21 +173,34 @@ class Run:
         )
 
 
-def agreement(runs: list[Run]) -> list[tuple[str, str, list[float], float]]:
-    """Compare the ratios of runs.
+@dataclass(frozen=True)
+class Agreement:
+    """One ratio in several runs: a sample of each, in their order."""
 
-    Returns:
-        title, work, its ratio in each run, and the spread: largest / smallest - 1; the widest
-        first. Only what all runs have.
-    """
+    title: str
+    name: str
+    samples: list[Sample]
+
+    @property
+    def spread(self) -> float:
+        """The largest median over the smallest, less one."""
+        medians = [sample.median for sample in self.samples]
+        return max(medians) / min(medians) - 1
+
+    @property
+    def apart(self) -> bool:
+        return self.spread > DIFFERENT
+
+
+def agreement(runs: list[Run]) -> list[Agreement]:
+    """Compare all ratios that runs have in common; the widest spread first."""
     found = []
     for benchmark in runs[0].benchmarks:
         same = [[b for b in run.benchmarks if b.title == benchmark.title] for run in runs]
         if not all(same):
             continue
-        for name in list(benchmark.series)[1:]:
-            ratios = [each[0].ratio(name) for each in same]
-            if all(ratios):
-                spread = max(ratios) / min(ratios) - 1
-                found.append((benchmark.title, name, ratios, spread))
-    return sorted(found, key=lambda row: -row[3])
+        for name in benchmark.series:
+            samples = [each[0].ratios(name) for each in same]
+            if all(samples):
+                found.append(Agreement(benchmark.title, name, samples))
+    return sorted(found, key=lambda row: -row.spread)

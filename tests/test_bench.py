@@ -23,43 +23,47 @@ sys.path.insert(0, str(BENCH))
 
 import energy  # noqa: E402  on the path only now
 import engines  # noqa: E402
+import goals  # noqa: E402
 import model_works  # noqa: E402
 import op_works  # noqa: E402
 import report  # noqa: E402
 import report_tables  # noqa: E402
 import saved_runs  # noqa: E402
 import start_worker  # noqa: E402
+import steadiness  # noqa: E402
 import timing  # noqa: E402
 
 FLIP_A_SIGN = """
 import mobilellm_fast._C as _C
 
 def pytest_collection_finish(session):
-    right = _C.linear
+    for name, place in (("linear", 2), ("swiglu", 3)):
+        right = getattr(_C, name)
 
-    def linear(x, weight, out, *rest):
-        right(x, weight, out, *rest)
-        out *= -1
+        def flipped(*args, right=right, place=place):
+            right(*args)
+            args[place][:] *= -1
 
-    _C.linear = linear
+        setattr(_C, name, flipped)
 """
 
 
 def test_a_broken_kernel_turns_its_benchmark_red(tmp_path):
-    """In a whole run of pytest: the broken op fails and has no figures, another one has some."""
+    """In a whole run of pytest: broken ops fail and have no figures, another one has some."""
     (tmp_path / "flip_a_sign.py").write_text(FLIP_A_SIGN)
     saved = tmp_path / "run.json"
     path = os.pathsep.join(p for p in (str(tmp_path), os.environ.get("PYTHONPATH")) if p)
     command = [
         *(sys.executable, "-m", "pytest", "-p", "flip_a_sign", "--benchmark-only", "--smoke"),
-        *(f"--benchmark-json={saved}", "-k", "quick and (linear or rms_norm)"),
+        *(f"--benchmark-json={saved}", "-k", "quick and (linear or swiglu or rms_norm)"),
         *(f"--rootdir={BENCH.parent}", str(BENCH / "bench_ops.py")),
     ]
     done = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
     )
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "RED: 125M-linear-int8-int8_g32" in done.stdout
+    for name in ("linear", "swiglu"):
+        assert f"RED: 125M-{name}-int8-int8_g32" in done.stdout
     assert "no speed is reported" in done.stdout
     titles = [entry["extra_info"]["title"] for entry in json.loads(saved.read_text())["benchmarks"]]
     assert titles and all("rms_norm" in title for title in titles)
@@ -115,7 +119,7 @@ def test_weights_rotate_through_more_than_the_cache(monkeypatch):
 
 def test_turns_alternate():
     order, benchmark = [], SimpleNamespace(extra_info={}, stats=None)
-    benchmark.pedantic = lambda work, rounds: [work() for _ in range(rounds)]
+    benchmark.pedantic = lambda work: work()
 
     def work(name, seconds):
         return timing.Work(lambda: order.append(name) or seconds, {"tokens": 2})
@@ -124,6 +128,45 @@ def test_turns_alternate():
     assert "".join(order) == "ab" + "ababab"  # a first round to warm up
     series = benchmark.extra_info["series"]
     assert series["a"]["seconds"] == [1.0] * 3 and series["b"]["tokens"] == 2
+
+
+def probed_turns(rates: list[float], monkeypatch) -> tuple[timing.Work, timing.Work]:
+    """Measure two works in 4 rounds; the memory reads `rates`, the last of them from then on."""
+    monkeypatch.setattr(timing, "FRESH_SECONDS", -1)  # every probe is a new one
+    left = list(rates)
+    probe = timing.Probe({2}, lambda threads: left.pop(0) if len(left) > 1 else left[0])
+    a, b = timing.Work(lambda: 1.0), timing.Work(lambda: 2.0)
+    timing.take_turns({"a": a, "b": b}, 4, probe)
+    return a, b
+
+
+def test_rounds_are_added_while_the_memory_is_unsteady(monkeypatch):
+    steady, changing = [1.0] * 4, [1.0, 1.0, 2.0, 2.0]  # four probes in a round; one warms up
+    a, b = probed_turns([1.0], monkeypatch)
+    assert len(a.seconds) == len(b.probes) == 4 and len(steadiness.ratios(b, a).values) == 4
+    a, b = probed_turns(steady + 2 * changing + steady, monkeypatch)
+    sample = steadiness.ratios(b, a)
+    assert len(a.seconds) == 5 and sample.values == [2.0] * 3 and sample.discarded == 2
+    a, b = probed_turns(steady + 100 * changing, monkeypatch)
+    sample = steadiness.ratios(b, a)
+    assert len(a.seconds) == 8 and not sample.steady and sample.values == [2.0] * 8  # bounded
+
+
+def test_a_work_that_cannot_go_on_has_no_figures():
+    left = [1.0, 1.0, None]
+    a, b = timing.Work(lambda: 1.0), timing.Work(lambda: left.pop(0))
+    timing.take_turns({"a": a, "b": b}, 3)
+    assert len(a.seconds) == 3 and b.seconds == [] and left == []
+
+
+def test_goals_keep_the_parts_that_were_not_measured():
+    own, quality = (goals.PARTS[name][0] for name in ("own", "quality"))
+    text = f"# Goals\n\nA note.\n\n## {own}\n\nold\n\n## Beside other engines\n\npeers\n"
+    found = goals.merged(text, {own: "new", quality: "fine"})
+    assert found.startswith(f"# Goals\n\nA note.\n\n## {own}\n\nnew\n\n## Beside")
+    assert "old" not in found and "\n\npeers\n\n## Quality" in found and found.endswith("fine\n")
+    assert goals.merged(found, {"Beside other engines": "peers"}) == found
+    assert goals.merged("", {own: "new"}).endswith(f"## {own}\n\nnew\n")
 
 
 def test_energy_where_it_can_be_read(tmp_path):
@@ -166,21 +209,28 @@ def test_transformers_shares_layers_with_a_cache():
     torch.testing.assert_close(torch.cat(got, 1), want, rtol=1e-4, atol=1e-4)
 
 
-def saved_run(path: Path, slower: float = 1.0) -> saved_runs.Run:
-    """A run with one benchmark of two formats, a peer that is missing, and nothing else."""
+SLOW, FAST = {"2": 1e6}, {"2": 2e6}  # the memory's two speeds
+
+
+def saved_run(path: Path, slower: float = 1.0, probes: tuple | None = None) -> saved_runs.Run:
+    """A run with one benchmark of two formats, a peer that is missing, and nothing else.
+
+    `probes`: of int4's turns; by default as of int8's, always fast.
+    """
     facts = {"bits_per_weight": 8.0, "weight_nbytes": 10**6, "parameters": 10**6, "context": 128}
-    facts |= {"threads": 2, "tokens": 1, "floor_seconds": 0.5, "nbytes": 10**6}
+    facts |= {"threads": 2, "tokens": 1, "nbytes": 10**6}
+    always = ((FAST, FAST),) * 3
     decode = {
-        "int8": {"seconds": [1.0, 1.0, 4.0]} | facts,
+        "int8": {"seconds": [1.0, 1.0, 4.0], "probes": always} | facts,
         "int4": {"seconds": [0.5 * slower, 0.5 * slower, 2.0 * slower]} | facts,
     }
+    decode["int4"]["probes"] = probes or always
     limits = {"memory": 1e10, "last_level": None, "l2": 1e11, "barrier_seconds": 1e-7}
     limits["scalar"] = {"int8": 1e10, "fp32": 1e9}
     versions = {"mobilellm_fast": "9.9"}
     machine = {"processor": "A processor", "cpus": 2, "system": "Linux", "isas": ["scalar"]}
     machine |= {"versions": versions, "command": "pytest bench/", "limits": {"1": limits}}
     about = {"kind": "decode", "title": "125M, decode", "preset": "125M"}
-    about["limits"] = {"read_bandwidth": 1e10}
     peers = {"kind": "peers", "title": "Engines", "op": "decode"}
     peers["series"] = {"llama.cpp:Q8_0": {"seconds": [], "fault": "llama.cpp is missing"}}
     raw = {
@@ -197,19 +247,45 @@ def test_a_report_has_figures_their_origin_and_what_is_missing(tmp_path):
     text = report_tables.report(saved_run(tmp_path / "run.json"), {})
     assert "| 125M, decode | int4 | 8.00 | 1.0 | 2.0 | 500.00 (500.00 … 2000.00) | 100% |" in text
     assert "| 0.50 |" in text  # of each round: noise that hits both leaves the ratio alone
+    assert "0 of 3 rounds of ratios do not count" in text
     assert "**missing**: llama.cpp is missing" in text
     assert "- Table 7 of the MobileLLM paper" in text and "not readable here" in text
     for part in ("A processor", "2026-11-24 12:00", "mobilellm_fast 9.9", "`pytest bench/`"):
         assert part in text
 
 
-def test_runs_that_disagree_are_marked(tmp_path):
-    runs = [saved_run(tmp_path / "1.json"), saved_run(tmp_path / "2.json", slower=1.05)]
+def test_rounds_of_unsteady_memory_do_not_count(tmp_path):
+    """Not where a turn's own probes differ, nor where two turns had different memories."""
+    mixed = ((FAST, FAST), (SLOW, FAST), (SLOW, SLOW))
+    run = saved_run(tmp_path / "1.json", probes=mixed)
+    sample = run.benchmarks[0].ratios("int4")
+    assert sample.values == [0.5] and (sample.rounds, sample.discarded) == (3, 2)
+    text = report_tables.report(run, {})
+    assert "| 0.50, 1 of 3 rounds |" in text and "2 of 3 rounds of ratios do not count" in text
+    # Its share is of the larger probe, in rounds of its own that are steady.
+    int4 = run.benchmarks[0].series["int4"]
+    assert steadiness.bandwidths(int4) == [2e6, 2e6, 1e6]
+    assert steadiness.shares(int4).values == [1.0, 0.5]
+    run = saved_run(tmp_path / "2.json", probes=((SLOW, SLOW),) * 3)
+    sample = run.benchmarks[0].ratios("int4")
+    assert sample.values == [0.5] * 3 and sample.discarded == 3
+    assert "0.50, memory unsteady in all 3 rounds" in report_tables.report(run, {})
+
+
+def test_runs_that_disagree_are_marked(tmp_path, capsys):
+    paths = [tmp_path / "1.json", tmp_path / "2.json"]
+    runs = [saved_run(paths[0]), saved_run(paths[1], slower=1.05)]
     assert "1 of 1 ratios agree" in report_tables.agreements(runs)
-    runs[1] = saved_run(tmp_path / "2.json", slower=1.2)
+    assert "between runs" not in report_tables.report(runs[1], {}, runs[:1])
+    runs[1] = saved_run(paths[1], slower=1.2)
     text = report_tables.agreements(runs)
     assert "0 of 1 ratios agree" in text
     assert "| int4 | 0.500 | 0.600 | 20.0% | **above 10%** |" in text
+    assert "| 0.60, **20% between runs** |" in report_tables.report(runs[1], {}, runs[:1])
+    assert report.main(["--agree", *map(str, paths)]) == 0
+    said = capsys.readouterr().out
+    assert "0 of 1 ratios agree within 10%" in said
+    assert "125M, decode: int4: 0.500; 0.600: 20.0% apart" in said
 
 
 def test_the_report_command(tmp_path, capsys):
