@@ -180,3 +180,26 @@ def test_stop_strings_work_on_characters_not_tokens():
     stream = TextStream(ByteTokenizer(), stop=["語"])
     assert "".join(map(stream.push, "日本語のテ".encode())) + stream.finish() == "日本"
     assert stream.stopped
+
+
+def test_a_tokenizer_may_bring_its_own_detokenizer():
+    """It gets the last tokens of the context; one that has none, or says so, has ours."""
+    asked = []
+
+    class Own:
+        def push(self, token_id):
+            return f"<{token_id}>"
+
+        def finish(self):
+            return "!"
+
+    class WithOwn(ByteTokenizer):
+        def detokenizer(self, context):
+            asked.append(list(context))
+            return Own()
+
+    stream = TextStream(WithOwn(), context=list(range(40)))
+    assert [stream.push(5), stream.finish()] == ["<5>", "!"]
+    assert asked == [list(range(24, 40))]
+    WithOwn.detokenizer = lambda self, context: None
+    assert TextStream(WithOwn()).push(ord("a")) == "a"

@@ -35,8 +35,10 @@ class OpenVINO(protocol.Engine):
         return [1e-6 * each for each in self._generate(ids, tokens + 1).m_durations[-tokens:]]
 
     def batch(self, prompts, tokens):
-        durations = self._generate_all(prompts, tokens + 1).m_durations
-        return [1e-6 * each for each in durations[-tokens:]]
+        # A duration per token of each sequence: the step's, divided among them.
+        durations = np.array(self._generate_all(prompts, tokens + 1).m_durations)
+        steps = durations[-tokens * len(prompts) :].reshape(tokens, len(prompts)).sum(1)
+        return (1e-6 * steps).tolist()
 
     def logits(self, ids):
         # The pipeline keeps them to itself; the same model file in the bare runtime does not.

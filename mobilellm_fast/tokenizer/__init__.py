@@ -2,7 +2,7 @@
 
 import json
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,15 @@ class Tokenizer:
             if index < self.vocab_size:
                 known.append(index)
         return self._backend.decode(known, skip_special_tokens)
+
+    def detokenizer(self, context: Sequence[int] = ()):
+        """Return `text_stream.Detokenizer`'s twin in C++, or None where a library decodes.
+
+        Args:
+            context: tokens that the text continues.
+        """
+        make = getattr(self._backend, "detokenizer", None)
+        return make(context) if make else None
 
     @classmethod
     def from_directory(

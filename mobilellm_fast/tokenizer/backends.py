@@ -1,7 +1,7 @@
 """What does the work, behind one interface: two libraries, and a compiled table."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from ..errors import CheckpointError, MobileLLMError
@@ -231,6 +231,12 @@ class CompiledBackend:
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens)
+
+    def detokenizer(self, context: Sequence[int]):
+        """Return what `text_stream.Detokenizer` is, in C++."""
+        from .._C import Detokenizer
+
+        return Detokenizer(self._tokenizer, list(context))
 
     def vocabulary(self) -> bytes:
         return bytes(self._table)
