@@ -562,6 +562,9 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly(
           "fetches_ahead",
           [](const BoundExecutor& self) { return self.executor->plan().fetches_ahead(); })
+      .def_property_readonly(
+          "active_threads",
+          [](const BoundExecutor& self) { return self.executor->active_threads(); })
       .def_property_readonly("threads",
                              [](const BoundExecutor& self) { return self.executor->threads(); })
       .def_property_readonly("isa", [](const BoundExecutor& self) { return self.executor->isa(); })

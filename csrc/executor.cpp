@@ -82,6 +82,7 @@ Executor::Executor(Model model, int threads, const KernelTable& kernels, int64_t
       plan_(plan_of(model_, cache_nbytes, fetch_ahead)),
       pool_(threads),
       chunk_rows_(std::clamp(kRowsPerThread * threads, kMinChunkRows, kMaxChunkRows)),
+      attendance_(threads),
       hidden_(chunk_rows_ * model_.hidden),
       qkv_(chunk_rows_ * qkv_size()),
       attention_(chunk_rows_ * q_size()),
@@ -117,19 +118,22 @@ void Executor::forward(const std::vector<Sequence>& sequences, float* logits) {
   for (const Chunk& chunk : cut_into_chunks(sequences, chunk_rows_, model_.kv_heads,
                                             model_.head_dim / 2, model_.vocab, logits)) {
     partials_.resize(chunk.partial_pages * model_.heads * (padded_dim() + 2));
+    const bool by_rows = splits_rows(chunk);
+    const int threads = by_rows ? pool_.size() : attendance_.threads();
     // Each thread begins with the task of its own number.
-    for (auto& next : next_task_) next.store(pool_.size(), std::memory_order_relaxed);
-    pool_.run([&](int thread) { run_chunk(thread, chunk); });
+    for (auto& next : next_task_) next.store(threads, std::memory_order_relaxed);
+    const bool late = pool_.run(threads, [&](int thread) { run_chunk(thread, chunk); });
+    if (!by_rows) attendance_.note(late);
   }
   for (const Sequence& sequence : sequences)
     sequence.cache->set_length(sequence.cache->length() + sequence.count);
 }
 
 Executor::Part Executor::part_of(int thread, const Chunk& chunk) const {
-  const int threads = pool_.size();
+  const int threads = pool_.active();
   const Share own = share(chunk.rows, thread, threads), all{0, chunk.rows};
-  const bool by_rows = chunk.rows >= kSplitRows * threads, single = chunk.rows == 1;
-  if (by_rows) return {thread, own, own, own, 0, 1, single, true};
+  const bool single = chunk.rows == 1;
+  if (splits_rows(chunk)) return {thread, own, own, own, 0, 1, single, true};
   return {thread, own, single ? all : own, all, thread, threads, single, false};
 }
 
@@ -284,12 +288,12 @@ void Executor::head(int thread, const Chunk& chunk) {
   const bool single = rows == 1;
   ActivationBuffer& buffer = scratch_[single ? thread : pool_.size()].input;
   const Activations in = buffer.view(model_.activation, model_.hidden);
-  const Share mine = single ? Share{0, 1} : share(rows, thread, pool_.size());
+  const Share mine = single ? Share{0, 1} : share(rows, thread, pool_.active());
   for (int64_t row = mine.begin; row < mine.end; ++row)
     prepare_row(thread, hidden_.data() + chunk.logit_rows[row] * model_.hidden, model_.final_norm,
                 in.from_row(row));
   if (!single) pool_.barrier();
-  const Share tiles = share(model_.head.tiles(), thread, pool_.size());
+  const Share tiles = share(model_.head.tiles(), thread, pool_.active());
   kernels_.linear(in, model_.head, chunk.logits, rows, model_.vocab, {tiles.begin, tiles.end},
                   false);
 }
@@ -300,7 +304,7 @@ void Executor::attend(int thread, const Chunk& chunk, int position) {
   std::atomic<int64_t>& next = next_task_[position];
   for (int64_t i = thread; i < tasks; i = next.fetch_add(1, std::memory_order_relaxed)) {
     const AttentionTask& task = chunk.tasks[i];
-    const int64_t likely = i + pool_.size();
+    const int64_t likely = i + pool_.active();
     if (task.span->alone())
       attend_one(thread, task, likely < tasks ? &chunk.tasks[likely] : nullptr, position);
     else attend_many(thread, task, position);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "activation_buffer.h"
+#include "attendance.h"
 #include "chunk.h"
 #include "idle_fetch.h"
 #include "kernels.h"
@@ -62,6 +63,8 @@ class Executor {
 
   const Model& model() const { return model_; }
   int threads() const { return pool_.size(); }
+  // Threads that take part in decode steps at present.
+  int active_threads() const { return attendance_.threads(); }
   int64_t chunk_rows() const { return chunk_rows_; }
   const Plan& plan() const { return plan_; }
   const char* isa() const { return kernels_.name; }
@@ -77,6 +80,7 @@ class Executor {
   struct Scratch;
 
   void run_chunk(int thread, const Chunk& chunk);
+  bool splits_rows(const Chunk& chunk) const { return chunk.rows >= kSplitRows * pool_.size(); }
   Part part_of(int thread, const Chunk& chunk) const;
   void wait(int thread);
   void sync(const Part& part);
@@ -109,6 +113,7 @@ class Executor {
   ThreadPool pool_;
   ForkSafeMutex mutex_;
   const int64_t chunk_rows_;
+  Attendance attendance_;
   std::vector<float> hidden_;                    // (chunk, hidden): the residual stream
   std::vector<float> qkv_;                       // (chunk, qkv_size)
   std::vector<float> attention_;                 // (chunk, q_size)

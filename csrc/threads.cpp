@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <chrono>
 #include <new>
 
 namespace mlf {
@@ -19,6 +20,11 @@ inline void pause() {
 // shorter than anyone notices when the other thread has lost its processor.
 constexpr int kSpins = 1500;
 
+int64_t now() {  // in nanoseconds
+  const auto time = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(time).count();
+}
+
 }  // namespace
 
 void WaitCounter::increment() {
@@ -32,15 +38,17 @@ void WaitCounter::increment() {
   }
 }
 
-void WaitCounter::wait_while(uint32_t seen) {
+int64_t WaitCounter::wait_while(uint32_t seen) {
   for (int spin = 0; spin < kSpins; ++spin) {
-    if (get() != seen) return;
+    if (get() != seen) return 0;
     pause();
   }
+  const int64_t begin = now();
   std::unique_lock<std::mutex> lock(mutex_);
   sleepers_.fetch_add(1, std::memory_order_seq_cst);
   changed_.wait(lock, [&] { return value_.load(std::memory_order_seq_cst) != seen; });
   sleepers_.fetch_sub(1, std::memory_order_relaxed);
+  return now() - begin;
 }
 
 ForkSafeMutex::ForkSafeMutex() : owned_(new Owned{getpid(), {}}) {}
@@ -69,13 +77,16 @@ ThreadPool::~ThreadPool() {
 }
 
 // In a forked child the workers exist only in the parent; their handles can be neither joined nor
-// detached, so they are left behind.
-void ThreadPool::forget_workers() { new std::vector<std::thread>(std::move(workers_)); }
+// detached, so they are left behind, with what they sleep on.
+void ThreadPool::forget_workers() {
+  new std::vector<std::thread>(std::move(workers_));
+  started_.release();
+}
 
 void ThreadPool::start() {
   if (!workers_.empty()) forget_workers();
   workers_.clear();
-  new (&started_) WaitCounter();
+  started_.reset(new Start[size_]);
   new (&passed_) WaitCounter();
   arrived_.store(0);
   try {
@@ -90,7 +101,7 @@ void ThreadPool::start() {
 
 void ThreadPool::stop_workers() {
   stop_ = true;
-  started_.increment();
+  for (int thread = 1; thread < size_; ++thread) started_[thread].calls.increment();
   for (std::thread& worker : workers_) worker.join();
   workers_.clear();
   stop_ = false;
@@ -98,24 +109,31 @@ void ThreadPool::stop_workers() {
 
 void ThreadPool::work(int thread, uint32_t seen) {
   for (;; ++seen) {
-    started_.wait_while(seen);
+    started_[thread].calls.wait_while(seen);
     if (stop_) return;
     (*task_)(thread);
     barrier();
   }
 }
 
-void ThreadPool::run(const std::function<void(int)>& task) {
-  if (size_ == 1) return task(0);
+bool ThreadPool::run(int active, const std::function<void(int)>& task) {
+  active_ = active;
+  if (active == 1) {
+    task(0);
+    return false;
+  }
   if (owner_process_ != getpid()) start();
   task_ = &task;
-  started_.increment();
+  slept_.store(0, std::memory_order_relaxed);
+  const int64_t begin = now();
+  for (int thread = 1; thread < active; ++thread) started_[thread].calls.increment();
   task(0);
   barrier();
+  return slept_.load(std::memory_order_relaxed) > (now() - begin) * (active - 1) / 4;
 }
 
 bool ThreadPool::arrive() {
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) < size_ - 1) return false;
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) < active_ - 1) return false;
   arrived_.store(0, std::memory_order_relaxed);
   passed_.increment();
   return true;

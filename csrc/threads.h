@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -16,8 +17,8 @@ class WaitCounter {
  public:
   uint32_t get() const { return value_.load(std::memory_order_acquire); }
   void increment();
-  // Return once the counter differs from `seen`.
-  void wait_while(uint32_t seen);
+  // Return once the counter differs from `seen`: the nanoseconds slept until then.
+  int64_t wait_while(uint32_t seen);
 
  private:
   std::atomic<uint32_t> value_{0};
@@ -43,7 +44,7 @@ class ForkSafeMutex {
   std::atomic<Owned*> owned_;
 };
 
-// Runs a function on every thread at once; the calling thread is thread 0. Between calls the
+// Runs a function on several threads at once; the calling thread is thread 0. Between calls the
 // workers spin for a moment, then sleep. Not for concurrent use: the owner serialises calls to
 // run().
 class ThreadPool {
@@ -54,18 +55,23 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int size() const { return size_; }
-  // Call task(thread) on threads 0..size-1 and return when all are done. `task` must not throw.
-  void run(const std::function<void(int)>& task);
+  // Inside run(): how many threads take part.
+  int active() const { return active_; }
+  // Call task(thread) on threads 0..active-1 and return when all are done: whether they were late,
+  // that is, spent a quarter of the time asleep, waiting for each other. `task` must not throw.
+  bool run(int active, const std::function<void(int)>& task);
+  void run(const std::function<void(int)>& task) { run(size_, task); }
   // Inside run(): wait until every thread has come here. Meanwhile, call `idle` as long as it
   // returns true.
   template <class Idle>
   void barrier(Idle idle) {
-    if (size_ == 1) return;
+    if (active_ == 1) return;
     const uint32_t seen = passed_.get();
     if (arrive()) return;
     while (passed_.get() == seen && idle()) {
     }
-    passed_.wait_while(seen);
+    if (const int64_t slept = passed_.wait_while(seen))
+      slept_.fetch_add(slept, std::memory_order_relaxed);
   }
   void barrier() {
     barrier([] { return false; });
@@ -78,12 +84,18 @@ class ThreadPool {
   void work(int thread, uint32_t seen);
   bool arrive();  // the last of all threads lets the others go, and returns true
 
+  struct alignas(64) Start {
+    WaitCounter calls;
+  };
+
   const int size_;
+  int active_ = 1;
   std::vector<std::thread> workers_;
   int owner_process_ = 0;
   const std::function<void(int)>* task_ = nullptr;
   bool stop_ = false;
-  alignas(64) WaitCounter started_;
+  std::unique_ptr<Start[]> started_;  // of each worker: those that take no part sleep on
+  std::atomic<int64_t> slept_{0};     // nanoseconds of all threads in this call
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) WaitCounter passed_;
 };

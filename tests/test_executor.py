@@ -379,6 +379,49 @@ def test_a_system_without_threads_is_an_error_not_a_hang():
     assert done.stdout.split() == ["refused", "refused", "recovered"], done.stdout + done.stderr
 
 
+ON_ONE_CORE = """
+import os, time
+import numpy as np
+from helpers import tiny_config
+from test_executor import make_executor
+
+config = tiny_config(hidden_size=192, intermediate_size=1024)
+alone, both = (make_executor(config, "int8", threads=n) for n in (1, 2))
+caches = [alone.new_cache(), both.new_cache()]
+
+def same_step():
+    if caches[0].length == 60:
+        for cache in caches:
+            cache.truncate(0)
+    want, got = (e.forward([5], c) for e, c in zip((alone, both), caches))
+    assert np.array_equal(want, got)
+    return both._executor.active_threads
+
+cpus = os.sched_getaffinity(0)
+os.sched_setaffinity(0, {min(cpus)})
+seen = [same_step() for _ in range(300)]
+assert seen.count(1) > 200, seen
+tried = [i for i, threads in enumerate(seen) if threads == 2]
+assert tried[-1] > seen.index(1), "a second thread is not tried again"
+
+for thread in os.listdir("/proc/self/task"):
+    os.sched_setaffinity(int(thread), cpus)
+deadline, lasting = time.monotonic() + 20, 0
+while lasting < 20:
+    assert time.monotonic() < deadline, "the second thread never comes back"
+    lasting = lasting + 1 if same_step() == 2 else 0
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or available_cpus() < 2, reason="needs two cores"
+)
+def test_a_thread_without_a_core_is_left_out_and_comes_back():
+    code = [sys.executable, "-c", ON_ONE_CORE]
+    done = subprocess.run(code, capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr
+
+
 def test_not_finite_stays_not_finite():
     """A model whose numbers have left float's range says so, on every ISA."""
     config = tiny_config()
