@@ -16,6 +16,9 @@ class KVCache {
  public:
   KVCache(int positions, int kv_heads, int head_dim, KVKind kind);
 
+  KVCache(const KVCache& other);
+  KVCache& operator=(KVCache&&) = default;
+
   int64_t length() const { return length_; }
   // Make room for `tokens` tokens in all, those from length() on in pages of this cache alone.
   // Throws std::bad_alloc.
@@ -39,6 +42,7 @@ class KVCache {
   }
 
  private:
+  std::shared_ptr<uint8_t[]> new_page();
   // Keys and values of one position and KV head in one page.
   int64_t head_nbytes() const { return PageView{nullptr, kind_, head_dim_}.nbytes(); }
 
@@ -46,6 +50,10 @@ class KVCache {
   KVKind kind_;
   int64_t length_ = 0;
   std::vector<std::shared_ptr<uint8_t[]>> pages_;
+  // Memory for some pages behind each other, which is freed with the last of them: one page alone
+  // would end in the middle of a huge page.
+  std::shared_ptr<uint8_t[]> slab_;
+  int64_t slab_pages_ = 0;  // not yet taken from it
 };
 
 }  // namespace mlf
