@@ -133,7 +133,8 @@ bool ThreadPool::run(int active, const std::function<void(int)>& task) {
 }
 
 bool ThreadPool::arrive() {
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) < active_ - 1) return false;
+  const int others = active_ - 1;  // read first: once all have arrived, the next call may change it
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) < others) return false;
   arrived_.store(0, std::memory_order_relaxed);
   passed_.increment();
   return true;
