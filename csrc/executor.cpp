@@ -148,18 +148,18 @@ void Executor::sync(const Part& part) {
   if (!part.by_rows) wait(part.thread);
 }
 
-// Have waits from here on fetch the thread's share of some matrices, which are read next: one, or
-// two side by side.
+// Have waits from here on fetch the thread's share of some matrices, which are read next.
+// Of four streams, although decode reads three to six: what is fetched lies in the share anyway, and
+// fetching the very streams was no faster (docs/performance.md).
 void Executor::expect(const Part& part, std::initializer_list<const Weight*> matrices, int unit) {
   IdleFetch& idle = scratch_[part.thread].idle;
+  constexpr int64_t kStreams = 4;
   idle.clear();
   if (part.by_rows || model_.activation == ActivationKind::floating) return;
   for (const Weight* matrix : matrices) {
     const Share mine = part.of(ceil_div(matrix->tiles(), unit));
-    const int64_t begin = mine.begin * unit, end = std::min(mine.end * unit, matrix->tiles());
-    const int streams = matrices.size() == 1 ? row_streams(matrix->kind, end - begin)
-                                             : paired_streams(matrix->kind);
-    idle.add(*matrix, begin, end, unit, streams);
+    idle.add(*matrix, mine.begin * unit, std::min(mine.end * unit, matrix->tiles()), unit,
+             kStreams / matrices.size());
   }
 }
 

@@ -31,7 +31,7 @@ class IdleFetch {
   }
 
  private:
-  static constexpr int kMaxStreams = 6;
+  static constexpr int kMaxStreams = 4;
   // Of each stream: all of them are a small part of a second-level cache.
   static constexpr int64_t kMaxBytes = 32 << 10;
 

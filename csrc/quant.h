@@ -46,15 +46,6 @@ MLF_INLINE constexpr int64_t tile_nbytes(WeightKind kind, int64_t cols) {
   return headers * kHeaderBytes + code_nbytes;
 }
 
-// Streams in which a single row of inputs reads its tiles (docs/performance.md): of equal length, so
-// that none is left at the end.
-MLF_INLINE constexpr int row_streams(WeightKind kind, int64_t tiles) {
-  if (is_int4(kind) && tiles >= 6) return 6;
-  return tiles % 4 != 0 && tiles % 3 == 0 ? 3 : 4;
-}
-// Of each of two matrices that are read side by side.
-MLF_INLINE constexpr int paired_streams(WeightKind kind) { return is_int4(kind) ? 3 : 2; }
-
 // A weight matrix (rows outputs, cols inputs). Float kinds are row-major.
 struct Weight {
   WeightKind kind;

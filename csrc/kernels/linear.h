@@ -188,10 +188,16 @@ inline void with_streams(int64_t rows, int alone, Body body) {
   with_most_streams<kMaxStreams>(rows, body);
 }
 
+// Streams of equal length, so that none is left at the end.
+inline int streams_of_row(const Weight& weight, int64_t tiles) {
+  if (is_int4(weight.kind) && tiles >= 6) return 6;
+  return tiles % 4 != 0 && tiles % 3 == 0 ? 3 : 4;
+}
+
 void linear(const Activations& x, const Weight& weight, float* out, int64_t rows,
             int64_t out_stride, const Tiles& tiles, bool accumulate) {
   for_each_panel(x, rows, [&](const Panel& panel, int64_t row) {
-    const int alone = row_streams(weight.kind, tiles.end - tiles.begin);
+    const int alone = streams_of_row(weight, tiles.end - tiles.begin);
     with_streams(panel.rows, alone, [&](auto count) {
       linear_streams<decltype(count)::value>(panel, weight, out + row * out_stride, out_stride,
                                              tiles, accumulate);
@@ -269,7 +275,7 @@ void swiglu(const Activations& x, const Weight& gate, const Weight& up, const Ac
   for_each_panel(x, rows, [&](const Panel& panel, int64_t row) {
     if (gate.kind != up.kind)  // tiles that are multiplied together have one kind
       return swiglu_streams<1>(panel, gate, up, out.from_row(row), tiles);
-    with_streams(panel.rows, 2 * paired_streams(gate.kind), [&](auto count) {
+    with_streams(panel.rows, is_int4(gate.kind) ? 6 : 4, [&](auto count) {
       if constexpr (decltype(count)::value != 3)  // gate and up
         swiglu_streams<decltype(count)::value>(panel, gate, up, out.from_row(row), tiles);
     });
