@@ -37,4 +37,5 @@ def test_op(case: OpCase, benchmark, rounds, smoke):
             work.facts["floor_seconds"] = max(facts["nbytes"] / read, facts["operations"] / peak)
     benchmark.extra_info |= {"kind": "op", "title": str(case), "preset": case.preset}
     benchmark.extra_info["stem"] = case.stem
-    interleave(benchmark, works, rounds, Probe({1}) if by_memory else None)
+    probe = Probe({1}) if by_memory else None
+    interleave(benchmark, works, rounds, probe, slow=10 * ROUND_SECONDS)

@@ -27,7 +27,9 @@ PEERS = (
     "torch:fp32:compile=on",
 )
 QUICK = (2, 1)  # of ours and of the peers
-TOKENS = {"decode": 32, "prefill": 512, "batch": 16}  # fewer than of `peers.py`: engines are many
+# Fewer than of `peers.py`: engines are many.
+TOKENS = {"decode": 32, "prefill": 512, "batch": 16}
+ROUNDS = {"decode": 5, "prefill": 4, "batch": 4}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def test_peers(op, contest, benchmark, rounds, smoke, say):
     """Times every engine in turns; one that is missing is part of the result."""
     contest.progress = say
     sizes = {"context": 8, "tokens": 4} if smoke else {"tokens": TOKENS[op]}
-    results = contest.measure(op, rounds=min(rounds, 5), **sizes)
+    results = contest.measure(op, rounds=min(rounds, ROUNDS[op]), **sizes)
     if op == "batch" and not any(result.seconds for result in results):
         pytest.skip(f"missing: {'; '.join(f'{r.spec}: {r.fault}' for r in results)}")
     benchmark.pedantic(lambda: None)

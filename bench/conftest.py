@@ -154,17 +154,47 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     }
 
 
-class Progress:
-    """Shows which benchmark runs, how many there are, and the time since the start.
+# Seconds of a benchmark on a machine of two cores, from which the time of a run is estimated.
+SECONDS = {
+    "test_op": 1.5,
+    "test_decode": 13,
+    "test_prefill": 18,
+    "test_batch": 20,
+    "test_layer_sharing": 9,
+    "test_threads": 8,
+    "test_start": 10,
+    "test_table_7": 100,
+    "test_peers": 140,
+    "test_quality": 65,
+}
+FEW_PEERS = 25  # of "test_peers" in a quick run, which has three engines
 
-    A bar on a terminal, a line per benchmark elsewhere.
+
+def expected_seconds(items) -> list[float]:
+    """Estimate how long each benchmark takes; nothing for other tests."""
+    quick = all(item.get_closest_marker("quick") for item in items)
+    known = SECONDS | ({"test_peers": FEW_PEERS} if quick else {})
+    return [0 if _of_gpu(i) else known.get(getattr(i, "originalname", ""), 0) for i in items]
+
+
+class Progress:
+    """Shows which benchmark runs, how many there are, the time since the start and that to go.
+
+    A bar on a terminal, a line per benchmark elsewhere. The time to go is estimated from `SECONDS`,
+    times as slow as this machine was so far.
     """
 
     def __init__(self):
         self.bar, self.done, self.total, self.started = None, 0, 0, 0.0
+        self.expected = []
 
     def pytest_collection_finish(self, session):
         self.total, self.started = len(session.items), perf_counter()
+        option = session.config.getoption
+        if option("benchmark_only", False) and not (option("smoke") or option("collectonly")):
+            self.expected = expected_seconds(session.items)
+            minutes = sum(self.expected) / 60
+            print(f"{self.total} tests, about {minutes:.0f} minutes", file=sys.stderr)
         if sys.stderr.isatty() and self.total and not session.config.getoption("collectonly"):
             from tqdm import tqdm
 
@@ -176,9 +206,16 @@ class Progress:
         name = nodeid.rpartition("/")[2]
         if self.bar is None:
             seconds = perf_counter() - self.started
-            print(f"[{self.done}/{self.total}, {seconds:.0f} s] {name}", file=sys.stderr)
+            text = f"[{self.done}/{self.total}, {seconds:.0f} s{self._to_go(seconds)}] {name}"
+            print(text, file=sys.stderr)
         else:
             self.bar.set_description(name[-60:])
+
+    def _to_go(self, seconds: float) -> str:
+        """Say how long the benchmarks that have not begun will take, if that is known."""
+        so_far, left = sum(self.expected[: self.done - 1]), sum(self.expected[self.done - 1 :])
+        pace = seconds / so_far if so_far > 60 else 1
+        return f", about {pace * left:.0f} to go" if left else ""
 
     def pytest_runtest_logfinish(self):
         if self.bar is not None:

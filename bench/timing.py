@@ -11,9 +11,9 @@ from energy import Meter
 from steadiness import Reading, comparable
 
 ROUND_SECONDS = 5e-3  # a turn of a short operation repeats it for so long
-SLOW_SECONDS, FEW = 0.5, 3  # of what takes longer, so many rounds are enough
+SLOW_SECONDS, FEW = 0.5, 3  # of models that take longer, so many rounds are enough
 FRESH_SECONDS = 0.03  # a probe as old as that is taken anew: a turn of a model is longer
-MORE_SECONDS = 30  # at most, for rounds that replace unsteady ones
+MORE_SECONDS = 20  # at most, for rounds that replace unsteady ones
 
 
 @dataclass
@@ -68,7 +68,7 @@ def take_turns(
     probe: Probe | None = None,
     tell: Callable[[int, str], None] = lambda round, name: None,
     meter: Meter | None = None,
-    few: int | None = None,
+    slow: float = math.inf,
 ) -> None:
     """Run works in turns, so that a machine that drifts does so under all of them.
 
@@ -79,7 +79,7 @@ def take_turns(
     Args:
         works: by name; their `seconds` (and `probes`, `joules`) have a figure per round after it.
         tell: is called before each turn with its round, 0 for the first, and its name.
-        few: at most so many rounds if turns take longer than `SLOW_SECONDS`.
+        slow: of turns that take longer on average, in seconds, `FEW` rounds are enough.
     """
     running = dict(works)
     count, busy = 0, 0.0
@@ -110,8 +110,8 @@ def take_turns(
 
     gc.collect()
     round()
-    if few and busy > SLOW_SECONDS * len(works):
-        rounds = min(rounds, few)
+    if busy > slow * len(works):
+        rounds = min(rounds, FEW)
     for work in works.values():
         work.forget()
     gc.disable()
@@ -127,24 +127,31 @@ def take_turns(
         gc.enable()
 
 
-def interleave(benchmark, works: dict[str, Work], rounds: int, probe: Probe | None = None) -> bool:
+def interleave(
+    benchmark,
+    works: dict[str, Work],
+    rounds: int,
+    probe: Probe | None = None,
+    slow: float = SLOW_SECONDS,
+) -> bool:
     """Measure works by `take_turns` and save the figures with the run.
 
     They are in `extra_info["series"]`; what pytest-benchmark itself shows and compares are those of
-    the first. What takes long gets fewer rounds.
+    the first.
 
     Args:
         benchmark: the fixture of pytest-benchmark.
         works: by name; ratios are to the first.
         rounds: how many to count.
         probe: of the memory, where it limits them.
+        slow: see `take_turns`.
 
     Returns:
         Whether energy could be read.
     """
     meter = Meter()
     benchmark.pedantic(lambda: None)
-    take_turns(works, rounds, probe, meter=meter if meter.readable else None, few=FEW)
+    take_turns(works, rounds, probe, meter=meter if meter.readable else None, slow=slow)
     publish(benchmark, works)
     return meter.readable
 
