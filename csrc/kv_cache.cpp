@@ -29,8 +29,7 @@ void KVCache::reserve(int64_t tokens) {
     if (page * kPageTokens < length_) std::copy_n(pages_[page].get(), page_nbytes(), own.get());
     pages_[page] = std::move(own);
   }
-  while (static_cast<int64_t>(pages_.size()) * kPageTokens < tokens)
-    pages_.push_back(new_page());
+  while (static_cast<int64_t>(pages_.size()) * kPageTokens < tokens) pages_.push_back(new_page());
 }
 
 // Zeroed; memory is only taken where it is touched.
