@@ -28,8 +28,8 @@ PEERS = (
 )
 QUICK = (2, 1)  # of ours and of the peers
 # Fewer than of `peers.py`: engines are many.
-TOKENS = {"decode": 32, "prefill": 512, "batch": 16}
-ROUNDS = {"decode": 5, "prefill": 4, "batch": 4}
+TOKENS = {"decode": 32, "prefill": 512, "batch": 8}
+ROUNDS = {"decode": 5, "prefill": 3, "batch": 3}
 
 
 @pytest.fixture(scope="module")

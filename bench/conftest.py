@@ -156,7 +156,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 # Seconds of a benchmark on a machine of two cores, from which the time of a run is estimated.
 SECONDS = {
-    "test_op": 1.5,
+    "test_op": 1.7,
     "test_decode": 13,
     "test_prefill": 18,
     "test_batch": 20,
@@ -165,7 +165,7 @@ SECONDS = {
     "test_start": 10,
     "test_table_7": 100,
     "test_peers": 140,
-    "test_quality": 65,
+    "test_quality": 100,
 }
 FEW_PEERS = 25  # of "test_peers" in a quick run, which has three engines
 
