@@ -60,7 +60,7 @@ def op_cases() -> list[OpCase]:
 
 
 def _used(kind: str, activation: str) -> bool:
-    """Tell whether a format pairs the two: `w8a8` is int8 with int8, the rest int8_g32."""
+    """Tell whether a format pairs the two: `w8a8` is int8 with int8, the rest groups of 32."""
     return activation != "int8" or kind == "int8"
 
 

@@ -84,11 +84,13 @@ Weight to_weight(const WeightTuple& tuple, const char* name) {
   return weight;
 }
 
+const char* const kNeverWide = "int8_g32_plain";  // int8_g32 without wide groups
+
 ActivationKind to_activation(const std::string& name) {
   if (name == "float") return ActivationKind::floating;
   if (name == "int8") return ActivationKind::int8;
-  if (name == "int8_g32") return ActivationKind::int8_g32;
-  throw py::value_error("activation must be float, int8 or int8_g32, got " + name);
+  if (name == "int8_g32" || name == kNeverWide) return ActivationKind::int8_g32;
+  throw py::value_error("activation must be float, int8, int8_g32 or int8_g32_plain, got " + name);
 }
 
 KVKind to_kv_kind(const std::string& name) {
@@ -238,9 +240,11 @@ struct PreparedRows {
   Activations activations;
 
   PreparedRows(const KernelTable& kernels, const float* x, int64_t rows, int64_t cols,
-               ActivationKind kind) {
+               const std::string& activation) {
+    const ActivationKind kind = to_activation(activation);
     buffer.resize(rows, cols);
     activations = buffer.view(kind, cols);
+    activations.may_be_wide = activation != kNeverWide;
     activations.values = const_cast<float*>(x);
     if (kind != ActivationKind::floating) kernels.quantize_activations(x, activations, rows);
   }
@@ -320,12 +324,11 @@ void bind_operators(py::module_& m) {
         const float* in = floats(x, "x", {-1, w.cols});
         const int64_t rows = x.shape(0);
         float* y = output(out, "out", {rows, w.rows});
-        const ActivationKind kind = to_activation(activation);
-        check_activation(w, kind, "weight");
+        check_activation(w, to_activation(activation), "weight");
         const KernelTable& kernels = kernel_table(isa);
         check_threads(threads);
         py::gil_scoped_release release;
-        const PreparedRows prepared(kernels, in, rows, w.cols, kind);
+        const PreparedRows prepared(kernels, in, rows, w.cols, activation);
         over_tiles(w.tiles(), threads, [&](int64_t begin, int64_t end) {
           kernels.linear(prepared.activations, w, y, rows, w.rows, {begin, end}, false);
         });
@@ -343,12 +346,11 @@ void bind_operators(py::module_& m) {
         const float* in = floats(x, "x", {-1, g.cols});
         const int64_t rows = x.shape(0);
         float* y = output(out, "out", {rows, g.rows});
-        const ActivationKind kind = to_activation(activation);
-        check_activation(g, kind, "gate");
+        check_activation(g, to_activation(activation), "gate");
         const KernelTable& kernels = kernel_table(isa);
         check_threads(threads);
         py::gil_scoped_release release;
-        const PreparedRows prepared(kernels, in, rows, g.cols, kind);
+        const PreparedRows prepared(kernels, in, rows, g.cols, activation);
         Activations result{};  // as values
         result.cols = g.rows, result.values = y;
         over_tiles(ceil_div(g.tiles(), kTilesPerGroup), threads, [&](int64_t begin, int64_t end) {

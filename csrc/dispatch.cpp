@@ -1,5 +1,6 @@
 #include "dispatch.h"
 
+#include <cstdint>
 #include <stdexcept>
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -35,15 +36,27 @@ bool runs_avx512vnni() {
 }
 bool runs_avx512vnni_ymm() { return runs_avx512vnni(); }
 bool runs_amx_emulated() { return runs_avx512vnni(); }
-// Linux gives a process the registers of AMX when it asks for them; 18 is their number in XCR0.
+// Linux gives a process the registers of AMX when it asks for them, and refuses small alternate
+// signal stacks from then on: here it is asked only whether it would, by request_amx once they are
+// used.
+constexpr int kAmxRegisters = 18;  // their number in XCR0
 bool runs_amx() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
-  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr int kSupported = 0x1021;  // ARCH_GET_XCOMP_SUPP
   constexpr unsigned kTileAndInt8 = 3u << 24;
   unsigned eax, ebx, ecx, edx = 0;
+  uint64_t supported = 0;
   return runs_avx512vnni() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) &&
          (edx & kTileAndInt8) == kTileAndInt8 &&
-         syscall(SYS_arch_prctl, kRequestPermission, 18) == 0;
+         syscall(SYS_arch_prctl, kSupported, &supported) == 0 && (supported >> kAmxRegisters & 1);
+#else
+  return false;
+#endif
+}
+bool request_amx() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kAmxRegisters) == 0;
 #else
   return false;
 #endif
@@ -67,6 +80,14 @@ bool runs_dotprod() { return false; }
 bool runs_i8mm() { return false; }
 #endif
 #endif
+
+// Get what a table needs of the operating system; it is about to be used.
+bool prepares([[maybe_unused]] const std::string& isa) {
+#if defined(__x86_64__)
+  if (isa == "amx") return request_amx();
+#endif
+  return true;
+}
 
 }  // namespace
 
@@ -107,7 +128,7 @@ const KernelTable& kernel_table(const std::string& name) {
   std::string known;
   for (const Entry& entry : kEntries) {
     const bool wanted = name.empty() || name == entry.table->name;
-    if (wanted && entry.runs()) return *entry.table;
+    if (wanted && entry.runs() && prepares(entry.table->name)) return *entry.table;
     if (wanted && !name.empty())
       throw std::invalid_argument("isa " + name + " cannot run on this machine");
     known += std::string(known.empty() ? "" : ", ") + entry.table->name;

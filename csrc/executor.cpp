@@ -57,6 +57,14 @@ Plan plan_of(const Model& model, int64_t cache_nbytes, bool fetch_ahead) {
   return make_plan(model.schedule, block_nbytes, model.head.nbytes(), cache_nbytes, fetches);
 }
 
+// Are the inputs of some matrices rounded more finely in wide groups? Weights of 4 bits take it:
+// without, predictions of some tokens change visibly. Weights of 8 bits do without (measured, see
+// docs/performance.md) and save a sixth of a prompt's time.
+bool wide_before(std::initializer_list<const Weight*> matrices) {
+  return std::any_of(matrices.begin(), matrices.end(),
+                     [](const Weight* matrix) { return is_int4(matrix->kind); });
+}
+
 // Queries, keys and values as one matrix where they lie one behind the other, as in one buffer they
 // do: threads then read longer streams.
 Model with_joined_qkv(Model model) {
@@ -176,7 +184,8 @@ void Executor::run_chunk(int thread, const Chunk& chunk) {
   for (int position = 0; position < positions; ++position) {
     const BlockWeights& block = model_.blocks[model_.schedule[position]];
 
-    const Activations attention_in = prepare(part, hidden_.data(), block.attention_norm, hidden);
+    const Activations attention_in = prepare(part, hidden_.data(), block.attention_norm, hidden,
+                                             wide_before({&block.q, &block.k, &block.v}));
     project_qkv(part, attention_in, position);
     expect(part, {&block.o});
     sync(part);
@@ -184,20 +193,23 @@ void Executor::run_chunk(int thread, const Chunk& chunk) {
     if (part.by_rows || chunk.has_runs) wait(thread);
     attend(thread, chunk, position);
     wait(thread);
-    const Activations attention_out = prepare(part, merge(part, chunk), nullptr, q_size());
+    const Activations attention_out =
+        prepare(part, merge(part, chunk), nullptr, q_size(), wide_before({&block.o}));
     project(part, attention_out, position, &BlockWeights::o);
     expect(part, {&block.gate, &block.up}, kTilesPerGroup);
     sync(part);
 
-    const Activations ffn_in = prepare(part, hidden_.data(), block.ffn_norm, hidden);
+    const Activations ffn_in = prepare(part, hidden_.data(), block.ffn_norm, hidden,
+                                       wide_before({&block.gate, &block.up}));
     Activations ffn_out = ffn_.view(model_.activation, model_.intermediate, part.rows.begin);
+    ffn_out.may_be_wide = wide_before({&block.down});
     kernels_.swiglu(ffn_in, block.gate, block.up, ffn_out, part.count(),
                     tiles(part, position, &BlockWeights::gate, kTilesPerGroup));
     expect(part, {&block.down});
     sync(part);
 
     if (model_.activation == ActivationKind::int8)  // one scale for what all threads wrote
-      ffn_out = prepare(part, ffn_.values(), nullptr, model_.intermediate);
+      ffn_out = prepare(part, ffn_.values(), nullptr, model_.intermediate, false);
     project(part, ffn_out, position, &BlockWeights::down);
     const bool last = position + 1 == positions;
     expect(part, {last ? &model_.head : &model_.blocks[model_.schedule[position + 1]].q});
@@ -235,10 +247,12 @@ Tiles Executor::tiles(const Part& part, int position, const Weight BlockWeights:
 
 // The input of a linear layer, from `part.rows` on: normalised if `norm` is given, rounded if the
 // weights are integers.
-Activations Executor::prepare(const Part& part, const float* x, const float* norm, int64_t cols) {
+Activations Executor::prepare(const Part& part, const float* x, const float* norm, int64_t cols,
+                              bool may_be_wide) {
   const int64_t first = part.rows.begin;
   ActivationBuffer& buffer = scratch_[part.single ? part.thread : pool_.size()].input;
   Activations out = buffer.view(model_.activation, cols, first);
+  out.may_be_wide = may_be_wide;
   if (!norm) out.values = const_cast<float*>(x) + first * cols;
   for (int64_t row = part.prepared.begin; row < part.prepared.end; ++row)
     prepare_row(part.thread, x + row * cols, norm, out.from_row(row - first));
@@ -288,6 +302,7 @@ void Executor::head(int thread, const Chunk& chunk) {
   const int64_t rows = chunk.logit_rows.size();
   const bool single = rows == 1;
   ActivationBuffer& buffer = scratch_[single ? thread : pool_.size()].input;
+  // With wide groups for every kind of weights: of a prompt, this is one row.
   const Activations in = buffer.view(model_.activation, model_.hidden);
   const Share mine = single ? Share{0, 1} : share(rows, thread, pool_.active());
   for (int64_t row = mine.begin; row < mine.end; ++row)

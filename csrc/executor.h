@@ -86,7 +86,8 @@ class Executor {
   void sync(const Part& part);
   void expect(const Part& part, std::initializer_list<const Weight*> matrices, int unit = 1);
   void embed(const Part& part, const Chunk& chunk);
-  Activations prepare(const Part& part, const float* x, const float* norm, int64_t cols);
+  Activations prepare(const Part& part, const float* x, const float* norm, int64_t cols,
+                      bool may_be_wide);
   void prepare_row(int thread, const float* x, const float* norm, const Activations& out);
   void project_qkv(const Part& part, const Activations& x, int position);
   void project(const Part& part, const Activations& x, int position,

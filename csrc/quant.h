@@ -85,6 +85,7 @@ struct Activations {
   int32_t* offsets;   // (rows, groups, 2): what the sums of products with both codes start from
   float* group_sums;  // (rows, groups): sum of the values of a group
   uint8_t* wide;      // (rows, groups): 1 where there are low codes
+  bool may_be_wide = true;  // false: no group is, whatever is in it
 
   MLF_INLINE int64_t groups() const { return ceil_div(cols, kGroup); }
   MLF_INLINE int64_t padded_cols() const { return groups() * kGroup; }
@@ -97,7 +98,8 @@ struct Activations {
             scales + row * groups(),
             offsets + 2 * row * groups(),
             group_sums + row * groups(),
-            wide + row * groups()};
+            wide + row * groups(),
+            may_be_wide};
   }
 };
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import ops, packed, quant
+from . import ops, packed
 from .config import MobileLLMConfig, expected_shapes
 from .errors import MobileLLMError
 from .layers import Embedding, Linear, RMSNorm
@@ -152,13 +152,13 @@ class MobileLLM(nn.Module):
             weights: one entry per name of `expected_shapes(config)`: float32 arrays for norms,
                 packed weights for matrices.
             format: says what the inputs of quantized layers are rounded to, see
-                `quant.activation_of`.
+                `quant.activation_before`.
 
         Raises:
             MobileLLMError: a weight is missing, unexpected or has a wrong shape.
         """
         model = cls(config, device="meta")
-        packed.install(model, expected_shapes(config), weights, quant.activation_of(format))
+        packed.install(model, expected_shapes(config), weights, format)
         model._engine_options["format"] = format
         return model
 

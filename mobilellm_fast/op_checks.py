@@ -123,9 +123,10 @@ def linear(
     _expect_dtype("linear", FLOATS, x=x)
     _expect_shape("linear", "x", x, ("...", cols))
     _check_packed("linear", packed, kind, rows, cols)
-    if activation not in ("float", "int8", "int8_g32"):
+    known = ("float", "int8", "int8_g32", "int8_g32_plain")
+    if activation not in known:
         raise MobileLLMError(
-            f"[linear] activation must be 'float', 'int8' or 'int8_g32', got {activation!r}"
+            f"[linear] activation must be one of {', '.join(known)}, got {activation!r}"
         )
 
 

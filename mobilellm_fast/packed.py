@@ -64,9 +64,11 @@ def install(
     model: nn.Module,
     shapes: Mapping[str, tuple[int, ...]],
     weights: Mapping[str, PackedWeight | np.ndarray],
-    activation: str,
+    format: str,
 ) -> None:
     """Put weights into a model without copying them; layers of quantized ones become packed.
+
+    `format` says what the inputs of those are rounded to, see `quant.activation_before`.
 
     Raises:
         MobileLLMError: a weight is missing, unexpected or has a wrong shape.
@@ -83,6 +85,7 @@ def install(
         layer = model.get_submodule(path)
         is_table = isinstance(layer, (nn.Embedding, PackedEmbedding))
         if is_matrix and weight.kind in quant.QUANTIZED_KINDS:
+            activation = quant.activation_before(format, name, weight.kind)
             new = (PackedEmbedding if is_table else PackedLinear)(weight, activation)
         else:
             tensor = torch.from_numpy(weight.data if is_matrix else weight)

@@ -37,6 +37,7 @@ TILE_ROWS = 16  # rows of a packed tile: the int32 lanes of one 512-bit register
 STEP = 4  # inputs of one row that lie next to each other: one lane of a dot-product instruction
 ALIGNMENT = 64  # bytes: one cache line, one 512-bit load
 ROWS_PER_BLOCK = 4096  # rows converted at a time: 9 MB of float32 at 576 columns
+HEADS = ("embed_tokens.weight", "lm_head.weight")  # names of what may serve as output head
 INT4_KINDS = ("int4_g32", "int4_sym_g32")
 QUANTIZED_KINDS = ("int8", "int8_g32", *INT4_KINDS)
 KINDS = ("fp32", "bf16", *QUANTIZED_KINDS)
@@ -323,8 +324,21 @@ def aligned_empty(nbytes: int) -> np.ndarray:
 
 
 def activation_of(format: str) -> str:
-    """What a linear layer's input is rounded to in ``format``, see `reference.linear`."""
+    """What inputs of linear layers are rounded to in ``format`` at most, see `reference.linear`."""
     return {"fp32": "float", "bf16": "float", "w8a8": "int8"}.get(format, "int8_g32")
+
+
+def activation_before(format: str, name: str, kind: str) -> str:
+    """What the input of matrix `name`, stored in `kind`, is rounded to in ``format``.
+
+    Wide groups (see `reference.round_activations`) go where they matter: before weights of 4 bits,
+    and before the head, where a prompt has one row. `Executor` decides the same, for inputs that
+    several matrices share together.
+    """
+    activation = activation_of(format)
+    if activation != "int8_g32" or kind in INT4_KINDS or name.endswith(HEADS):
+        return activation
+    return "int8_g32_plain"
 
 
 def kind_of(format: str, name: str, dtype: str) -> str:
@@ -345,7 +359,7 @@ def kind_of(format: str, name: str, dtype: str) -> str:
         return "int8_g32" if own == "int8_g32" else "int8"
     if own is not None:
         return own
-    return "int8" if name.endswith(("embed_tokens.weight", "lm_head.weight")) else "int4_g32"
+    return "int8" if name.endswith(HEADS) else "int4_g32"
 
 
 def kinds_of(format: str) -> tuple[str, ...]:

@@ -250,7 +250,8 @@ def linear(
         rows, cols: output and input features.
         activation: "float" leaves `x` as it is; the others round it to 8-bit codes, symmetrically:
             "int8" with one scale per row, "int8_g32" with one per group of 32 inputs, and to 16
-            bits in groups with one large and many small inputs, see `round_activations`.
+            bits in groups with one large and many small inputs, see `round_activations`;
+            "int8_g32_plain" to 8 bits in all of them.
 
     Returns:
         (..., rows), dtype of `x`.
@@ -351,6 +352,7 @@ def round_activations(x: Tensor, activation: str) -> Tensor:
     "int8" takes one scale per row, "int8_g32" one per group of 32. There, if the squares of all
     codes sum up to no more than 1.75 times the largest one, what the codes leave is rounded to
     another 8 bits: the largest input has left too little of the first 8 to the others.
+    "int8_g32_plain" leaves that out.
     """
     if activation == "int8":
         codes, scales = round_rows(x)
@@ -358,7 +360,8 @@ def round_activations(x: Tensor, activation: str) -> Tensor:
     cols = x.shape[-1]
     groups = F.pad(x, (0, -cols % GROUP)).unflatten(-1, (-1, GROUP))
     codes, scales = round_rows(groups)
-    wide = codes.square().sum(-1, keepdim=True) <= 7 * 127**2 // 4
+    energy = codes.square().sum(-1, keepdim=True)
+    wide = (energy <= 7 * 127**2 // 4) & (activation == "int8_g32")
     rest = groups * _inverse_scale(groups.abs().amax(-1)).unsqueeze(-1) - codes
     low = torch.where(wide, torch.round(rest * 254), 0)
     scales, low_scales = scales.unsqueeze(-1), (scales * torch.tensor(1 / 254)).unsqueeze(-1)

@@ -74,6 +74,7 @@ LINEAR_KINDS = [
     ("fp32", "float"),
     ("bf16", "float"),
     *((kind, activation) for kind in quant.QUANTIZED_KINDS for activation in ("int8_g32", "int8")),
+    *((kind, "int8_g32_plain") for kind in ("int8", "int8_g32")),
 ]
 
 

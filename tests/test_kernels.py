@@ -66,11 +66,12 @@ def exact_linear(x, tensor, activation):
     for first in range(0, x.shape[1], 32):
         part, group = slice(first, first + 32), first // 32
         low = np.zeros_like(codes[:, part])
-        if activation == "int8_g32":
-            high, scale = quantized_rows(x[:, part])
-            low = low_codes(x[:, part], high)
-        else:
+        if activation == "int8":
             high = codes[:, part]
+        else:
+            high, scale = quantized_rows(x[:, part])
+            if activation == "int8_g32":
+                low = low_codes(x[:, part], high)
         low_scale = scale * np.float32(1 / 254)
         low_acc = add(low_acc, low, low_scale, part, group)
         acc = add(acc, high, scale, part, group)
@@ -91,7 +92,7 @@ def linear(x, weight, activation, isa, threads=1):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", quant.QUANTIZED_KINDS)
-@pytest.mark.parametrize("activation", ["int8_g32", "int8"])
+@pytest.mark.parametrize("activation", ["int8_g32", "int8_g32_plain", "int8"])
 @pytest.mark.parametrize("shape", WEIGHT_SHAPES, ids=str)
 def test_linear_is_exact(isa, kind, activation, shape):
     tensor = quant.quantize(matrix(*shape, 0), kind)
@@ -105,7 +106,7 @@ def test_linear_is_exact(isa, kind, activation, shape):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("activation", ["int8_g32", "int8"])
+@pytest.mark.parametrize("activation", ["int8_g32", "int8_g32_plain", "int8"])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_linear_does_not_saturate(isa, activation, sign):
     """Every product at its largest, all of one sign, over the longest row of any model."""
@@ -303,7 +304,7 @@ def test_bad_arguments_are_refused():
         ((x, weight.as_tuple(), out, "int8_g32"), "float weights float ones"),
         (
             (x, weight.as_tuple(), out, "int5"),
-            "activation must be float, int8 or int8_g32, got int5",
+            "activation must be float, int8, int8_g32 or int8_g32_plain, got int5",
         ),
         ((x, ("int3", 4, 8, weight.data), out, "float"), "unknown weight kind int3"),
         (

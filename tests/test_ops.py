@@ -260,7 +260,7 @@ TILE = quant.tile_nbytes("int8", 32)
         ),
         (
             lambda: ops.linear(f(2, 32), f(16, 32), "fp32", 16, 32, "int4"),
-            "activation must be 'float', 'int8' or 'int8_g32', got 'int4'",
+            "activation must be one of float, int8, int8_g32, int8_g32_plain, got 'int4'",
         ),
         (
             lambda: ops.embed(f(2), f(16, 32), "fp32", 16, 32),

@@ -66,7 +66,7 @@ struct Panel {
         if (x.wide[row * groups + group]) wide[wide_count++] = wide_group(row, group);
   }
   bool lists_wide_groups() const {
-    return x.kind == ActivationKind::int8_g32 && rows > kRowsWithLowCodes;
+    return x.kind == ActivationKind::int8_g32 && x.may_be_wide && rows > kRowsWithLowCodes;
   }
   // Do products with such weights ask for sums of low codes, be there any or none?
   bool has_low_sums(WeightKind kind) const {
@@ -209,7 +209,7 @@ void linear(const Activations& x, const Weight& weight, float* out, int64_t rows
 inline void store_group(const float* values, const Activations& out, int64_t row, int64_t group) {
   const int64_t left = out.cols - group * kGroup, count = left < kGroup ? left : kGroup;
   if (out.kind == ActivationKind::int8_g32)
-    quantize_group(values, count, code_scale(max_abs(values, count)), out, row, group, true);
+    quantize_group(values, count, code_scale(max_abs(values, count)), out, row, group);
   else memcpy(out.values + row * out.cols + group * kGroup, values, sizeof(float) * count);
 }
 

@@ -23,10 +23,11 @@ inline CodeScale code_scale(float largest, float max_code = kMaxCode) {
 
 inline float low_scale(float scale) { return scale * (1.0f / kLowSteps); }
 
-// Round one group of inputs: x holds those that are there, at most 32. Only `may_be_wide` groups
+// Round one group of inputs: x holds those that are there, at most 32. Only groups that MayBeWide
 // get low codes.
-inline void quantize_group(const float* x, int64_t count, CodeScale scale, const Activations& out,
-                           int64_t row, int64_t group, bool may_be_wide) {
+template <bool MayBeWide>
+inline void quantize_group_as(const float* x, int64_t count, CodeScale scale,
+                              const Activations& out, int64_t row, int64_t group) {
   constexpr int kVecs = kGroup / 16;
   int8_t* codes = out.codes + row * out.padded_cols() + group * kGroup;
   int8_t* low_codes = out.low_codes + row * out.padded_cols() + group * kGroup;
@@ -40,27 +41,43 @@ inline void quantize_group(const float* x, int64_t count, CodeScale scale, const
                                 : load_first(x + 16 * i, left > 0 ? static_cast<int>(left) : 0);
     const VecF scaled = mul(v, splat(scale.inverse));
     const VecI code = round_to_int(scaled);
-    const VecF rounded = to_float(code);
-    rest[i] = sub(scaled, rounded);
-    energy = fma(rounded, rounded, energy);  // exact
+    if constexpr (MayBeWide) {
+      const VecF rounded = to_float(code);
+      rest[i] = sub(scaled, rounded);
+      energy = fma(rounded, rounded, energy);  // exact
+    }
     store_codes(codes + 16 * i, code);
     sums = add(sums, code);
   }
-  const bool wide = may_be_wide && sum(energy) <= static_cast<float>(kWideEnergy);
-  VecI low_sums = splat_int(0);
-  for (int i = 0; i < kVecs; ++i) {
-    const VecI low = wide ? round_to_int(mul(rest[i], splat(kLowSteps))) : splat_int(0);
-    store_codes(low_codes + 16 * i, low);
-    low_sums = add(low_sums, low);
+  bool wide = false;
+  int32_t low_total = 0;
+  if constexpr (MayBeWide) {
+    wide = sum(energy) <= static_cast<float>(kWideEnergy);
+    VecI low_sums = splat_int(0);
+    for (int i = 0; i < kVecs; ++i) {
+      const VecI low = wide ? round_to_int(mul(rest[i], splat(kLowSteps))) : splat_int(0);
+      store_codes(low_codes + 16 * i, low);
+      low_sums = add(low_sums, low);
+    }
+    low_total = sum(low_sums);
+  } else {
+    memset(low_codes, 0, kGroup);
   }
   const int64_t at = row * out.groups() + group;
-  const int32_t total = sum(sums), low_total = sum(low_sums);
+  const int32_t total = sum(sums);
   out.scales[at] = scale.scale;
   out.wide[at] = wide;
   out.offsets[2 * at] = -kInt8Offset * total;
   out.offsets[2 * at + 1] = -kInt8Offset * low_total;
   out.group_sums[at] = fmaf(low_scale(scale.scale), static_cast<float>(low_total),
                             scale.scale * static_cast<float>(total));
+}
+
+inline void quantize_group(const float* x, int64_t count, CodeScale scale, const Activations& out,
+                           int64_t row, int64_t group) {
+  if (out.may_be_wide && out.kind == ActivationKind::int8_g32)
+    quantize_group_as<true>(x, count, scale, out, row, group);
+  else quantize_group_as<false>(x, count, scale, out, row, group);
 }
 
 void quantize_activations(const float* x, const Activations& out, int64_t rows) {
@@ -71,7 +88,7 @@ void quantize_activations(const float* x, const Activations& out, int64_t rows) 
       const float* values = x + group * kGroup;
       const int64_t left = out.cols - group * kGroup, count = left < kGroup ? left : kGroup;
       if (!per_token) scale = code_scale(max_abs(values, count));
-      quantize_group(values, count, scale, out, row, group, !per_token);
+      quantize_group(values, count, scale, out, row, group);
     }
   }
 }

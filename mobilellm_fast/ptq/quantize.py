@@ -117,7 +117,7 @@ def replace_weights_(
     lm: MobileLLM, weights: dict[str, PackedWeight | np.ndarray], format: str
 ) -> MobileLLM:
     """Put other weights into a model, see `MobileLLM.from_weights`."""
-    packed.install(lm, expected_shapes(lm.config), weights, quant.activation_of(format))
+    packed.install(lm, expected_shapes(lm.config), weights, format)
     lm.set_format(format)
     return lm
 

@@ -8,6 +8,7 @@ struct Product {
   ActivationKind activation;
   int64_t rows, outputs, cols;
   Fill weights, inputs;
+  bool may_be_wide = true;  // groups of inputs
 };
 
 // Remainders of every tile, panel and block of groups; and extremes of one sign, which saturate
@@ -27,6 +28,9 @@ std::vector<Product> products(ActivationKind activation) {
   for (const Fill weights : kFills)
     for (const Fill inputs : {Fill::largest, Fill::smallest, Fill::mixed})
       for (const int64_t rows : {1, 2, 4, 18}) add(rows, 16, 1088, weights, inputs);
+  if (activation == ActivationKind::int8_g32)
+    for (const int64_t rows : {1, 2, 3, 8, 19, 67})
+      all.push_back({activation, rows, 40, 100, Fill::random, Fill::random, false});
   return all;
 }
 
@@ -37,7 +41,8 @@ std::string name_of(const Product& p, WeightKind kind) {
                 {"outputs", p.outputs},
                 {"cols", p.cols},
                 {"weights", static_cast<int>(p.weights)},
-                {"inputs", static_cast<int>(p.inputs)}});
+                {"inputs", static_cast<int>(p.inputs)},
+                {"may_be_wide", p.may_be_wide}});
 }
 
 // What is exact, and how far a kernel may be from it, per output.
@@ -122,7 +127,7 @@ MLF_TEST(linear) {
     const auto multiply = [&](const KernelTable& table, float* out, int64_t stride,
                               const Tiles& tiles, bool accumulate) {
       Inputs inputs;
-      make_inputs(inputs, table, p.activation, x, p.rows, p.cols);
+      make_inputs(inputs, table, p.activation, x, p.rows, p.cols, p.may_be_wide);
       table.linear(inputs.view, w.weight, out, p.rows, stride, tiles, accumulate);
     };
     const Tiles all{0, w.weight.tiles()};
@@ -130,7 +135,7 @@ MLF_TEST(linear) {
         name, p.rows * p.outputs,
         [&](const KernelTable& table, float* out) { multiply(table, out, p.outputs, all, false); });
     Inputs inputs;
-    make_inputs(inputs, check.table(), p.activation, x, p.rows, p.cols);
+    make_inputs(inputs, check.table(), p.activation, x, p.rows, p.cols, p.may_be_wide);
     const Exact exact = exact_product(inputs, w, p.rows, p.activation);
     check.close(name, got, exact.values, exact.bound);
     if (w.weight.kind == WeightKind::int8 && p.activation == ActivationKind::int8)
@@ -161,7 +166,7 @@ MLF_TEST(swiglu) {
     const Matrix up = make_matrix(up_kind, p.outputs, p.cols, Fill::random, 7);
     const auto call = [&](const KernelTable& table, const Activations& out) {
       Inputs inputs;
-      make_inputs(inputs, table, p.activation, x, p.rows, p.cols);
+      make_inputs(inputs, table, p.activation, x, p.rows, p.cols, p.may_be_wide);
       table.swiglu(inputs.view, gate.weight, up.weight, out, p.rows, {0, gate.weight.tiles()});
     };
     ActivationBuffer buffer;
@@ -173,7 +178,7 @@ MLF_TEST(swiglu) {
           call(table, values);
         });
     Inputs inputs;
-    make_inputs(inputs, check.table(), p.activation, x, p.rows, p.cols);
+    make_inputs(inputs, check.table(), p.activation, x, p.rows, p.cols, p.may_be_wide);
     const Exact g = exact_product(inputs, gate, p.rows, p.activation);
     const Exact u = exact_product(inputs, up, p.rows, p.activation);
     std::vector<double> want, bound;

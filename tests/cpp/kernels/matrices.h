@@ -124,9 +124,12 @@ struct Inputs {
   std::vector<double> values;  // (rows, cols)
 };
 inline void make_inputs(Inputs& inputs, const KernelTable& table, ActivationKind kind,
-                        const std::vector<float>& x, int64_t rows, int64_t cols) {
+                        const std::vector<float>& x, int64_t rows, int64_t cols,
+                        bool may_be_wide = true) {
   inputs.buffer.resize(rows, cols);
-  const Activations view = inputs.view = inputs.buffer.view(kind, cols);
+  inputs.view = inputs.buffer.view(kind, cols);
+  inputs.view.may_be_wide = may_be_wide;
+  const Activations view = inputs.view;
   inputs.values.assign(x.begin(), x.end());
   if (kind == ActivationKind::floating) {
     std::copy(x.begin(), x.end(), view.values);
