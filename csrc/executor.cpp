@@ -103,9 +103,9 @@ Executor::Executor(Model model, int threads, const KernelTable& kernels, int64_t
     scratch.input.resize(&scratch == &scratch_.back() ? chunk_rows_ : 1, widest);
     scratch.normed.resize(widest);
     scratch.queries.resize(queries * model_.head_dim);
-    scratch.query_codes.resize(queries * 2 * padded_dim());
+    scratch.query_codes.resize(queries * padded_dim());
     scratch.query_scales.resize(queries);
-    scratch.query_offsets.resize(2 * queries);
+    scratch.query_offsets.resize(queries);
     scratch.visible.resize(queries);
     scratch.state.resize(queries * (padded_dim() + 2));
     scratch.page_state.resize(queries * (padded_dim() + 2));

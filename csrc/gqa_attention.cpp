@@ -25,9 +25,9 @@ void gqa_attention(const KernelTable& kernels, const float* q, const float* k, c
                           buffer.data() + group * (padded + 1)};
   };
   std::vector<int> visible(group);
-  std::vector<int8_t> codes(group * 2 * padded);
+  std::vector<int8_t> codes(group * padded);
   std::vector<float> scales(group);
-  std::vector<int32_t> offsets(2 * group);
+  std::vector<int32_t> offsets(group);
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t seen = tokens - rows + row + 1;
     for (int64_t head = 0; head < kv_heads; ++head) {

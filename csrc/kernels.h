@@ -55,9 +55,9 @@ struct PageView {
 // Some queries of one KV head: floats, and what attend_prepare makes of them for int8 keys.
 struct Queries {
   const float* values;  // (queries, head_dim)
-  int8_t* codes;        // (queries, 2, padded head_dim): low and high bytes, signed
-  float* scales;        // (queries): value = scale * (low + 256 * high)
-  int32_t* offsets;     // (queries, 2): what the sums of products start from
+  int8_t* codes;        // (queries, padded head_dim)
+  float* scales;        // (queries): value = scale * code
+  int32_t* offsets;     // (queries): what the sums of products start from
 };
 
 // Softmax-weighted values of some queries over some keys, not yet normalised.

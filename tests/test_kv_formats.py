@@ -12,7 +12,7 @@ from mobilellm_fast.executor import KV_FORMATS
 
 U = 2.0**-24  # unit roundoff of float32
 PAGE = 128
-INPUT_CODE = 127 * 256  # largest code of what is multiplied with int8 codes
+WEIGHT_CODE = 127 * 256  # largest code of a token's weight, which values are multiplied with
 ISAS = _C.supported_isas()
 
 each_isa = pytest.mark.parametrize("isa", ISAS)
@@ -53,18 +53,17 @@ def expected(q, k, v):
     """Attention over int8 keys and values in float64, and how far the kernel may be from it."""
     rows, heads, dim = q.shape
     tokens, kv_heads = k.shape[:2]
-    q = q.astype(float)
+    q_codes, q_scales = rounded(q)
+    q = q_codes * q_scales
     (k_codes, k_scales), (v_codes, v_scales) = (
         [np.repeat(part, heads // kv_heads, axis=1) for part in rounded(x)] for x in (k, v)
     )
     keys, values, scale = k_codes * k_scales, v_codes * v_scales, dim**-0.5
     hidden = ~np.tri(rows, tokens, tokens - rows, dtype=bool)[None]
     scores = np.einsum("shd,thd->hst", q, keys) * scale
-    # Queries are rounded to half a code; then the sum, two scales and log2(e) are multiplied, each
-    # with a rounding, and the largest is subtracted.
-    half = 0.5 * np.abs(q).max(axis=-1) / INPUT_CODE  # (rows, heads)
-    error = np.einsum("sh,thd->hst", half * (1 + 8 * U), np.abs(keys)) * scale
-    error += 6 * U * np.abs(scores)
+    # The sum of codes is exact; three scales and log2(e) are multiplied, each with a rounding, and
+    # the largest is subtracted.
+    error = 8 * U * np.abs(scores)
     scores, error = np.where(hidden, -np.inf, scores), np.where(hidden, 0, error)
     distance = np.where(hidden, 0, scores.max(axis=-1, keepdims=True) - scores)
     weights = np.exp(-distance) * ~hidden
@@ -80,7 +79,7 @@ def expected(q, k, v):
         heaviest = (weights[..., part] * v_scales[part, :, 0].T[:, None]).max(axis=-1)
         heaviest *= np.exp(error[..., 0])
         seen = np.einsum("hst,thd->shd", ~hidden[..., part] * 1.0, np.abs(v_codes[part]))
-        bound += 0.5 / INPUT_CODE * (1 + 8 * U) * heaviest.T[..., None] * seen
+        bound += 0.5 / WEIGHT_CODE * (1 + 8 * U) * heaviest.T[..., None] * seen
     return np.einsum("hst,thd->shd", weights, values), bound
 
 
@@ -101,7 +100,8 @@ def test_int8_is_near_attention_over_floats(sizes):
     group = q.shape[1] // k.shape[1]
     k_half, v_half = (np.repeat(rounded(x)[1] / 2, group, axis=1) for x in (k, v))
     # all scores change by at most this; a weight changes through its own and through the sum
-    change = np.abs(q).sum(axis=-1).max() * k_half.max() * q.shape[-1] ** -0.5
+    q_half, keys = np.abs(q).max() / 127 / 2, np.abs(k).sum(axis=-1).max()
+    change = (np.abs(q).sum(axis=-1).max() * k_half.max() + keys * q_half) * q.shape[-1] ** -0.5
     want = attention(q, k, v, "fp32")
     bound = np.expm1(2 * change) * np.abs(v).max() + v_half.max() + 1e-3
     assert np.abs(attention(q, k, v, "int8") - want).max() <= bound
@@ -135,7 +135,7 @@ def test_weights_of_the_softmax(kv_format, isa):
     # e^x, sum, division; x times log2(e) and scales, whose roundings e^x multiplies by x
     bound = (16 + 5 * np.abs(x)) * U * want
     if kv_format == "int8":
-        bound += 0.51 / INPUT_CODE * want.max()
+        bound += 0.51 / WEIGHT_CODE * want.max()
     assert (np.abs(got - want) <= bound + 1e-37).all()
 
 

@@ -111,11 +111,14 @@ def test_quality(distribution, english, format, ratio, divergence):
 
 
 def test_quality_of_int8_keys_and_values(distribution, load, english):
-    """Against fp16 keys and values, with the same weights; measured: 1.0024 and 0.0008."""
-    engine = load("int8")
-    assert engine.executor.kv_format == "fp16"
-    short = Engine(engine.config, engine.weights, "int8", kv_format="int8")
-    assert_quality(distribution("int8"), log_probabilities(short, english), english, 1.005, 0.002)
+    """With float weights, whose inputs are not rounded: measured: 1.0024 and 0.0013.
+
+    Of integer weights, two formats differ by the noise of rounded inputs, twice.
+    """
+    assert load("int8").executor.kv_format == "fp16"
+    engine = load("fp32")
+    short = Engine(engine.config, engine.weights, "fp32", kv_format="int8")
+    assert_quality(distribution("fp32"), log_probabilities(short, english), english, 1.005, 0.002)
 
 
 def log_probabilities(engine: Engine, ids: list[int]) -> np.ndarray:

@@ -109,10 +109,11 @@ struct FloatPage {
   }
 };
 
-// --- int8 pages: keys and values are weight matrices whose inputs are rounded to 16 bits ---------
+// --- int8 pages: keys and values are weight matrices; their inputs are rounded to 8 and 16 bits --
 
-// Such an input is two signed bytes, low + 256 * high, each multiplied by itself. Largest code: a
-// sum of n products with 8-bit codes must fit int32.
+// Queries have the precision of keys. Weights of tokens are a few large and many small numbers, and
+// take 16 bits: such an input is two signed bytes, low + 256 * high, each multiplied by itself.
+// Largest code: a sum of n products with 8-bit codes must fit int32.
 inline CodeScale wide_scale(float largest, int64_t n) {
   const int64_t fits = ((int64_t{1} << 31) - 1) / (128 * n);
   return code_scale(largest, static_cast<float>(fits < 127 * 256 ? fits : 127 * 256));
@@ -139,49 +140,52 @@ inline void code_row(const float* x, int64_t n, int64_t padded, float inverse, i
   offsets[1] = -kInt8Offset * sum(high_total);
 }
 
-// acc[(h * M + m) * T + t] += one step of half h of inputs[m] . tile t, for H halves
-template <int M, int T, int H>
+// acc[(h * M + m) * T + t] += one step of half h of inputs[m] . tile t, for H of all Halves
+template <int M, int T, int H, int Halves>
 MLF_INLINE void coded_step(const uint8_t* tile, int64_t tile_nbytes, const int8_t* inputs,
                            int64_t padded, DotSum* acc) {
   DotWeights w[T];
   MLF_UNROLL for (int t = 0; t < T; ++t) w[t] = load_step_int8(tile + t * tile_nbytes);
   MLF_UNROLL for (int m = 0; m < M; ++m) MLF_UNROLL for (int h = 0; h < H; ++h) {
-    const DotInputs a = load_inputs(inputs + (2 * m + h) * padded);
+    const DotInputs a = load_inputs(inputs + (Halves * m + h) * padded);
     MLF_UNROLL for (int t = 0; t < T; ++t) dot(acc[(h * M + m) * T + t], w[t], a);
   }
 }
 
 // y[m * T + t] (16 outputs) = inputs[m] . tile t, exactly; tiles lie `tile_nbytes` apart; inputs
-// (M, 2, padded), offsets (M, 2). Both halves of the inputs at once, if registers hold their sums.
-template <int M, int T>
+// (M, Halves, padded), offsets (M, Halves). Both halves of the inputs at once, if registers hold
+// their sums.
+template <int M, int T, int Halves>
 MLF_INLINE void coded_tiles(const uint8_t* tile, int64_t tile_nbytes, int64_t steps,
                             const PageView& page, const int8_t* inputs, int64_t padded,
                             const int32_t* offsets, VecI* y) {
-  constexpr int H = 2 * M * T <= 16 ? 2 : 1, kSteps = 4;
+  constexpr int H = Halves * M * T <= 16 ? Halves : 1, kSteps = 4;
   if (page.ahead)
     for (int64_t i = 0; i < T * steps; ++i)
       prefetch_next(tile + i / steps * tile_nbytes + i % steps * kStepBytes, page);
-  MLF_UNROLL for (int first = 0; first < 2; first += H) {
+  MLF_UNROLL for (int first = 0; first < Halves; first += H) {
     DotSum acc[H * M * T];
     MLF_UNROLL for (int i = 0; i < H * M * T; ++i) acc[i] =
-        dot_begin(offsets[i / T % M * 2 + first + i / T / M]);
+        dot_begin(offsets[i / T % M * Halves + first + i / T / M]);
     const int8_t* in = inputs + first * padded;
     const uint8_t* at = tile;
     int64_t step = 0;
     for (; step + kSteps <= steps; step += kSteps, in += kSteps * kStep, at += kSteps * kStepBytes)
-      MLF_UNROLL for (int i = 0; i < kSteps; ++i)
-          coded_step<M, T, H>(at + i * kStepBytes, tile_nbytes, in + i * kStep, padded, acc);
+      MLF_UNROLL for (int i = 0; i < kSteps; ++i) coded_step<M, T, H, Halves>(
+          at + i * kStepBytes, tile_nbytes, in + i * kStep, padded, acc);
     for (; step < steps; ++step, in += kStep, at += kStepBytes)
-      coded_step<M, T, H>(at, tile_nbytes, in, padded, acc);
+      coded_step<M, T, H, Halves>(at, tile_nbytes, in, padded, acc);
     MLF_UNROLL for (int i = 0; i < M * T; ++i) {
       const VecI low = first == 0 ? dot_result(acc[i]) : y[i];
-      y[i] = first + H == 2 ? add(low, shift_left(dot_result(acc[(H - 1) * M * T + i]), 8)) : low;
+      if constexpr (Halves == 2)
+        y[i] = first + H == 2 ? add(low, shift_left(dot_result(acc[(H - 1) * M * T + i]), 8)) : low;
+      else y[i] = low;
     }
   }
 }
 
 struct CodedPage {
-  // Two sums for each query and tile. A number that divides 48 queries, 16 tokens of 3 heads.
+  // A number of queries that divides 48 queries, 16 tokens of 3 heads.
   static constexpr int kTiles = kBlockTiles;
   static constexpr int kQueries = kDotRows >= 8 ? (kTiles > 1 ? 6 : 8) : (kDotRows + 1) / 2;
 
@@ -226,8 +230,8 @@ struct CodedPage {
     for_each_whole_block<kTiles>(ceil_div(tokens, 16), [&](auto count, int64_t first) {
       constexpr int T = decltype(count)::value;
       VecI dots[Q * T];
-      coded_tiles<Q, T>(page.keys() + first * nbytes, nbytes, steps, page, q.codes,
-                        round_up(head_dim, 16), q.offsets, dots);
+      coded_tiles<Q, T, 1>(page.keys() + first * nbytes, nbytes, steps, page, q.codes,
+                           round_up(head_dim, 16), q.offsets, dots);
       MLF_UNROLL for (int i = 0; i < Q * T; ++i) {
         const int64_t t = 16 * (first + i % T);
         const VecF scales = mul(load(page.key_scales() + t), splat(q.scales[i / T] * scale));
@@ -254,8 +258,8 @@ struct CodedPage {
       constexpr int T = decltype(count)::value;
       constexpr int64_t kNbytes = 16 * kPageTokens;
       VecI dots[Q * T];
-      coded_tiles<Q, T>(page.values() + first * kNbytes, kNbytes, steps, page, inputs[0][0],
-                        kPageTokens, offsets[0], dots);
+      coded_tiles<Q, T, 2>(page.values() + first * kNbytes, kNbytes, steps, page, inputs[0][0],
+                           kPageTokens, offsets[0], dots);
       MLF_UNROLL for (int i = 0; i < Q * T; ++i)
           store(out + i / T * padded + 16 * (first + i % T),
                 mul(to_float(dots[i]), splat(scales[i / T].scale)));
@@ -285,9 +289,17 @@ void attend_prepare(const Queries& q, int64_t queries, int64_t head_dim) {
   for (int64_t i = 0; i < queries; ++i) {
     const float* x = q.values + i * head_dim;
     const int64_t padded = round_up(head_dim, 16);
-    const CodeScale scale = wide_scale(max_abs(x, head_dim), padded);
+    const CodeScale scale = code_scale(max_abs(x, head_dim));
     q.scales[i] = scale.scale;
-    code_row(x, head_dim, padded, scale.inverse, q.codes + 2 * i * padded, q.offsets + 2 * i);
+    VecI total = splat_int(0);
+    for (int64_t d = 0; d < padded; d += 16) {
+      const int lanes = head_dim - d < 16 ? static_cast<int>(head_dim - d) : 16;
+      const VecF v = scale.inverse == 0.0f ? splat(0.0f) : load_upto(x + d, lanes);
+      const VecI code = round_to_int(mul(v, splat(scale.inverse)));
+      store_codes(q.codes + i * padded + d, code);
+      total = add(total, code);
+    }
+    q.offsets[i] = -kInt8Offset * sum(total);
   }
 }
 
@@ -337,8 +349,7 @@ void attend_page(const Queries& q, const PageView& page, const int* tokens,
   const float scale_log2 = scale * 1.44269504088896341f;  // e^x = 2^(x log2(e))
   with_page(page, [&](auto stored) {
     for_each_whole_block<decltype(stored)::kQueries>(queries, [&](auto count, int64_t i) {
-      const Queries some{q.values + i * dim, q.codes + i * 2 * padded, q.scales + i,
-                         q.offsets + 2 * i};
+      const Queries some{q.values + i * dim, q.codes + i * padded, q.scales + i, q.offsets + i};
       const AttentionState block{out.values + i * padded, out.max + i, out.sum + i};
       attend_queries<decltype(count)::value>(stored, some, tokens + i, block, scale_log2);
     });

@@ -115,8 +115,8 @@ struct QueryRows {
             bool coded)
       : values(std::move(x)),
         scales(queries),
-        codes(queries * 2 * round_up(dim, 16)),
-        offsets(2 * queries) {
+        codes(queries * round_up(dim, 16)),
+        offsets(queries) {
     view = {values.data(), codes.data(), scales.data(), offsets.data()};
     if (coded) table.attend_prepare(view, queries, dim);
   }
@@ -134,7 +134,7 @@ MLF_TEST(attend_prepare) {
       const std::vector<float> x = random.vector(queries * dim, 5.0f);
       const std::string name = sizes({{"queries", queries}, {"head_dim", dim}});
       const std::vector<int8_t> codes =
-          check.run<int8_t>(name, queries * 2 * padded, [&](const KernelTable& table, int8_t* out) {
+          check.run<int8_t>(name, queries * padded, [&](const KernelTable& table, int8_t* out) {
             QueryRows rows(table, x, queries, dim, false);
             rows.view.codes = out;
             table.attend_prepare(rows.view, queries, dim);
@@ -144,7 +144,7 @@ MLF_TEST(attend_prepare) {
       std::vector<double> want, bound;
       for (int64_t i = 0; i < queries; ++i)
         for (int64_t d = 0; d < padded; ++d) {
-          const int code = codes[2 * i * padded + d] + 256 * codes[(2 * i + 1) * padded + d];
+          const int code = codes[i * padded + d];
           got.push_back(rows.scales[i] * static_cast<float>(code));
           want.push_back(d < dim ? x[i * dim + d] : 0);
           bound.push_back(d < dim ? (0.5 + 0.01) * rows.scales[i] : 0);
@@ -204,9 +204,9 @@ MLF_TEST(attend_page) {
           sizes_of += std::fabs(q[i * dim + d] * key[d] * scale);
           sum_of_key += std::fabs(key[d] * scale);
         }
-        // an int8 page's queries are rounded to 16 bits
+        // an int8 page's queries are rounded to 8 bits
         if (c.kind == KVKind::int8)
-          sizes_of += 0.51 * largest_q / wide_codes(padded) * sum_of_key / kUnit / (dim + 4);
+          sizes_of += 0.51 * largest_q / 127 * sum_of_key / kUnit / (dim + 4);
         scores.push_back(score);
         size = std::fmax(size, sizes_of);
         largest = t ? std::fmax(largest, score) : score;
