@@ -1,12 +1,12 @@
-"""Times and weighs a training step beside the same model in transformers, eager and compiled.
+"""Times and weighs a training step beside the same model in transformers: eager, compiled, graphed.
 
     python bench/training_step.py --threads 1 --layers 2 --batch 1 --seq 256
     python bench/training_step.py --device cuda --out results.json   # 30 layers, 8 x 1024, bf16
 
 Forward, loss, backward and AdamW, with the same weights on the same tokens; before anything is
 timed, losses and gradients have to agree. The candidates take turns, step by step, so that what
-else the machine does meets them alike; medians, and medians of the ratios of each round. The eager
-ones are timed, shown and saved first, then all of them: compiling takes most of the time.
+else the machine does meets them alike; medians, and medians of the ratios of each round. They are
+timed, shown and saved mode by mode, the slowest to prepare last: compiling takes most of the time.
 """
 
 import argparse
@@ -77,9 +77,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=tuple(DTYPES), help="mixed: weights in fp32, products in bf16"
     )
-    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"])
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=("eager", "compiled", "graphed"),
+        help="graphed, of a GPU: the whole step is recorded as a CUDA graph; all that there are",
+    )
     parser.add_argument("--out", type=Path, help="a JSON file of the results")
     args = parser.parse_args()
+    if args.modes is None:
+        args.modes = (
+            ["eager", "compiled"] if args.device == "cpu" else ["eager", "graphed", "compiled"]
+        )
     for name, default in zip(
         ("layers", "batch", "seq", "rounds", "dtype"), DEFAULTS[args.device], strict=True
     ):
@@ -105,9 +114,14 @@ class Candidate:
         self.model = build(owner, config, weights, args)
         run = torch.compile(self.model) if mode == "compiled" else self.model
         self.loss = loss_function(owner, run, ids, args)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=1e-4, fused=True, capturable=mode == "graphed"
+        )
         self.seconds: list[float] = []
         self.losses: list[float] = []
+        self._run = self._step
+        if mode == "graphed":
+            self._run = self._record()
         for _ in range(3):
             self.step()
         self.ready_after = time.perf_counter() - started
@@ -117,17 +131,41 @@ class Candidate:
         """Do one step and return its seconds."""
         synchronize(self.device)
         started = time.perf_counter()
-        loss = self.loss()
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        loss = self._run()
         synchronize(self.device)
         seconds = time.perf_counter() - started
         self.losses.append(loss.item())
         return seconds
 
+    def _step(self) -> torch.Tensor:
+        loss = self.loss()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def _record(self) -> Callable[[], torch.Tensor]:
+        """Return the step as one CUDA graph, which has no launches to wait for."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = self._step()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return loss
+
+        return replay
+
     def _megabytes(self) -> float | None:
         """What a step takes beside what lies there between steps; of a CPU only what is kept."""
+        if self.mode == "graphed":
+            return None  # a graph keeps its memory between steps
         if self.device == "cuda":
             gc.collect()
             torch.cuda.reset_peak_memory_stats()

@@ -100,7 +100,8 @@ def test_a_training_step(case, use_kernels):
         length = want.norm()
         near = ((plain[name] - want).norm() / length).item()
         got = ((found[name] - want).norm() / length).item()
-        assert got <= 1.5 * near, f"{name}: {got:.1e} of the gradient, plainly {near:.1e}"
+        # both are sums of chance roundings; those of one matrix differ by half and more
+        assert got <= 2 * near, f"{name}: {got:.1e} of the gradient, plainly {near:.1e}"
     assert 0 < near < (1e-4 if unit < 1e-6 else 0.1)
     if not (flags["compiled"] or flags["checkpointed"]):
         assert "gqa_attention" in operators and "saving" in operators
