@@ -37,8 +37,8 @@ bool runs_avx512vnni() {
 bool runs_avx512vnni_ymm() { return runs_avx512vnni(); }
 bool runs_amx_emulated() { return runs_avx512vnni(); }
 // Linux gives a process the registers of AMX when it asks for them, and refuses small alternate
-// signal stacks from then on: here it is asked only whether it would, by request_amx once they are
-// used.
+// signal stacks from then on. So runs_amx only asks whether it would; request_amx asks for them,
+// once the table is chosen.
 constexpr int kAmxRegisters = 18;  // their number in XCR0
 bool runs_amx() {
 #if defined(__linux__) && defined(SYS_arch_prctl)

@@ -61,8 +61,8 @@ class ThreadPool {
   // that is, spent a quarter of the time asleep, waiting for each other. `task` must not throw.
   bool run(int active, const std::function<void(int)>& task);
   void run(const std::function<void(int)>& task) { run(size_, task); }
-  // Inside run(): wait until every thread has come here. Meanwhile, call `idle` as long as it
-  // returns true.
+  // Inside run(): wait until every thread that takes part has come here. Meanwhile, call `idle` as
+  // long as it returns true.
   template <class Idle>
   void barrier(Idle idle) {
     if (active_ == 1) return;
@@ -82,7 +82,7 @@ class ThreadPool {
   void forget_workers();
   void stop_workers();
   void work(int thread, uint32_t seen);
-  bool arrive();  // the last of all threads lets the others go, and returns true
+  bool arrive();  // the last of them lets the others go, and returns true
 
   struct alignas(64) Start {
     WaitCounter calls;

@@ -142,13 +142,14 @@ MLF_TEST(attend_prepare) {
       const QueryRows rows(check.table(), x, queries, dim, true);
       std::vector<float> got;
       std::vector<double> want, bound;
-      for (int64_t i = 0; i < queries; ++i)
+      for (int64_t i = 0; i < queries; ++i) {
+        const std::vector<double> rounded = kept(KVKind::int8, &x[i * dim], dim);
         for (int64_t d = 0; d < padded; ++d) {
-          const int code = codes[i * padded + d];
-          got.push_back(rows.scales[i] * static_cast<float>(code));
-          want.push_back(d < dim ? x[i * dim + d] : 0);
-          bound.push_back(d < dim ? (0.5 + 0.01) * rows.scales[i] : 0);
+          got.push_back(rows.scales[i] * static_cast<float>(codes[i * padded + d]));
+          want.push_back(d < dim ? rounded[d] : 0);
+          bound.push_back(kUnit * std::fabs(want.back()));  // of the product
         }
+      }
       check.close(name, got, want, bound);
     }
 }
@@ -193,20 +194,18 @@ MLF_TEST(attend_page) {
         });
     std::vector<double> want(n * padded), bound(n * padded), sums, sum_bound;
     for (int64_t i = 0; i < n; ++i) {
-      double largest = 0, size = 0, largest_q = 0, largest_v = 0, total = 0;
-      for (int64_t d = 0; d < dim; ++d) largest_q = std::fmax(largest_q, std::fabs(q[i * dim + d]));
+      double largest = 0, size = 0, largest_v = 0, total = 0;
+      // an int8 page's queries are rounded as its keys are
+      const std::vector<double> query =
+          kept(c.kind == KVKind::int8 ? KVKind::int8 : KVKind::fp32, &q[i * dim], dim);
       std::vector<double> scores;
       for (int t = 0; t < c.tokens[i]; ++t) {
         const std::vector<double> key = kept(c.kind, &keys[t * dim], dim);
-        double score = 0, sizes_of = 0, sum_of_key = 0;
+        double score = 0, sizes_of = 0;
         for (int64_t d = 0; d < dim; ++d) {
-          score += q[i * dim + d] * key[d] * scale;
-          sizes_of += std::fabs(q[i * dim + d] * key[d] * scale);
-          sum_of_key += std::fabs(key[d] * scale);
+          score += query[d] * key[d] * scale;
+          sizes_of += std::fabs(query[d] * key[d] * scale);
         }
-        // an int8 page's queries are rounded to 8 bits
-        if (c.kind == KVKind::int8)
-          sizes_of += 0.51 * largest_q / 127 * sum_of_key / kUnit / (dim + 4);
         scores.push_back(score);
         size = std::fmax(size, sizes_of);
         largest = t ? std::fmax(largest, score) : score;

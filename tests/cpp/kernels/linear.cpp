@@ -194,9 +194,11 @@ MLF_TEST(swiglu) {
 
     // As codes: those of what came out as floats.
     Inputs codes, rounded;
-    make_inputs(rounded, check.table(), ActivationKind::int8_g32, got, p.rows, p.outputs);
+    make_inputs(rounded, check.table(), ActivationKind::int8_g32, got, p.rows, p.outputs,
+                p.may_be_wide);
     codes.buffer.resize(p.rows, p.outputs);
     codes.view = codes.buffer.view(ActivationKind::int8_g32, p.outputs);
+    codes.view.may_be_wide = p.may_be_wide;
     call(check.table(), codes.view);
     const auto bytes = [&](const Activations& a) {
       std::vector<int8_t> both(a.codes, a.codes + p.rows * a.padded_cols());
