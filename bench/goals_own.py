@@ -22,7 +22,7 @@ from timing import Probe, Work, take_turns
 from mobilellm_fast import _C
 from mobilellm_fast.engine import Engine
 
-TEXT = "Repeat: " + "the quick brown fox jumps over the lazy dog. " * 12
+TEXT = "the quick brown fox jumps over the lazy dog. " * 12
 SPIN = "while True: pass"
 STREAMED, AT_ONCE = 192, 8  # tokens of a stream, and in a block of them
 
