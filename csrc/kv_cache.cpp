@@ -6,7 +6,9 @@
 namespace mlf {
 namespace {
 
-constexpr int64_t kSlabPages = 16;
+// Of a slab: as much as is worth a few huge pages, up to this many pages.
+constexpr int64_t kSlabNbytes = int64_t{32} << 20;
+constexpr int64_t kMaxSlabPages = 16;
 
 }  // namespace
 
@@ -34,12 +36,17 @@ void KVCache::reserve(int64_t tokens) {
 
 // Zeroed; memory is only taken where it is touched.
 std::shared_ptr<uint8_t[]> KVCache::new_page() {
-  if (slab_pages_ == 0) {
-    slab_ = allocate_pages(kSlabPages * page_nbytes());
-    slab_pages_ = kSlabPages;
+  const int64_t nbytes = page_nbytes();
+  if (slab_left_ == 0) {
+    const int64_t pages = std::clamp<int64_t>(kSlabNbytes / nbytes, 1, kMaxSlabPages);
+    slab_ = allocate_pages(pages * nbytes);
+    slab_next_ = slab_.get();
+    slab_left_ = pages;
   }
-  uint8_t* page = slab_.get() + (kSlabPages - slab_pages_--) * page_nbytes();
-  return {page, [slab = slab_](uint8_t*) {}};  // counted by itself: who shares it may not write
+  uint8_t* page = std::exchange(slab_next_, slab_next_ + nbytes);
+  --slab_left_;
+  // counted by itself: who shares it may not write; the others of its slab may live on without it
+  return {page, [slab = slab_, nbytes](uint8_t* dead) { release_memory(dead, nbytes); }};
 }
 
 PageView KVCache::view(int position, int64_t page, int kv_head) const {

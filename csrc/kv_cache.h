@@ -50,10 +50,11 @@ class KVCache {
   KVKind kind_;
   int64_t length_ = 0;
   std::vector<std::shared_ptr<uint8_t[]>> pages_;
-  // Memory for some pages behind each other, which is freed with the last of them: one page alone
-  // would end in the middle of a huge page.
+  // Memory for some pages behind each other, whose addresses are freed with the last of them: one
+  // page alone would end in the middle of a huge page.
   std::shared_ptr<uint8_t[]> slab_;
-  int64_t slab_pages_ = 0;  // not yet taken from it
+  uint8_t* slab_next_ = nullptr;  // of its pages, the first that is not yet taken
+  int64_t slab_left_ = 0;         // how many are not
 };
 
 }  // namespace mlf

@@ -40,6 +40,13 @@ Pages allocate_pages(int64_t nbytes) {
   return Pages(begin + before, FreePages{nbytes});
 }
 
+void release_memory(uint8_t* memory, int64_t nbytes) {
+  const int64_t unit = sysconf(_SC_PAGESIZE);
+  const int64_t before = (unit - reinterpret_cast<intptr_t>(memory) % unit) % unit;
+  const int64_t whole = (nbytes - before) / unit * unit;
+  if (whole > 0) madvise(memory + before, whole, MADV_DONTNEED);
+}
+
 Pages map_file(const char* path, int64_t& nbytes) {
   const int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // do not wait for a pipe
   if (file < 0) throw std::system_error(errno, std::generic_category());

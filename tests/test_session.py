@@ -1,7 +1,9 @@
 """Sessions: the engine's answers, without computing again; as files; what is refused."""
 
 import json
+import os
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,6 +144,26 @@ def test_copied_caches_share_memory_until_written():
     alone = engine.new_cache()
     want = engine.forward([*ids, 1, 3], alone)
     assert np.array_equal(engine.forward([3], cache), want)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_pages_that_nobody_has_give_their_memory_back():
+    """Though others of their slab are in use: each fork leaves one behind."""
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    sizes = {"num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 4}
+    engine = tiny_engine(**sizes, head_dim=64, max_position_embeddings=1024)
+    cache = engine.new_cache()
+    engine.forward(random_ids(engine.config, 100), cache)
+    before = resident()
+    for _ in range(60):
+        fork = cache.copy()
+        engine.forward([1] * 8, cache)
+    del fork
+    assert cache.nbytes == 5 * (2 << 20)  # 580 tokens; 65 pages were taken
+    assert resident() - before < 2 * cache.nbytes
 
 
 # --- files ---------------------------------------------------------------------------------------
