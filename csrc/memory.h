@@ -16,8 +16,8 @@ using Pages = std::unique_ptr<uint8_t[], FreePages>;
 // pages reads a quarter slower. Throws std::bad_alloc. Memory is only taken where it is touched.
 Pages allocate_pages(int64_t nbytes);
 
-// Gives back what lies in whole pages of the system within a part of allocate_pages' memory, which is
-// not to be used again; its addresses stay taken.
+// Gives back what lies in whole pages of the system within a part of allocate_pages' memory, which
+// is not to be used again; its addresses stay taken.
 void release_memory(uint8_t* memory, int64_t nbytes);
 
 // A file in memory, at a multiple of 2 MB, because only there can the system map its page cache in
