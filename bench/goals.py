@@ -188,7 +188,8 @@ def stamp(options: argparse.Namespace) -> str:
     return (
         f"{facts['processor']}, {options.threads} threads, {facts['system']}, mobilellm_fast "
         f"{facts['versions']['mobilellm_fast']}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, "
-        f"load {facts['load_average']:.1f} at the start. Command: `python {' '.join(sys.argv)}`."
+        f"load {facts['load_average']:.1f} at the start. "
+        f"Command: `{machine.command('python bench/goals.py')}`."
     )
 
 

@@ -7,7 +7,6 @@ import platform
 import re
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from time import perf_counter
 
 import torch
 from gpu_goals import GOALS
+from machine import command
 from timing import Work, ratios
 
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "torchao", "numpy")
@@ -90,7 +90,7 @@ class Results:
             self.data |= json.loads(self.path.read_text())
         self.data |= self.about | {
             "date": now.isoformat(timespec="seconds"),
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": command("pytest"),
             "dry": self.dry,
         }
 

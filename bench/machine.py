@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -23,6 +24,11 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def command(program: str) -> str:
+    """Return how this process was called, without the folders that files lie in here."""
+    return " ".join([program, *(re.sub(r"(^|=)/.*/", r"\1", word) for word in sys.argv[1:])])
+
+
 def facts() -> dict:
     """Describe the machine and the software, as every saved run does."""
     versions = {"mobilellm_fast": __version__, "python": platform.python_version()}
@@ -41,7 +47,7 @@ def facts() -> dict:
         "isas": _C.supported_isas(),
         "load_average": os.getloadavg()[0],
         "versions": versions,
-        "command": " ".join(["pytest", *sys.argv[1:]]),
+        "command": command("pytest"),
     }
 
 

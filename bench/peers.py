@@ -22,7 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from export import FORMATS, default_root
-from machine import processor
+from machine import command, processor
 from peer_compare import SEQUENCES, TOKENS, Result, compare
 from peer_workers import Spec, install, state
 
@@ -111,7 +111,7 @@ def _compare(args: argparse.Namespace) -> int:
         facts = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "machine": processor(),
-            "command": " ".join(["python", "bench/peers.py", *sys.argv[1:]]),
+            "command": command("python bench/peers.py"),
             **options,
             "results": [
                 {

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from machine import processor
+from machine import command, processor
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from mobilellm_fast import MobileLLM, MobileLLMConfig
@@ -257,7 +257,7 @@ def table(candidates: list[Candidate], args: argparse.Namespace) -> str:
 def save(args: argparse.Namespace, found: dict, agreed: dict) -> None:
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     facts = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command("python bench/training_step.py"),
         "date": datetime.date.today().isoformat(),
         "processor": processor(),
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",

@@ -24,6 +24,7 @@ sys.path.insert(0, str(BENCH))
 import energy  # noqa: E402  on the path only now
 import engines  # noqa: E402
 import goals  # noqa: E402
+import machine  # noqa: E402
 import model_works  # noqa: E402
 import op_works  # noqa: E402
 import report  # noqa: E402
@@ -304,3 +305,10 @@ def test_plots_carry_their_origin(tmp_path):
     plots = write_plots(saved_run(tmp_path / "run.json"), tmp_path)
     assert len(plots) == 2
     assert all((tmp_path / name).read_text().count("<svg") == 1 for name in plots.values())
+
+
+def test_commands_in_results_name_no_folder_of_the_machine(monkeypatch):
+    words = ["bench", "-k", "a/b or c", "--out", "/some/where/run.json", "--root=/else/where/x"]
+    monkeypatch.setattr(sys, "argv", ["/bin/pytest", *words])
+    want = "pytest bench -k a/b or c --out run.json --root=x"
+    assert machine.command("pytest") == want
