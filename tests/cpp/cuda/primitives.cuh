@@ -1,0 +1,159 @@
+// What the kernels of mobilellm_fast/cuda/*.cu use of a GPU, on a CPU: scheduler.h runs the
+// threads.
+//
+// Beside each kernel, KERNEL defines `emulate_<kernel>`, which runs it and returns an
+// emulator::Status, and `arguments_nbytes_<kernel>`; `emulation_error` has the last run's text.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "scheduler.h"
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+#define DEVICE inline
+#define UNROLL
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+#define KERNEL(name, Arguments)                                                                \
+  static void name(const Arguments& arguments);                                                \
+  EXPORTED unsigned arguments_nbytes_##name() { return sizeof(Arguments); }                    \
+  EXPORTED int emulate_##name(const Arguments* arguments, int programs, unsigned seed,         \
+                              unsigned shared_nbytes) {                                        \
+    return emulator::run([](const void* each) { name(*static_cast<const Arguments*>(each)); }, \
+                         arguments, programs, seed, shared_nbytes);                            \
+  }                                                                                            \
+  static void name(const Arguments& arguments)
+
+EXPORTED const char* emulation_error() { return emulator::error.c_str(); }
+
+DEVICE uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+DEVICE uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+DEVICE float2 make_float2(float x, float y) { return {x, y}; }
+DEVICE float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+// Numbers
+
+DEVICE float as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+DEVICE unsigned as_bits(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+DEVICE unsigned byte_perm(unsigned a, unsigned b, unsigned selector) {
+  if (selector & ~0x7777u) {  // what __byte_perm does with those is nowhere said
+    emulator::scheduler->fail(emulator::kMisuse, "or later: byte_perm selects bytes 0..7");
+  }
+  uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  }
+  return result;
+}
+
+DEVICE float half_to_float(unsigned short half) {
+  unsigned sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, fraction = half & 1023u;
+  if (exponent == 31) return as_float(sign | 0x7f800000u | fraction << 13);
+  if (exponent) return as_float(sign | (exponent + 112) << 23 | fraction << 13);
+  float magnitude = static_cast<float>(fraction) * 0x1p-24f;
+  return as_float(sign | as_bits(magnitude));
+}
+
+DEVICE unsigned short float_to_half(float value) {  // to nearest, ties to even
+  unsigned bits = as_bits(value), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  unsigned half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7fffu;
+  } else if (magnitude >= 0x477ff000u) {  // 65520, the middle between the largest and infinity
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // subnormal: rounded by an addition, to multiples of 2^-24
+    half = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);
+  } else {
+    half = (magnitude + 0xfffu + (magnitude >> 13 & 1)) >> 13;
+    half -= 112u << 10;
+  }
+  return static_cast<unsigned short>(sign | half);
+}
+
+using std::fma;
+DEVICE float exp_(float x) { return std::exp(x); }
+DEVICE float log_(float x) { return std::log(x); }
+DEVICE float rsqrt_(float x) { return 1.0f / std::sqrt(x); }
+DEVICE unsigned mul_high(unsigned a, unsigned b) {
+  return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
+}
+DEVICE long long clock_ns() { return 0; }
+
+// Threads
+
+DEVICE int thread_id() { return emulator::scheduler->current().thread; }
+DEVICE int program_id() { return emulator::scheduler->current().program; }
+DEVICE int program_count() { return emulator::scheduler->program_count(); }
+
+DEVICE void sync_program(emulator::Site site = emulator::Site::here()) {
+  emulator::scheduler->join_barrier(site);
+}
+
+DEVICE unsigned shuffle_xor(unsigned v, int mask, emulator::Site site = emulator::Site::here()) {
+  return emulator::scheduler->shuffle(v, mask, site);
+}
+
+DEVICE float shuffle_xor(float v, int mask, emulator::Site site = emulator::Site::here()) {
+  return as_float(emulator::scheduler->shuffle(as_bits(v), mask, site));
+}
+
+// Memory
+
+template <class T>
+DEVICE T& shared_memory(emulator::Site site = emulator::Site::here()) {
+  static_assert(alignof(T) <= 16, "shared memory is aligned to 16 bytes");
+  if (sizeof(T) > emulator::scheduler->shared_nbytes) {
+    emulator::scheduler->fail(site, "wants " + std::to_string(sizeof(T)) +
+                                        " bytes of shared memory, has " +
+                                        std::to_string(emulator::scheduler->shared_nbytes));
+  }
+  return *reinterpret_cast<T*>(emulator::scheduler->program().shared_memory);
+}
+
+DEVICE uint4 load_weights(const void* address, emulator::Site site = emulator::Site::here()) {
+  if (reinterpret_cast<uintptr_t>(address) % 16) {
+    emulator::scheduler->fail(site, "loads 16 bytes from an address that is no multiple of 16");
+  }
+  uint4 result;
+  std::memcpy(&result, address, sizeof result);
+  return result;
+}
+
+DEVICE uint2 load_word(const uint2* address, emulator::Site site = emulator::Site::here()) {
+  return emulator::scheduler->load(address, site);
+}
+
+DEVICE void store_word(uint2* address, float value, unsigned epoch,
+                       emulator::Site site = emulator::Site::here()) {
+  emulator::scheduler->store(address, {as_bits(value), epoch}, site);
+}
+
+DEVICE void arrive(unsigned* counter, emulator::Site site = emulator::Site::here()) {
+  emulator::scheduler->arrive(counter, site);
+}
+
+DEVICE unsigned load_acquire(const unsigned* address,
+                             emulator::Site site = emulator::Site::here()) {
+  emulator::scheduler->pass(site);
+  return *address;
+}
