@@ -33,8 +33,8 @@ class OpCase:
         rows = self.sizes.get("rows", self.sizes.get("seq"))
         small = self.sizes.get("outputs", 0) < 10_000 and self.sizes.get("kv_seq", 128) == 128
         wide = self.stem != "linear" or self.sizes["cols"] > self.sizes["outputs"]
-        activation = self.options.get("activation", "int8_g32") == "int8_g32"
-        return self.preset.endswith("-125M") and few and rows == 1 and small and wide and activation
+        usual = not self.options or _usual(**self.options)
+        return self.preset.endswith("-125M") and few and rows == 1 and small and wide and usual
 
     def __str__(self) -> str:
         parts = (self.preset.removeprefix("MobileLLM-"), self.stem, *self.options.values())
@@ -50,7 +50,7 @@ def op_cases() -> list[OpCase]:
             kinds = [dict(kind=k, activation=a) for k, a in LINEAR_KINDS if _used(k, a)]
             if preset != "125M":
                 kinds = [k for k in kinds if k["kind"] in ("int8", "int4_g32")]
-                kinds = [k for k in kinds if k["activation"] == "int8_g32"]
+                kinds = [k for k in kinds if _usual(**k)]
                 if stem != "swiglu":
                     continue
             for sizes in sizes_list:
@@ -62,6 +62,11 @@ def op_cases() -> list[OpCase]:
 def _used(kind: str, activation: str) -> bool:
     """Tell whether a format pairs the two: `w8a8` is int8 with int8, the rest groups of 32."""
     return activation != "int8" or kind == "int8"
+
+
+def _usual(kind: str, activation: str) -> bool:
+    """Tell whether inputs are rounded as hidden layers do: no wide groups before 8-bit weights."""
+    return activation == {"int8": "int8_g32_plain"}.get(kind, "int8_g32")
 
 
 def check(case: OpCase, isa: str) -> None:

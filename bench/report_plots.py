@@ -53,17 +53,18 @@ def _decode_by_bits(run: Run, axes) -> bool:
         place = (4, above)
         axes.annotate(name, (bits, speed), xytext=place, textcoords="offset points", fontsize=6)
         placed.append(name)
-    bandwidth = statistics.median(bandwidths(drawn[0].first))
-    # a token's weights, once, at the bandwidth of this run
-    grid = [4 + i * 0.25 for i in range(4 * 29)]
-    floor = [8 * bandwidth / (parameters * bits) for bits in grid]
-    axes.plot(grid, floor, "k--", linewidth=1, label=f"floor: {bandwidth / 1e9:.1f} GB/s")
+    if drawn[0].first.probes:
+        bandwidth = statistics.median(bandwidths(drawn[0].first))
+        # a token's weights, once, at the bandwidth of this run
+        grid = [4 + i * 0.25 for i in range(4 * 29)]
+        floor = [8 * bandwidth / (parameters * bits) for bits in grid]
+        axes.plot(grid, floor, "k--", linewidth=1, label=f"floor: {bandwidth / 1e9:.1f} GB/s")
+        axes.legend()
     axes.set(xlabel="bits per weight", ylabel="tokens/s", xscale="log", yscale="log")
     axes.minorticks_off()
     axes.set_xticks([4, 5, 6, 8, 16, 32], ["4", "5", "6", "8", "16", "32"])
     speeds = [25, 50, 100, 200, 400, 800]
     axes.set_yticks(speeds, [f"{speed}" for speed in speeds])
-    axes.legend()
     return True
 
 
@@ -82,6 +83,7 @@ def _bandwidth_share(run: Run, axes) -> bool:
         for benchmark in run.of("decode")
         if benchmark.first.facts["context"] == 128
         for series in benchmark.series.values()
+        if series.share is not None
     ]
     if not bars:
         return False

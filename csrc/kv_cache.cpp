@@ -10,31 +10,56 @@ namespace {
 constexpr int64_t kSlabNbytes = int64_t{32} << 20;
 constexpr int64_t kMaxSlabPages = 16;
 
+// The system finds and clears memory where it is first touched. In a step that takes as long as
+// half of it, more if threads come there together, and more again where a hypervisor has to find it
+// first; so one thread touches it before, and while tokens come one by one, each of the last ones
+// of a page a part of the next.
+constexpr int64_t kTouchingTokens = 32;
+constexpr int64_t kTouchStep = 4096;  // no system has smaller pages
+
+void touch(uint8_t* page, int64_t begin, int64_t end) {
+  for (int64_t at = begin; at < end; at += kTouchStep)
+    *const_cast<volatile uint8_t*>(page + at) = 0;
+}
+
 }  // namespace
 
 KVCache::KVCache(int positions, int kv_heads, int head_dim, KVKind kind)
     : positions_(positions), kv_heads_(kv_heads), head_dim_(head_dim), kind_(kind) {}
 
-// A copy has a slab of its own for the pages to come.
+// A copy has a slab of its own for the pages to come, and none that is not in use.
 KVCache::KVCache(const KVCache& other)
     : positions_(other.positions_),
       kv_heads_(other.kv_heads_),
       head_dim_(other.head_dim_),
       kind_(other.kind_),
       length_(other.length_),
-      pages_(other.pages_) {}
+      pages_(other.pages_.begin(), other.pages_.begin() + other.pages()),
+      touched_(other.pages() * other.page_nbytes()) {}
 
 void KVCache::reserve(int64_t tokens) {
   for (int64_t page = length_ / kPageTokens; page < static_cast<int64_t>(pages_.size()); ++page) {
     if (page * kPageTokens >= tokens || pages_[page].use_count() == 1) continue;
     std::shared_ptr<uint8_t[]> own = new_page();
     if (page * kPageTokens < length_) std::copy_n(pages_[page].get(), page_nbytes(), own.get());
+    else touch(own.get(), 0, page_nbytes());
     pages_[page] = std::move(own);
   }
-  while (static_cast<int64_t>(pages_.size()) * kPageTokens < tokens) pages_.push_back(new_page());
+  int64_t wanted = ceil_div(tokens, kPageTokens) * page_nbytes();
+  if (tokens == length_ + 1) {
+    const int64_t left = ceil_div(tokens, kPageTokens) * kPageTokens - tokens;
+    const int64_t parts = std::max<int64_t>(kTouchingTokens - left, 0);
+    wanted += page_nbytes() * parts / kTouchingTokens;
+  }
+  while (touched_ < wanted) {
+    const int64_t page = touched_ / page_nbytes(), begin = touched_ % page_nbytes();
+    const int64_t end = std::min(wanted - page * page_nbytes(), page_nbytes());
+    if (page == static_cast<int64_t>(pages_.size())) pages_.push_back(new_page());
+    touch(pages_[page].get(), begin, end);
+    touched_ += end - begin;
+  }
 }
 
-// Zeroed; memory is only taken where it is touched.
 std::shared_ptr<uint8_t[]> KVCache::new_page() {
   const int64_t nbytes = page_nbytes();
   if (slab_left_ == 0) {

@@ -20,8 +20,8 @@ class KVCache {
   KVCache& operator=(KVCache&&) = default;
 
   int64_t length() const { return length_; }
-  // Make room for `tokens` tokens in all, those from length() on in pages of this cache alone.
-  // Throws std::bad_alloc.
+  // Make room for `tokens` tokens in all, those from length() on in pages of this cache alone; if
+  // they are one more, perhaps also for a part of the next page. Throws std::bad_alloc.
   void reserve(int64_t tokens);
   // Declare that the first `tokens` tokens are valid; fewer than length() forgets the rest.
   void set_length(int64_t tokens) { length_ = tokens; }
@@ -50,6 +50,7 @@ class KVCache {
   KVKind kind_;
   int64_t length_ = 0;
   std::vector<std::shared_ptr<uint8_t[]>> pages_;
+  int64_t touched_ = 0;  // bytes of pages_, from the first page on, that memory is there for
   // Memory for some pages behind each other, whose addresses are freed with the last of them: one
   // page alone would end in the middle of a huge page.
   std::shared_ptr<uint8_t[]> slab_;

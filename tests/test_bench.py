@@ -305,6 +305,10 @@ def test_plots_carry_their_origin(tmp_path):
     plots = write_plots(saved_run(tmp_path / "run.json"), tmp_path)
     assert len(plots) == 2
     assert all((tmp_path / name).read_text().count("<svg") == 1 for name in plots.values())
+    unprobed = saved_run(tmp_path / "run.json")
+    for series in unprobed.of("decode")[0].series.values():
+        series.probes.clear()
+    assert len(write_plots(unprobed, tmp_path)) == 1  # without a share of the bandwidth
 
 
 def test_commands_in_results_name_no_folder_of_the_machine(monkeypatch):

@@ -285,6 +285,25 @@ def test_sizes():
         assert cache.nbytes == 2 * want[kv_format]
 
 
+def test_a_page_is_there_before_it_is_wanted():
+    """Its memory is touched by the last 32 steps of the page before, and not shared with copies."""
+    executor = make_executor(tiny_config())
+    cache, page = executor.new_cache(), executor.new_cache().page_nbytes
+    ids = random_ids(tiny_config(), PAGE + 2)
+    for length, token in enumerate(ids[:PAGE], start=1):
+        executor.forward([token], cache)
+        assert cache.nbytes == page * (1 if length <= PAGE - 32 else 2)
+        if length == PAGE - 16:
+            other = cache.copy()
+            assert other.nbytes == page
+    executor.forward(ids[PAGE - 16 : PAGE], other)
+    for token in ids[PAGE:]:
+        wanted = executor.forward([token], cache)
+        assert np.array_equal(executor.forward([token], other), wanted)
+    assert cache.nbytes == other.nbytes == 2 * page
+    assert np.array_equal(executor.forward(ids, executor.new_cache()), wanted)
+
+
 def test_defaults():
     for format, kv_format in (("fp32", "fp32"), ("bf16", "fp32"), ("int8", "fp16")):
         assert make_executor(tiny_config(), format).kv_format == kv_format
