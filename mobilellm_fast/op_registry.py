@@ -3,7 +3,8 @@
 An op has the signature, the documentation and the gradient of its reference, argument checks, and a
 kernel per device; where no kernel takes the inputs (other dtypes, other devices, no Triton) the
 reference runs. A GPU's derivative, and its forward that saves for it, are operators, too, since
-compilers see through none of them.
+compilers see through none of them. Calls that nobody watches (`op_watch`) go to the same functions
+without torch's dispatcher.
 """
 
 import functools
@@ -14,9 +15,14 @@ import torch
 from torch import Tensor
 
 from . import op_cuda
+from .op_autograd import Derivative, Plan
 from .op_checks import FLOATS
+from .op_watch import is_watched, signature
 
 GPU = "cuda"  # torch calls AMD's so, too
+PLANS = 4096  # signatures that an op remembers: more than a program should have
+
+_LIBRARY = torch.library.Library("mobilellm_fast", "FRAGMENT")
 
 
 def register(
@@ -38,7 +44,8 @@ def register(
 
     Args:
         reference: the specification; its name and signature become the op's.
-        check: called with the arguments, raises MobileLLMError for wrong ones.
+        check: called with the arguments, raises MobileLLMError for wrong ones. It looks at dtypes,
+            shapes and other values than tensors; a signature that has passed is not checked again.
         cpu: called with contiguous CPU tensors, the floating ones float32.
         cuda: called with contiguous tensors on one GPU, with that the current one.
         cuda_backward: `(*grads, *arguments)`, with `cuda_saving` `(grad, *arguments, *results)`,
@@ -56,7 +63,7 @@ def register(
         once_differentiable: a faster function with the same gradient, for where no gradients of
             gradients are wanted.
     """
-    name = f"mobilellm_fast::{reference.__name__}"
+    stem = reference.__name__
     fake = fake or functools.partial(_run_contiguous, reference)
     gpu = GPU
 
@@ -74,142 +81,97 @@ def register(
             return run_reference(*args)
         return cpu(*(a.detach().contiguous() if isinstance(a, Tensor) else a for a in args))
 
+    on_gpu = None if cuda is None else _on_gpu(cuda)
+
     def run_cuda(*args: Any) -> Any:
-        return _on_gpu(cuda)(*args) if takes(args) else run_reference(*args)
+        return on_gpu(*args) if takes(args) else run_reference(*args)
 
-    schema = torch.library.infer_schema(reference, mutates_args=())
-    op = torch.library.custom_op(name, run_reference, mutates_args=(), schema=schema)
+    kernels = {"CompositeExplicitAutograd": run_reference}
     if cpu is not None:
-        op.register_kernel("cpu")(run_cpu)
+        kernels["CPU"] = run_cpu
     if cuda is not None:
-        op.register_kernel(gpu)(run_cuda)
-    op.register_fake(fake)
+        kernels[gpu.upper()] = run_cuda
+    op = _define(stem, reference, kernels, fake)
 
-    derivative = _Derivative(differentiable or reference, once_differentiable, takes)
+    derivative = Derivative(stem, op, takes, differentiable or reference, once_differentiable)
     if cuda_backward is not None:
+        run = _on_gpu(cuda_backward)
         derivative.add_kernel(
-            f"{name}_backward",
-            cuda_backward,
-            grads=_results_of(schema),
-            order=cuda_gradients,
-            wants_saved=cuda_saving is not None,
+            run, _gpu_op(f"{stem}_backward", cuda_backward, run, gpu), cuda_gradients
         )
-    saving = None
     if cuda_saving is not None:
-        saving = _gpu_op(f"{name}_saving", cuda_saving)
-        saving.register_fake(lambda *args: (fake(*args), *fake_saved(*args)))
-        saving.register_autograd(derivative.backward, setup_context=derivative.save_all)
-    op.register_autograd(derivative.backward, setup_context=derivative.save_arguments)
+        run = _on_gpu(cuda_saving)
+        saving = _gpu_op(f"{stem}_saving", cuda_saving, run, gpu)
+        _register_fake(saving, lambda *args: (fake(*args), *fake_saved(*args)))
+        derivative.add_saving(run, saving)
+    _LIBRARY.impl(stem, derivative.dispatched, "Autograd")
+
+    plans: dict[tuple, Plan] = {}
+
+    def make_plan(key: tuple, args: tuple) -> Plan:
+        check(*args)
+        if len(plans) >= PLANS:
+            plans.clear()
+        on_cpu = all(t.device.type == "cpu" for t in _tensors(args))
+        if cuda is not None and takes(args):
+            plan = derivative.plan(on_gpu, args, by_kernel=True)
+        else:
+            run = run_cpu if cpu is not None and on_cpu else run_reference
+            plan = derivative.plan(run, args, by_kernel=False)
+        plans[key] = plan
+        return plan
 
     @functools.wraps(reference)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        check(*args, **kwargs)
-        if saving is not None and torch.is_grad_enabled():
-            given = (*args, *kwargs.values())
-            if any(t.requires_grad for t in _tensors(given)) and takes(given):
-                return saving(*args, **kwargs)[0]
-        return op(*args, **kwargs)
+        if kwargs or is_watched() or (key := signature(args)) is None:
+            check(*args, **kwargs)
+            return op(*args, **kwargs)
+        plan = plans.get(key) or make_plan(key, args)
+        return derivative.call(plan, args)
 
-    checked.has_gpu_kernel = lambda *args: cuda is not None and takes(args)
+    def has_gpu_kernel(*args: Any) -> bool:
+        if cuda is None:
+            return False
+        if not is_watched() and (plan := plans.get(signature(args))) is not None:
+            return plan.by_kernel
+        return takes(args)
+
+    checked.has_gpu_kernel = has_gpu_kernel
     return checked
 
 
-class _Derivative:
-    """The derivative of an op: a kernel where it fits, else that of a function of torch.
-
-    Args:
-        function: the function of torch.
-        once: a faster one for first derivatives, or None.
-        takes: whether the kernels take a call's arguments.
-    """
-
-    def __init__(self, function: Callable, once: Callable | None, takes: Callable) -> None:
-        self.function, self.once, self.takes = function, once or function, takes
-        self.kernel, self.order, self.wants_saved = None, (), False
-
-    def add_kernel(
-        self,
-        name: str,
-        kernel: Callable,
-        grads: int,
-        order: tuple[int, ...] | None,
-        wants_saved: bool,
-    ) -> None:
-        """Use `kernel`, which takes that many gradients; see `register` for the rest."""
-        count = _results_of(torch.library.infer_schema(kernel, mutates_args=()))
-        self.order, self.wants_saved = order or tuple(range(count)), wants_saved
-        self.kernel = _gpu_op(name, kernel)
-
-        @self.kernel.register_fake
-        def fake(*args: Any) -> Any:
-            args = args[grads:]
-            like = dict(zip(self.order, self._places(args), strict=True))
-            found = [torch.empty_like(args[like[i]]) for i in range(count)]
-            return found[0] if count == 1 else tuple(found)
-
-    def save_arguments(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        self.save_all(ctx, inputs, ())
-
-    def save_all(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*_tensors(inputs), *output)
-        ctx.args = [Tensor if isinstance(arg, Tensor) else arg for arg in inputs]
-
-    def backward(self, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = iter(ctx.saved_tensors)
-        args = [next(tensors) if arg is Tensor else arg for arg in ctx.args]
-        saved = tuple(tensors)
-        if saved:
-            grads = grads[:1]  # what is saved is no result
-        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
-        if self._fits(grads, args, saved, wanted):
-            found = self.kernel(*grads, *args, *saved)
-            found = [found] if isinstance(found, Tensor) else found
-            places, found = self._places(args), [found[i] for i in self.order]
-        else:
-            places, found = wanted, self._by_torch(grads, args, wanted)
-        by_place = dict(zip(places, found, strict=True))
-        return tuple(by_place.get(i) if i in wanted else None for i in range(len(args)))
-
-    def _fits(self, grads: tuple, args: list, saved: tuple, wanted: list[int]) -> bool:
-        fits = self.kernel is not None and bool(saved) == self.wants_saved
-        fits = fits and not torch.is_grad_enabled()  # else gradients of gradients are wanted
-        return fits and set(wanted) <= set(self._places(args)) and self.takes((*grads, *args))
-
-    def _places(self, args: Iterable[Any]) -> list[int]:
-        floating = (isinstance(a, Tensor) and a.is_floating_point() for a in args)
-        return [i for i, is_floating in enumerate(floating) if is_floating][: len(self.order)]
-
-    def _by_torch(self, grads: tuple, args: list, wanted: list[int]) -> tuple[Tensor, ...]:
-        create_graph = torch.is_grad_enabled()
-        args = list(args)
-        with torch.enable_grad():
-            for i in wanted:
-                args[i] = args[i].view_as(args[i])  # distinct, even if one tensor came twice
-            out = (self.function if create_graph else self.once)(*args)
-            inputs = [args[i] for i in wanted]
-            return torch.autograd.grad(out, inputs, grads, create_graph=create_graph)
-
-
-def _gpu_op(name: str, function: Callable) -> Any:
+def _define(stem: str, function: Callable, kernels: dict[str, Callable], fake: Callable) -> Any:
+    """Define an operator with the schema of a function's annotations, and a kernel per key."""
     schema = torch.library.infer_schema(function, mutates_args=())
-    return torch.library.custom_op(
-        name, _on_gpu(function), mutates_args=(), schema=schema, device_types=GPU
-    )
+    _LIBRARY.define(stem + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key, kernel in kernels.items():
+        _LIBRARY.impl(stem, kernel, key)
+    op = getattr(torch.ops.mobilellm_fast, stem).default
+    if fake is not None:
+        _register_fake(op, fake)
+    return op
+
+
+def _gpu_op(stem: str, function: Callable, run: Callable, gpu: str) -> Any:
+    return _define(stem, function, {gpu.upper(): run}, None)
+
+
+def _register_fake(op: Any, fake: Callable) -> None:
+    torch.library.register_fake(op, fake, lib=_LIBRARY)
 
 
 def _on_gpu(function: Callable) -> Callable:
-    """Call with plain contiguous tensors, their device the current one."""
+    """Call with contiguous tensors, their device the current one."""
 
     def run(*args: Any) -> Any:
-        args = [a.detach().contiguous() if isinstance(a, Tensor) else a for a in args]
-        with torch.cuda.device(next(_tensors(args)).get_device()):
+        args = [a.contiguous() if isinstance(a, Tensor) else a for a in args]
+        device = next(_tensors(args)).get_device()
+        if device < 0 or device == torch.cuda.current_device():
+            return function(*args)
+        with torch.cuda.device(device):
             return function(*args)
 
     return run
-
-
-def _results_of(schema: str) -> int:
-    return schema.split("->")[1].count("Tensor")
 
 
 def _tensors(args: Iterable[Any]) -> Iterable[Tensor]:
