@@ -1,12 +1,16 @@
 """Times and weighs a training step beside the same model in transformers: eager, compiled, graphed.
 
     python bench/training_step.py --threads 1 --layers 2 --batch 1 --seq 256
-    python bench/training_step.py --device cuda --out results.json   # 30 layers, 8 x 1024, bf16
+    python bench/training_step.py --device cuda --host --out results.json  # 30 layers, 8 x 1024
 
 Forward, loss, backward and AdamW, with the same weights on the same tokens; before anything is
 timed, losses and gradients have to agree. The candidates take turns, step by step, so that what
-else the machine does meets them alike; medians, and medians of the ratios of each round. They are
-timed, shown and saved mode by mode, the slowest to prepare last: compiling takes most of the time.
+else the machine does meets them alike; medians, and medians of the ratios of each round. Each is
+timed alone as soon as it is ready, and the modes are timed, shown and saved one after the other,
+the slowest to prepare last: compiling takes most of the time.
+
+`host` is the eager step with so few tokens that the GPU waits for the host; `--host` adds what each
+op takes of it.
 """
 
 import argparse
@@ -24,6 +28,7 @@ from pathlib import Path
 import torch
 import transformers
 from machine import command, processor
+from training_host import print_table
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from mobilellm_fast import MobileLLM, MobileLLMConfig
@@ -31,6 +36,8 @@ from mobilellm_fast.files import whole_file
 
 # layers, batch, seq, rounds, dtype
 DEFAULTS = {"cpu": (4, 2, 256, 7, "fp32"), "cuda": (30, 8, 1024, 15, "bf16")}
+HOST_SHAPE = (1, 16)
+MODES = ("host", "eager", "graphed", "blocks", "compiled")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "mixed": torch.float32}
 # How far ours and theirs may be apart: losses in nats, gradients as a share of their length. With 8
 # bits, thirty layers lose about 0.02 of a gradient, each in its own way.
@@ -50,20 +57,39 @@ def main() -> None:
     say("losses and gradients")
     agreed = agreement(config, weights, ids, args)
     candidates: list[Candidate] = []
+    found: dict[str, dict] = {}
+    host = print_table(config, args.device, DTYPES[args.dtype]) if args.host else None
     for mode in args.modes:
         for owner in ("ours", "transformers"):
-            say(f"{owner}, {mode}")
-            candidates.append(Candidate(owner, mode, config, weights, ids, args))
-        for candidate in candidates:
-            candidate.seconds.clear()
-        say("timing")
-        for _ in range(args.rounds):
-            for candidate in candidates:
-                candidate.seconds.append(candidate.step())
-        found = {c.name: c.result() for c in candidates}
-        print(table(candidates, args), flush=True)
+            if time.perf_counter() - STARTED > args.seconds:
+                say(f"{owner}, {mode}: left out, for want of time")
+                continue
+            candidate = Candidate(owner, mode, config, weights, ids, args)
+            candidates.append(candidate)
+            say(f"{candidate.name}: ready after {candidate.ready_after:.1f} s; {candidate.alone()}")
+        take_turns([c for c in candidates if c.mode == mode], args.rounds)
+        print(table(candidates), flush=True)
+        found |= {c.name: c.result() for c in candidates if c.mode == mode}
         if args.out:
-            save(args, found, agreed)
+            save(args, found, agreed, host)
+        if mode == "host":
+            candidates.clear()  # the others are of another size
+    if len(args.modes) > 1:
+        say("all in turn")
+        take_turns(candidates, args.rounds)
+        print(table(candidates), flush=True)
+        found |= {c.name: c.result() for c in candidates}
+        if args.out:
+            save(args, found, agreed, host)
+    say("done")
+
+
+def take_turns(candidates: list["Candidate"], rounds: int) -> None:
+    for candidate in candidates:
+        candidate.seconds.clear()
+    for _ in range(rounds):
+        for candidate in candidates:
+            candidate.seconds.append(candidate.step())
 
 
 def arguments() -> argparse.Namespace:
@@ -80,15 +106,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--modes",
         nargs="+",
-        choices=("eager", "compiled", "graphed"),
-        help="graphed, of a GPU: the whole step is recorded as a CUDA graph; all that there are",
+        choices=MODES,
+        help="host: of few tokens, eager; graphed, of a GPU: the whole step is recorded as a CUDA "
+        "graph; compiled: the model; blocks: each of its blocks, for which one is compiled",
+    )
+    parser.add_argument("--host", action="store_true", help="print the host time of each op")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="begin nothing new after so long"
     )
     parser.add_argument("--out", type=Path, help="a JSON file of the results")
     args = parser.parse_args()
     if args.modes is None:
-        args.modes = (
-            ["eager", "compiled"] if args.device == "cpu" else ["eager", "graphed", "compiled"]
-        )
+        args.modes = MODES[1:] if args.device == "cuda" else ("eager", "compiled")
+        args.modes = ["host"] * args.host + list(args.modes)
     for name, default in zip(
         ("layers", "batch", "seq", "rounds", "dtype"), DEFAULTS[args.device], strict=True
     ):
@@ -102,7 +132,7 @@ class Candidate:
 
     Args:
         owner: "ours" or "transformers".
-        mode: "eager" or "compiled".
+        mode: one of `MODES`.
         config, weights: the model.
         ids: (batch, seq) tokens to train on.
         args: those of the command.
@@ -110,9 +140,18 @@ class Candidate:
 
     def __init__(self, owner, mode, config, weights, ids, args) -> None:
         self.name, self.owner, self.mode, self.device = f"{owner}, {mode}", owner, mode, args.device
+        if mode == "host":
+            ids = ids[: HOST_SHAPE[0], : HOST_SHAPE[1]]
+        self.title = f"{args.layers} layers, {tuple(ids.shape)} tokens, {args.dtype}, {args.device}"
+        self.tokens = ids.numel()
         started = time.perf_counter()
         self.model = build(owner, config, weights, args)
-        run = torch.compile(self.model) if mode == "compiled" else self.model
+        run = self.model
+        if mode == "compiled":
+            run = torch.compile(self.model)
+        elif mode == "blocks":
+            for layer in self.model.model.layers:
+                layer.compile()
         self.loss = loss_function(owner, run, ids, args)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=1e-4, fused=True, capturable=mode == "graphed"
@@ -126,6 +165,11 @@ class Candidate:
             self.step()
         self.ready_after = time.perf_counter() - started
         self.megabytes = self._megabytes()
+
+    def alone(self) -> str:
+        """Time a few steps and say how long they take."""
+        seconds = statistics.median(self.step() for _ in range(5))
+        return f"{1e3 * seconds:.1f} ms per step alone"
 
     def step(self) -> float:
         """Do one step and return its seconds."""
@@ -164,7 +208,7 @@ class Candidate:
 
     def _megabytes(self) -> float | None:
         """What a step takes beside what lies there between steps; of a CPU only what is kept."""
-        if self.mode == "graphed":
+        if self.mode in ("graphed", "host"):
             return None  # a graph keeps its memory between steps
         if self.device == "cuda":
             gc.collect()
@@ -180,6 +224,7 @@ class Candidate:
             "median_seconds": statistics.median(self.seconds),
             "megabytes": self.megabytes,
             "ready_after_seconds": self.ready_after,
+            "tokens": self.tokens,
             "first_loss": self.losses[0],
             "last_loss": self.losses[-1],
         }
@@ -237,24 +282,24 @@ def kept_megabytes(model: torch.nn.Module, loss: Callable) -> float:
     return sum(seen.values()) / 1e6
 
 
-def table(candidates: list[Candidate], args: argparse.Namespace) -> str:
-    title = f"{args.layers} layers, {args.batch} x {args.seq} tokens, {args.dtype}, {args.device}"
-    memory = "kept for backward, MB" if args.device == "cpu" else "memory of a step, MB"
-    lines = [f"| {title} | ms per step | tokens/s | ours, same mode, takes | {memory} |"]
+def table(candidates: list[Candidate]) -> str:
+    first = candidates[0]
+    memory = "kept for backward, MB" if first.device == "cpu" else "memory of a step, MB"
+    lines = [f"| {first.title} | ms per step | tokens/s | ours, same mode, takes | {memory} |"]
     lines.append("|---|---|---|---|---|")
     for one in candidates:
         middle = statistics.median(one.seconds)
-        cells = [f"{1e3 * middle:.1f}", f"{args.batch * args.seq / middle:.0f}", ""]
-        if one.owner != "ours":
-            mine = next(c for c in candidates if (c.owner, c.mode) == ("ours", one.mode))
-            ratios = (a / b for a, b in zip(mine.seconds, one.seconds, strict=True))
+        cells = [f"{1e3 * middle:.1f}", f"{one.tokens / middle:.0f}", ""]
+        mine = [c for c in candidates if (c.owner, c.mode) == ("ours", one.mode)]
+        if one.owner != "ours" and mine:
+            ratios = (a / b for a, b in zip(mine[0].seconds, one.seconds, strict=True))
             cells[2] = f"{statistics.median(ratios):.2f} x"
         cells.append("" if one.megabytes is None else f"{one.megabytes:.0f}")
         lines.append(f"| {one.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def save(args: argparse.Namespace, found: dict, agreed: dict) -> None:
+def save(args: argparse.Namespace, found: dict, agreed: dict, host: dict | None) -> None:
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     facts = {
         "command": command("python bench/training_step.py"),
@@ -266,6 +311,8 @@ def save(args: argparse.Namespace, found: dict, agreed: dict) -> None:
         "ours and transformers apart by": agreed,
         "candidates": found,
     }
+    if host is not None:
+        facts["host microseconds: without gradients, forward, backward"] = host
     with whole_file(args.out) as out:
         out.write(json.dumps(facts, indent=1).encode())
 

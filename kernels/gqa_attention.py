@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .launch import SIZES, Launch
+
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
@@ -374,7 +376,7 @@ def forward(
         q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
     q, k, v = _rows(q), _rows(k), _rows(v)
     batch, seq, heads, head_dim = q.shape
-    kv_seq, kv_heads = k.shape[1:3]
+    kv_heads = k.shape[2]
     out = torch.empty((batch, seq, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, seq), dtype=torch.float32, device=q.device)
     if out.numel():
@@ -386,16 +388,35 @@ def forward(
             from . import gqa_attention_hopper
 
             sizes = tile.rows, tile.keys, tile.stages
-            gqa_attention_hopper.launch(q, k, v, scale * LOG2_E.value, out, lse, _chunk(k), *sizes)
+            chunk = _chunk(k.shape, k.dtype)
+            gqa_attention_hopper.launch(q, k, v, scale * LOG2_E.value, out, lse, chunk, *sizes)
             return out, lse
-        grid = (batch * kv_heads * triton.cdiv(seq * group, tile.rows),)
-        k_in, v_in = (_describe(t, tile.keys) if descriptors else t for t in (k, v))
-        _forward[grid](
-            q, k_in, v_in, out, lse, scale * LOG2_E.value, *q.stride()[:3], *k.stride()[:3],
-            *v.stride()[:3], *out.stride()[:3], seq, kv_seq, kv_heads, batch * kv_heads,
-            _chunk(k), **_constants(head_dim, tile), GROUP=group, DESCRIPTORS=descriptors,
-        )  # fmt: skip
+        if descriptors:
+            grid = (batch * kv_heads * triton.cdiv(seq * group, tile.rows),)
+            _forward[grid](
+                q, _describe(k, tile.keys), _describe(v, tile.keys), out, lse,
+                scale * LOG2_E.value, *_strides(q, k, v, out), *_sizes(q.shape, k.shape, q.dtype),
+                **_constants(head_dim, tile), GROUP=group, DESCRIPTORS=True,
+            )  # fmt: skip
+        else:
+            strides = _strides(q, k, v, out)
+            launch = _forward_of(q.shape, k.shape, strides, scale, tile, q.dtype, q.device)
+            launch(q, k, v, out, lse)
     return out, lse
+
+
+@functools.lru_cache(SIZES)
+def _forward_of(q_shape, k_shape, strides, scale, tile, dtype, _device) -> Launch:
+    batch, seq, heads, head_dim = q_shape
+    group = heads // k_shape[2]
+    return Launch(
+        _forward,
+        (batch * k_shape[2] * triton.cdiv(seq * group, tile.rows),),
+        (scale * LOG2_E.value, *strides, *_sizes(q_shape, k_shape, dtype)),
+        GROUP=group,
+        DESCRIPTORS=False,
+        **_constants(head_dim, tile),
+    )
 
 
 def backward(
@@ -417,33 +438,73 @@ def backward(
         tiles: how to cut the work; for queries and for keys; None means `tile_of`.
     """
     grad, q, k, v, out = (_rows(t) for t in (grad, q, k, v, out))
-    batch, seq, heads, head_dim = q.shape
-    kv_seq, kv_heads = k.shape[1:3]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     if not dq.numel():
         return dq, dk.zero_(), dv.zero_()
-    group = heads // kv_heads
     delta = torch.empty_like(lse)
-    _delta[(batch * heads, triton.cdiv(seq, 64))](
-        out, grad, delta, *out.stride()[:3], *grad.stride()[:3], seq, heads, HEAD_DIM=head_dim,
-        COLUMNS=_columns(head_dim), ROWS=64,
-    )  # fmt: skip
-    tile, k_tile = tiles or (
-        tile_of(kernel, head_dim, q.dtype, backend_of(q.device))
-        for kernel in ("backward_queries", "backward_keys")
-    )
-    strides = tuple(s for t in (q, k, v, grad) for s in t.stride()[:3])
-    sizes = (seq, kv_seq, kv_heads, batch * kv_heads, _chunk(k))
-    _backward_queries[(batch * kv_heads * triton.cdiv(seq * group, tile.rows),)](
-        q, k, v, grad, lse, delta, dq, scale, *strides, *dq.stride()[:3], *sizes,
-        **_constants(head_dim, tile), GROUP=group,
-    )  # fmt: skip
-    _backward_keys[(batch * kv_heads * triton.cdiv(kv_seq, k_tile.keys),)](
-        q, k, v, grad, lse, delta, dk, dv, scale, *strides, *dk.stride()[:3], *sizes,
-        **_constants(head_dim, k_tile), GROUP=group,
-    )  # fmt: skip
+    if tiles is None:
+        backend = backend_of(q.device)
+        kernels = "backward_queries", "backward_keys"
+        tiles = tuple(tile_of(kernel, q.shape[-1], q.dtype, backend) for kernel in kernels)
+    strides = _strides(q, k, v, grad, out)
+    launches = _backward_of(q.shape, k.shape, strides, scale, *tiles, q.dtype, q.device)
+    launches[0](out, grad, delta)
+    launches[1](q, k, v, grad, lse, delta, dq)
+    launches[2](q, k, v, grad, lse, delta, dk, dv)
     return dq, dk, dv
+
+
+@functools.lru_cache(SIZES)
+def _backward_of(
+    q_shape, k_shape, strides, scale, tile, k_tile, dtype, _device
+) -> tuple[Launch, Launch, Launch]:
+    batch, seq, heads, head_dim = q_shape
+    kv_seq, kv_heads = k_shape[1:3]
+    group = heads // kv_heads
+    read, out_strides = strides[:12], strides[12:]
+    grad_strides = read[9:]
+    sizes = _sizes(q_shape, k_shape, dtype)
+    return (
+        Launch(
+            _delta,
+            (batch * heads, triton.cdiv(seq, 64)),
+            (*out_strides, *grad_strides, seq, heads),
+            HEAD_DIM=head_dim,
+            COLUMNS=_columns(head_dim),
+            ROWS=64,
+        ),
+        Launch(
+            _backward_queries,
+            (batch * kv_heads * triton.cdiv(seq * group, tile.rows),),
+            (scale, *read, *_dense(q_shape), *sizes),
+            GROUP=group,
+            **_constants(head_dim, tile),
+        ),
+        Launch(
+            _backward_keys,
+            (batch * kv_heads * triton.cdiv(kv_seq, k_tile.keys),),
+            (scale, *read, *_dense(k_shape), *sizes),
+            GROUP=group,
+            **_constants(head_dim, k_tile),
+        ),
+    )
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    """List what lies between the batches, tokens and heads of each."""
+    return tuple([s for t in tensors for s in t.stride()[:3]])
+
+
+def _dense(shape: torch.Size) -> tuple[int, int, int]:
+    """Return the strides of a tensor (batch, seq, heads, head_dim) in one piece."""
+    _, seq, heads, head_dim = shape
+    return seq * heads * head_dim, heads * head_dim, head_dim
+
+
+def _sizes(q_shape: torch.Size, k_shape: torch.Size, dtype: torch.dtype) -> tuple[int, ...]:
+    batch, kv_seq, kv_heads, _ = k_shape
+    return q_shape[1], kv_seq, kv_heads, batch * kv_heads, _chunk(k_shape, dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -479,7 +540,7 @@ def _constants(head_dim: int, tile: Tile) -> dict[str, int]:
     )
 
 
-def _chunk(k: Tensor) -> int:
+def _chunk(k_shape: torch.Size, dtype: torch.dtype) -> int:
     """Return the number of heads whose keys and values are read at once."""
-    kv_seq, head_dim = k.shape[1], k.shape[3]
-    return max(1, L2_BYTES // (2 * kv_seq * head_dim * k.element_size()))
+    _, kv_seq, _, head_dim = k_shape
+    return max(1, L2_BYTES // (2 * kv_seq * head_dim * dtype.itemsize))

@@ -4,10 +4,14 @@ One program per row: a row of 1600 is 3 KB, and rows are plenty where time matte
 residual is rounded to its dtype before it is normed, as if the two were separate operators.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import SIZES, Launch
 
 PARTS = 256  # programs that share the rows of a derivative: as many partial sums for the weight
 
@@ -43,55 +47,59 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return out, total
 
 
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Differentiate `rms_norm`: the gradient of its result -> gradients of `x` and `weight`."""
-    grad_x = torch.empty_like(x)
-    return grad_x, _launch_backward(grad, grad, x, x, weight, eps, grad_x, False)
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, grad_total: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Differentiate `rms_norm`: the gradient of its result -> gradients of `x` and `weight`.
+
+    That of `x` includes `grad_total`, what flows into `x` beside the norm.
+    """
+    return _launch_backward(grad, grad_total, x, None, weight, eps)
 
 
 def add_rms_norm_backward(
     grad: Tensor, grad_total: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Differentiate `add_rms_norm`: gradients of both results -> those of the sum and `weight`."""
-    grad_x = torch.empty_like(x)
-    return grad_x, _launch_backward(grad, grad_total, x, residual, weight, eps, grad_x, True)
+    return _launch_backward(grad, grad_total, x, residual, weight, eps)
 
 
 def _launch_forward(x, residual, weight, eps, out, total, add: bool) -> None:
-    cols = x.shape[-1]
-    if x.numel():
-        block = triton.next_power_of_2(cols)
-        grid = (x.numel() // cols,)
-        _rms_norm[grid](
-            x,
-            residual,
-            weight,
-            out,
-            total,
-            cols,
-            eps,
-            BLOCK=block,
-            ADD=add,
-            num_warps=_warps(block),
-        )
+    if count := x.numel():
+        cols = x.shape[-1]
+        launch = _forward_of(count // cols, cols, eps, add, x.dtype, weight.dtype, x.device)
+        launch(x, residual, weight, out, total)
 
 
-def _launch_backward(grad, grad_total, x, residual, weight, eps, grad_x, add: bool) -> Tensor:
+@functools.lru_cache(SIZES)
+def _forward_of(rows, cols, eps, add, *_kinds) -> Launch:
+    block = triton.next_power_of_2(cols)
+    constants = dict(BLOCK=block, ADD=add, num_warps=_warps(block))
+    return Launch(_rms_norm, (rows,), (cols, eps), **constants)
+
+
+def _launch_backward(grad, grad_total, x, residual, weight, eps) -> tuple[Tensor, Tensor]:
+    grad_x = torch.empty_like(x)
+    count = x.numel()
+    if not count:
+        return grad_x, torch.zeros_like(weight)
     cols = x.shape[-1]
-    if not x.numel():
-        return torch.zeros_like(weight)
-    rows = x.numel() // cols
+    rows = count // cols
     parts = min(rows, PARTS)
     partial = x.new_empty(parts, cols, dtype=torch.float32)
+    flags = residual is not None, grad_total is not None
+    launch = _backward_of(rows, cols, parts, eps, *flags, x.dtype, weight.dtype, x.device)
+    added = grad if grad_total is None else grad_total, x, x if residual is None else residual
+    launch(grad, *added, weight, grad_x, partial)
+    sums = partial.sum(0)
+    return grad_x, sums if weight.dtype == torch.float32 else sums.to(weight.dtype)
+
+
+@functools.lru_cache(SIZES)
+def _backward_of(rows, cols, parts, eps, add, total, *_kinds) -> Launch:
     block = triton.next_power_of_2(cols)
-    _rms_norm_backward[(parts,)](
-        *(grad, grad_total, x, residual, weight, grad_x, partial),
-        *(rows, cols, eps),
-        BLOCK=block,
-        ADD=add,
-        num_warps=_warps(block),
-    )
-    return partial.sum(0).to(weight.dtype)
+    constants = dict(BLOCK=block, ADD=add, TOTAL=total, num_warps=_warps(block))
+    return Launch(_rms_norm_backward, (parts,), (rows, cols, eps), **constants)
 
 
 def _warps(block: int) -> int:
@@ -128,6 +136,7 @@ def _rms_norm_backward(
     eps,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    TOTAL: tl.constexpr,
 ):
     """Every `tl.num_programs`-th row: its gradient, and the sum of its shares of the weight's."""
     place = tl.arange(0, BLOCK)
@@ -147,7 +156,7 @@ def _rms_norm_backward(
         weight_sum += grad_row * normed
         inner = grad_row * scale
         result = factor * (inner - normed * (tl.sum(inner * normed, 0) / cols))
-        if ADD:
+        if TOTAL:
             result += tl.load(grad_total + start + place, mask=mask, other=0)
         tl.store(grad_x + start + place, result.to(grad_x.dtype.element_ty), mask=mask)
     tl.store(partial + tl.program_id(0) * cols + place, weight_sum, mask=mask)

@@ -1,9 +1,14 @@
 """Rotary position embedding, and its derivative: the rotation by the opposite angle."""
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import SIZES, Launch
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -26,19 +31,26 @@ def rope_backward(grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _launch(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     out = torch.empty_like(x)
-    batch, seq, heads, head_dim = x.shape
     if x.numel():
-        half = triton.next_power_of_2(head_dim // 2)
-        rows = triton.next_power_of_2(heads)
-        positions = seq if cos.ndim == 2 else batch * seq
-        _rope[(batch * seq,)](
-            *(x, cos, sin, out, heads, head_dim // 2, positions),
-            HEADS=rows,
-            HALF=half,
-            BACK=back,
-            num_warps=min(max(rows * half // 256, 1), 8),
-        )
+        _launch_of(x.shape, cos.ndim, back, x.dtype, cos.dtype, x.device)(x, cos, sin, out)
     return out
+
+
+@functools.lru_cache(SIZES)
+def _launch_of(shape: torch.Size, axes: int, back: bool, *_kinds: Any) -> Launch:
+    batch, seq, heads, head_dim = shape
+    half = triton.next_power_of_2(head_dim // 2)
+    rows = triton.next_power_of_2(heads)
+    positions = seq if axes == 2 else batch * seq
+    return Launch(
+        _rope,
+        (batch * seq,),
+        (heads, head_dim // 2, positions),
+        HEADS=rows,
+        HALF=half,
+        BACK=back,
+        num_warps=min(max(rows * half // 256, 1), 8),
+    )
 
 
 @triton.jit

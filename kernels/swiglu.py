@@ -6,11 +6,15 @@ which stores both for the derivative. There, silu and the product are differenti
 the four matrix products that remain are the BLAS library's.
 """
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import SIZES, Launch, Tiles
 from .tiles import (
     BAND,
     Tiling,
@@ -20,7 +24,6 @@ from .tiles import (
     load_tile,
     processors,
     store_tile,
-    tile_of,
     tile_place,
 )
 
@@ -75,34 +78,62 @@ def swiglu_backward(
         Gradients of `x`, `gate_weight` and `up_weight`.
     """
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-    count = grad.numel()
-    if count:
-        _swiglu_derivative[(triton.cdiv(count, ELEMENTS),)](
-            grad, gate, up, grad_gate, grad_up, count, BLOCK=ELEMENTS
-        )
-    grad_gate, grad_up, inputs = (t.view(-1, t.shape[-1]) for t in (grad_gate, grad_up, x))
-    grad_x = torch.addmm(grad_gate @ gate_weight, grad_up, up_weight)
-    return grad_x.view_as(x), grad_gate.T @ inputs, grad_up.T @ inputs
+    if count := grad.numel():
+        launch = _derivative_of(count, gate.dtype, grad.device)
+        launch(grad, gate, up, grad_gate, grad_up)
+    inner, cols = gate_weight.shape
+    grad_gate, grad_up = grad_gate.view(-1, inner), grad_up.view(-1, inner)
+    inputs = x.view(-1, cols)
+    grad_x = torch.mm(grad_gate, gate_weight).addmm_(grad_up, up_weight)
+    grad_weights = torch.mm(grad_gate.t(), inputs), torch.mm(grad_up.t(), inputs)
+    return grad_x.view(x.shape), *grad_weights
+
+
+@functools.lru_cache(SIZES)
+def _derivative_of(count: int, *_kinds: Any) -> Launch:
+    grid = (triton.cdiv(count, ELEMENTS),)
+    return Launch(_swiglu_derivative, grid, (count,), BLOCK=ELEMENTS)
 
 
 def _launch(x, gate_weight, up_weight, tiling, save: bool) -> tuple[Tensor, ...]:
     inner, cols = gate_weight.shape
-    outputs = [x.new_empty(*x.shape[:-1], inner) for _ in range(3 if save else 1)]
-    if outputs[0].numel() == 0 or cols == 0:
+    shape = (*x.shape[:-1], inner)
+    outputs = tuple(x.new_empty(shape) for _ in range(3 if save else 1))
+    count = outputs[0].numel()
+    if count == 0 or cols == 0:
         return tuple(out.zero_() for out in outputs)
-    inputs = x.view(-1, cols)
-    rows = len(inputs)
-    tma = described(inputs, gate_weight, up_weight)
-    store_tma = tma and described(*(out.view(rows, inner) for out in outputs))
-    count = processors(x.device)
+    tma = described(x, gate_weight, up_weight)
+    store_tma = tma and described(*outputs)
+    sizes = count // inner, inner, cols
+    launch = _launch_of(sizes, tiling, save, tma, store_tma, x.dtype, x.device)
+    launch(x, gate_weight, up_weight, *(outputs if save else outputs * 3))
+    return outputs
+
+
+@functools.lru_cache(SIZES)
+def _launch_of(
+    sizes: tuple[int, int, int],
+    tiling: Tiling | None,
+    save: bool,
+    tma: bool,
+    store_tma: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Launch:
+    rows, inner, cols = sizes
+    count = processors(device)
     t = tiling or choose(WITH_COPY_ENGINE if tma else WITHOUT, rows, inner, count)
-    results = [tile_of(out.view(rows, inner), t.rows, t.outputs, store_tma) for out in outputs]
-    _swiglu[(min(t.tiles(rows, inner), count * t.programs),)](
-        tile_of(inputs, t.rows, t.inputs, tma),
-        tile_of(gate_weight, t.outputs, t.inputs, tma),
-        tile_of(up_weight, t.outputs, t.inputs, tma),
-        *(results * 3 if not save else results),
-        *(rows, inner, cols),
+    tiles: dict[int, Tiles] = {}
+    if tma:
+        weights = Tiles((inner, cols), (t.outputs, t.inputs), dtype)
+        tiles |= {0: Tiles((rows, cols), (t.rows, t.inputs), dtype), 1: weights, 2: weights}
+    if store_tma:
+        tiles |= dict.fromkeys((3, 4, 5), Tiles((rows, inner), (t.rows, t.outputs), dtype))
+    return Launch(
+        _swiglu,
+        (min(t.tiles(rows, inner), count * t.programs),),
+        sizes,
+        tiles,
         ROWS=t.rows,
         INNER=t.outputs,
         COLS=t.inputs,
@@ -113,7 +144,6 @@ def _launch(x, gate_weight, up_weight, tiling, save: bool) -> tuple[Tensor, ...]
         num_warps=t.warps,
         num_stages=depth(t.stages),
     )
-    return tuple(outputs)
 
 
 @triton.jit

@@ -59,10 +59,10 @@ def choose(tilings: Sequence[Tiling], rows: int, outputs: int, processors: int) 
 
 def described(*matrices: Tensor) -> bool:
     """Whether tiles of these (rows, cols) matrices can come through the copy engine."""
-    aligned = all(
-        m.data_ptr() % 16 == 0 and m.shape[-1] * m.element_size() % 16 == 0 for m in matrices
-    )
-    return aligned and _has_copy_engine(matrices[0].device)
+    bits = 0
+    for m in matrices:
+        bits |= m.data_ptr() | m.shape[-1] * m.element_size()
+    return bits % 16 == 0 and _has_copy_engine(matrices[0].device)
 
 
 @functools.cache

@@ -17,11 +17,24 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Do nothing; see `MobileLLM.reset_parameters`."""
 
-    @staticmethod
-    def is_plain(layer: nn.Module) -> bool:
-        """Whether a call of the layer is the product with its weight and nothing else."""
-        hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-        return type(layer) is Linear and type(layer.weight) is nn.Parameter and not hooked
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of a module is the forward of that class, seen by nobody else."""
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def plain_weight(layer: nn.Module, kind: type[nn.Module]) -> Tensor | None:
+    """Return the weight of a layer whose call is the class's product with it; None for others."""
+    if not is_plain(layer, kind):
+        return None
+    weight = layer._parameters.get("weight")
+    return weight if type(weight) is nn.Parameter else None
 
 
 class Embedding(nn.Embedding):

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from . import ops, packed
 from .config import MobileLLMConfig, expected_shapes
 from .errors import MobileLLMError
-from .layers import Embedding, Linear, RMSNorm
+from .layers import Embedding, Linear, RMSNorm, is_plain, plain_weight
 from .loss import IGNORED, next_token_loss
 from .quant import PackedWeight
 from .rope import cos_sin
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from .session import Session
 
 TABLE_LENGTH = 4096  # positions whose rotation is kept ready: 2 MB at a head_dim of 64
+
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class MobileLLM(nn.Module):
@@ -389,8 +392,37 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """(batch, seq, hidden_size) -> the same shape."""
+        weights = self._plain_weights()
+        if weights is not None:
+            sizes = self.self_attn.head_dim, self.input_layernorm.eps
+            out = ops.decoder_block.by_gpu_kernel(hidden, *weights, cos, sin, *sizes)
+            if out is not None:
+                return out
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+    def _plain_weights(self) -> list[Tensor] | None:
+        """Return the weights in the order of `ops.decoder_block`; None if the parts must be called.
+
+        They must if they are not what they were made as, or have hooks, or if only some of the
+        weights want gradients: the operator computes those of all.
+        """
+        own = self._modules
+        attention, mlp = own["self_attn"], own["mlp"]
+        same_eps = own["input_layernorm"].eps == own["post_attention_layernorm"].eps
+        if not (same_eps and is_plain(attention, Attention) and is_plain(mlp, FeedForward)):
+            return None
+        inner, outer = attention._modules, mlp._modules
+        weights = [
+            plain_weight(own["input_layernorm"], RMSNorm),
+            *[plain_weight(inner[name], Linear) for name in PROJECTIONS],
+            plain_weight(own["post_attention_layernorm"], RMSNorm),
+            *[plain_weight(outer[name], Linear) for name in ("gate_proj", "up_proj", "down_proj")],
+        ]
+        for weight in weights:
+            if weight is None or (torch.is_grad_enabled() and not weight.requires_grad):
+                return None
+        return weights
 
 
 class Attention(nn.Module):
@@ -428,9 +460,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, seq, hidden_size) -> the same shape."""
-        gate, up = self.gate_proj, self.up_proj
-        if Linear.is_plain(gate) and Linear.is_plain(up):
-            args = x, gate.weight, up.weight
-            if ops.swiglu.has_gpu_kernel(*args):
-                return self.down_proj(ops.swiglu(*args))
-        return self.down_proj(F.silu(gate(x)) * up(x))
+        gate, up = plain_weight(self.gate_proj, Linear), plain_weight(self.up_proj, Linear)
+        if gate is not None and up is not None:
+            inner = ops.swiglu.by_gpu_kernel(x, gate, up)
+            if inner is not None:
+                return self.down_proj(inner)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -110,6 +110,52 @@ def swiglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> None:
     _expect_shape("swiglu", "up_weight", up_weight, tuple(gate_weight.shape))
 
 
+def decoder_block(
+    x: Tensor,
+    input_norm: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    o_weight: Tensor,
+    post_norm: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    head_dim: int,
+    eps: float,
+) -> None:
+    stem = "decoder_block"
+    norms = dict(input_norm=input_norm, post_norm=post_norm)
+    matrices = dict(q_weight=q_weight, k_weight=k_weight, v_weight=v_weight, o_weight=o_weight)
+    matrices |= dict(gate_weight=gate_weight, up_weight=up_weight, down_weight=down_weight)
+    _expect_dtype(stem, FLOATS, x=x, **norms, **matrices, cos=cos, sin=sin)
+    _expect_shape(stem, "x", x, ("batch", "seq", "n"))
+    batch, seq, width = x.shape
+    for name, norm in norms.items():
+        _expect_shape(stem, name, norm, (width,))
+    if head_dim < 2 or head_dim % 2:
+        raise MobileLLMError(f"[{stem}] head_dim must be even and at least 2, got {head_dim}")
+    _expect_shape(stem, "q_weight", q_weight, ("heads * head_dim", width))
+    _expect_shape(stem, "k_weight", k_weight, ("kv_heads * head_dim", width))
+    queries, keys = len(q_weight), len(k_weight)
+    if keys == 0 or keys % head_dim or queries % keys:
+        raise MobileLLMError(
+            f"[{stem}] k_weight must have rows for heads of {head_dim} that divide the "
+            f"{queries} of q_weight, got {keys}"
+        )
+    _expect_shape(stem, "v_weight", v_weight, (keys, width))
+    _expect_shape(stem, "o_weight", o_weight, (width, queries))
+    _expect_shape(stem, "gate_weight", gate_weight, ("m", width))
+    _expect_shape(stem, "up_weight", up_weight, tuple(gate_weight.shape))
+    _expect_shape(stem, "down_weight", down_weight, (width, len(gate_weight)))
+    lead = (batch, seq) if cos.ndim == 3 else (seq,)
+    _expect_shape(stem, "cos", cos, (*lead, head_dim // 2))
+    _expect_shape(stem, "sin", sin, tuple(cos.shape))
+    _expect_eps(stem, eps)
+
+
 def quantize_per_token(x: Tensor) -> None:
     _expect_dtype("quantize_per_token", (torch.float32,), x=x)
     _expect_shape("quantize_per_token", "x", x, ("...", "n"))

@@ -3,13 +3,22 @@
 Tensors are contiguous, on one GPU, which is the current one. Triton is imported by the first call.
 """
 
+import functools
+import importlib
 import importlib.util
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # a constant, for torch.compile
+
+
+@functools.cache
+def _kernels(name: str) -> ModuleType:
+    return importlib.import_module(f".kernels.{name}", __package__)
 
 
 def takes_floats(tensors: list[Tensor]) -> bool:
@@ -28,55 +37,39 @@ def takes_one_half(tensors: list[Tensor]) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    from .kernels.rms_norm import rms_norm
-
-    return rms_norm(x, weight, eps)
+    return _kernels("rms_norm").rms_norm(x, weight, eps)
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    from .kernels.rms_norm import rms_norm_backward
-
-    return rms_norm_backward(grad, x, weight, eps)
+    return _kernels("rms_norm").rms_norm_backward(grad, x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    from .kernels.rms_norm import add_rms_norm
-
-    return add_rms_norm(x, residual, weight, eps)
+    return _kernels("rms_norm").add_rms_norm(x, residual, weight, eps)
 
 
 def add_rms_norm_backward(
     grad: Tensor, grad_total: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    from .kernels.rms_norm import add_rms_norm_backward
-
-    return add_rms_norm_backward(grad, grad_total, x, residual, weight, eps)
+    return _kernels("rms_norm").add_rms_norm_backward(grad, grad_total, x, residual, weight, eps)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    from .kernels.rope import rope
-
-    return rope(x, cos, sin)
+    return _kernels("rope").rope(x, cos, sin)
 
 
 def rope_backward(grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    from .kernels.rope import rope_backward
-
-    return rope_backward(grad, x, cos, sin)
+    return _kernels("rope").rope_backward(grad, x, cos, sin)
 
 
 def swiglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
-    from .kernels.swiglu import swiglu
-
-    return swiglu(x, gate_weight, up_weight)
+    return _kernels("swiglu").swiglu(x, gate_weight, up_weight)
 
 
 def swiglu_saving(
     x: Tensor, gate_weight: Tensor, up_weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from .kernels.swiglu import swiglu_saving
-
-    return swiglu_saving(x, gate_weight, up_weight)
+    return _kernels("swiglu").swiglu_saving(x, gate_weight, up_weight)
 
 
 def swiglu_saved(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,15 +85,11 @@ def swiglu_backward(
     gate: Tensor,
     up: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from .kernels.swiglu import swiglu_backward
-
-    return swiglu_backward(grad, x, gate_weight, up_weight, gate, up)
+    return _kernels("swiglu").swiglu_backward(grad, x, gate_weight, up_weight, gate, up)
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    from .kernels.quantize_per_token import quantize_per_token
-
-    return quantize_per_token(x)
+    return _kernels("quantize_per_token").quantize_per_token(x)
 
 
 def int8_gemm(
@@ -111,15 +100,11 @@ def int8_gemm(
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    from .kernels.int8_gemm import int8_gemm
-
-    return int8_gemm(x, x_scales, weight, weight_scales, bias, dtype)
+    return _kernels("int8_gemm").int8_gemm(x, x_scales, weight, weight_scales, bias, dtype)
 
 
 def weight_only_linear(x: Tensor, codes: Tensor, scales: Tensor | None = None) -> Tensor:
-    from .kernels.weight_only_linear import weight_only_linear
-
-    return weight_only_linear(x, codes, scales)
+    return _kernels("weight_only_linear").weight_only_linear(x, codes, scales)
 
 
 def head_sample(
@@ -129,9 +114,7 @@ def head_sample(
     seed: int = 0,
     scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    from .kernels.head_sample import head_sample
-
-    return head_sample(x, codes, temperature, seed, scales)
+    return _kernels("head_sample").head_sample(x, codes, temperature, seed, scales)
 
 
 def gqa_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -142,9 +125,9 @@ def gqa_attention_saving(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the op's result and the logarithms of the softmax's sums."""
-    from .kernels.gqa_attention import forward
-
-    return forward(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+    return _kernels("gqa_attention").forward(
+        q, k, v, q.shape[-1] ** -0.5 if scale is None else scale
+    )
 
 
 def gqa_attention_saved(
@@ -157,14 +140,109 @@ def gqa_attention_saved(
 def gqa_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from .kernels.gqa_attention import backward
-
-    return backward(grad, q, k, v, out, lse, q.shape[-1] ** -0.5 if scale is None else scale)
+    return _kernels("gqa_attention").backward(
+        grad, q, k, v, out, lse, q.shape[-1] ** -0.5 if scale is None else scale
+    )
 
 
 def gqa_decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, scale: float | None = None
 ) -> Tensor:
-    from .kernels.gqa_decode import gqa_decode as decode
+    return _kernels("gqa_decode").gqa_decode(q, k_cache, v_cache, lengths, scale)
 
-    return decode(q, k_cache, v_cache, lengths, scale)
+
+def takes_block(tensors: list[Tensor]) -> bool:
+    """Whether kernels take a block: the tables of the rotation, last, may be of another dtype."""
+    return takes_one_half(tensors[:-2]) and takes_floats(tensors[-2:])
+
+
+def decoder_block(
+    x: Tensor,
+    input_norm: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    o_weight: Tensor,
+    post_norm: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    head_dim: int,
+    eps: float,
+) -> Tensor:
+    weights = input_norm, q_weight, k_weight, v_weight, o_weight
+    weights += post_norm, gate_weight, up_weight, down_weight
+    return _kernels("decoder_block").decoder_block(x, *weights, cos, sin, head_dim, eps)[0]
+
+
+def decoder_block_saving(
+    x: Tensor,
+    input_norm: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    o_weight: Tensor,
+    post_norm: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    head_dim: int,
+    eps: float,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:
+    """Return the op's result and what `decoder_block_backward` wants behind the arguments."""
+    weights = input_norm, q_weight, k_weight, v_weight, o_weight
+    weights += post_norm, gate_weight, up_weight, down_weight
+    return _kernels("decoder_block").decoder_block(x, *weights, cos, sin, head_dim, eps, save=True)
+
+
+def decoder_block_saved(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    weights, head_dim = args[:9], args[11]
+    batch, seq, width = x.shape
+    tokens, inner = batch * seq, len(weights[6])
+    heads, kv_heads = (len(weight) // head_dim for weight in weights[1:3])
+    per_head = [x.new_empty(batch, seq, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+    lse = x.new_empty(batch, heads, seq, dtype=torch.float32)
+    rows = [x.new_empty(tokens, n) for n in (width, width, width, inner, inner, inner)]
+    return rows[0], *per_head, lse, *rows[1:]
+
+
+def decoder_block_backward(
+    grad: Tensor,
+    x: Tensor,
+    input_norm: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    o_weight: Tensor,
+    post_norm: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    head_dim: int,
+    eps: float,
+    out: Tensor,
+    normed: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attended: Tensor,
+    lse: Tensor,
+    middle: Tensor,
+    middle_normed: Tensor,
+    inner: Tensor,
+    gate: Tensor,
+    up: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weights = input_norm, q_weight, k_weight, v_weight, o_weight
+    weights += post_norm, gate_weight, up_weight, down_weight
+    saved = normed, q, k, v, attended, lse, middle, middle_normed, inner, gate, up
+    backward = _kernels("decoder_block").decoder_block_backward
+    return backward(grad, x, *weights, cos, sin, head_dim, eps, *saved)

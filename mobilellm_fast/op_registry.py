@@ -40,7 +40,7 @@ def register(
     differentiable: Callable | None = None,
     once_differentiable: Callable | None = None,
 ) -> Callable:
-    """Make a reference function an op, whose `has_gpu_kernel(*args)` tells where it would run.
+    """Make a reference function an op; its `by_gpu_kernel(*args)` is None where no GPU's would run.
 
     Args:
         reference: the specification; its name and signature become the op's.
@@ -129,14 +129,15 @@ def register(
         plan = plans.get(key) or make_plan(key, args)
         return derivative.call(plan, args)
 
-    def has_gpu_kernel(*args: Any) -> bool:
-        if cuda is None:
-            return False
-        if not is_watched() and (plan := plans.get(signature(args))) is not None:
-            return plan.by_kernel
-        return takes(args)
+    def by_gpu_kernel(*args: Any) -> Any:
+        if cuda is None or torch.is_autocast_enabled(gpu):  # which has its own mind about dtypes
+            return None
+        if is_watched() or (key := signature(args)) is None:
+            return checked(*args) if takes(args) else None
+        plan = plans.get(key) or make_plan(key, args)
+        return derivative.call(plan, args) if plan.by_kernel else None
 
-    checked.has_gpu_kernel = has_gpu_kernel
+    checked.by_gpu_kernel = by_gpu_kernel
     return checked
 
 
@@ -161,9 +162,13 @@ def _register_fake(op: Any, fake: Callable) -> None:
 
 
 def _on_gpu(function: Callable) -> Callable:
-    """Call with contiguous tensors, their device the current one."""
+    """Call with contiguous tensors, their device the current one, products in their dtype."""
+    gpu = GPU
 
     def run(*args: Any) -> Any:
+        if torch.is_autocast_enabled(gpu):
+            with torch.autocast(gpu, enabled=False):
+                return run(*args)
         args = [a.contiguous() if isinstance(a, Tensor) else a for a in args]
         device = next(_tensors(args)).get_device()
         if device < 0 or device == torch.cuda.current_device():

@@ -4,6 +4,8 @@ One call of `register` per op joins the reference with its checks (`op_checks`) 
 (`op_cpu`, `op_cuda`).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,9 +34,14 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
     return out.transpose(1, 2)
 
 
+def _like_first(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 rms_norm = register(
     reference.rms_norm,
     check=op_checks.rms_norm,
+    fake=_like_first,
     cpu=op_cpu.rms_norm,
     cuda=op_cuda.rms_norm,
     cuda_backward=op_cuda.rms_norm_backward,
@@ -42,6 +49,7 @@ rms_norm = register(
 add_rms_norm = register(
     reference.add_rms_norm,
     check=op_checks.add_rms_norm,
+    fake=lambda x, *_: (_like_first(x), _like_first(x)),
     cuda=op_cuda.add_rms_norm,
     cuda_backward=op_cuda.add_rms_norm_backward,
     cuda_gradients=(0, 0, 1),
@@ -49,6 +57,7 @@ add_rms_norm = register(
 rope = register(
     reference.rope,
     check=op_checks.rope,
+    fake=_like_first,
     cpu=op_cpu.rope,
     cuda=op_cuda.rope,
     cuda_backward=op_cuda.rope_backward,
@@ -56,6 +65,7 @@ rope = register(
 gqa_attention = register(
     reference.gqa_attention,
     check=op_checks.gqa_attention,
+    fake=_like_first,
     cpu=op_cpu.gqa_attention,
     cuda=op_cuda.gqa_attention,
     cuda_saving=op_cuda.gqa_attention_saving,
@@ -73,12 +83,23 @@ gqa_decode = register(
 swiglu = register(
     reference.swiglu,
     check=op_checks.swiglu,
+    fake=lambda x, gate, _: x.new_empty(*x.shape[:-1], len(gate)),
     cpu=op_cpu.swiglu,
     cuda=op_cuda.swiglu,
     cuda_saving=op_cuda.swiglu_saving,
     cuda_backward=op_cuda.swiglu_backward,
     cuda_takes=op_cuda.takes_one_half,
     fake_saved=op_cuda.swiglu_saved,
+)
+decoder_block = register(
+    reference.decoder_block,
+    check=op_checks.decoder_block,
+    cuda=op_cuda.decoder_block,
+    cuda_saving=op_cuda.decoder_block_saving,
+    cuda_backward=op_cuda.decoder_block_backward,
+    cuda_takes=op_cuda.takes_block,
+    fake=_like_first,
+    fake_saved=op_cuda.decoder_block_saved,
 )
 quantize_per_token = register(
     reference.quantize_per_token,

@@ -144,6 +144,54 @@ def swiglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:
     return (F.silu(gate) * up).to(x.dtype)
 
 
+def decoder_block(
+    x: Tensor,
+    input_norm: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    o_weight: Tensor,
+    post_norm: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    head_dim: int,
+    eps: float,
+) -> Tensor:
+    """Attend, then feed forward, each on the normed residual stream and added to it.
+
+    `y = x + attention(rms_norm(x))`, `y + swiglu(rms_norm(y)) down^T`
+
+    Args:
+        x: (batch, seq, n) float.
+        input_norm, post_norm: (n,) float.
+        q_weight: (heads * head_dim, n) float.
+        k_weight, v_weight: (kv_heads * head_dim, n) float.
+        o_weight: (n, heads * head_dim) float.
+        gate_weight, up_weight: (m, n) float.
+        down_weight: (n, m) float.
+        cos, sin: as for `rope`.
+        head_dim: of an attention head.
+        eps: as for `rms_norm`.
+
+    Returns:
+        (batch, seq, n), dtype of `x`.
+
+    Reference: Touvron et al., https://arxiv.org/abs/2302.13971
+    """
+    normed = rms_norm(x, input_norm, eps)
+    q, k, v = (
+        _product(normed, weight).unflatten(-1, (len(weight) // head_dim, head_dim))
+        for weight in (q_weight, k_weight, v_weight)
+    )
+    attended = gqa_attention(rope(q, cos, sin), rope(k, cos, sin), v).flatten(-2)
+    middle = x + _product(attended, o_weight)
+    inner = swiglu(rms_norm(middle, post_norm, eps), gate_weight, up_weight)
+    return middle + _product(inner, down_weight)
+
+
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """Round each row to int8 on its own scale: `code = round(x / scale)`, halves to even.
 
@@ -384,6 +432,10 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def _inverse_scale(peak: Tensor) -> Tensor:
     # not `127 / peak`, which torch computes as a reciprocal and a product, rounding twice
     return torch.where(peak >= TINY, torch.full_like(peak, 127) / peak, 0)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(_wide(x), _wide(weight)).to(x.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ HOPPER = ("UTMALDG", "HGMMA")
 AMPERE = ("HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS.128")
 
 
-def _norm(name, add, backward=False, quick=False, dtype="bf16"):
+def _norm(name, add, backward=False, total=False, quick=False, dtype="bf16"):
     pointers = ["x", "residual", "weight", *(["grad_x"] if backward else ["out", "total"])]
     if backward:
         pointers = ["grad", "grad_total", *pointers]
@@ -26,7 +26,7 @@ def _norm(name, add, backward=False, quick=False, dtype="bf16"):
         name,
         "rms_norm:_rms_norm_backward" if backward else "rms_norm:_rms_norm",
         types | {"cols": "i32:16", "eps": "fp32"},
-        {"BLOCK": 1024, "ADD": add},
+        {"BLOCK": 1024, "ADD": add} | ({"TOTAL": total} if backward else {}),
         warps=4,
         registers=64,
         needs=WIDE,
@@ -185,7 +185,8 @@ BUILDS = [
     _norm("rms_norm", False, quick=True),
     _norm("add_rms_norm", True),
     _norm("rms_norm_backward", False, backward=True),
-    _norm("add_rms_norm_backward", True, backward=True, quick=True),
+    _norm("rms_norm_backward-total", False, backward=True, total=True),
+    _norm("add_rms_norm_backward", True, backward=True, total=True, quick=True),
     *(
         Build(
             f"rope-{'back' if back else 'forth'}",

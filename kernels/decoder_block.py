@@ -1,0 +1,129 @@
+"""A block of the decoder, attention and feed-forward: the kernels of its parts and matrix products.
+
+One operator for the whole, because launches are short: with one per part, training waits for the
+host. What is saved for the derivative is what the parts would save.
+"""
+
+import torch
+from torch import Tensor
+
+from . import gqa_attention as attention
+from .rms_norm import add_rms_norm, rms_norm, rms_norm_backward
+from .rope import rope, rope_backward
+from .swiglu import swiglu, swiglu_backward, swiglu_saving
+
+
+def decoder_block(
+    x: Tensor,
+    input_norm: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    o_weight: Tensor,
+    post_norm: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    head_dim: int,
+    eps: float,
+    save: bool = False,
+) -> tuple[Tensor, ...]:
+    """Attend and feed forward, each on the normed residual stream and added to it.
+
+    Args:
+        x: (batch, seq, n) bfloat16 or float16 (float32: slow), contiguous; so are all.
+        input_norm, post_norm: (n,), dtype of `x`.
+        q_weight: (heads * head_dim, n); k_weight, v_weight: (kv_heads * head_dim, n).
+        o_weight: (n, heads * head_dim); gate_weight, up_weight: (m, n); down_weight: (n, m).
+        cos, sin: as for `rope`.
+        head_dim: of an attention head.
+        eps: as for `rms_norm`.
+        save: for `decoder_block_backward`.
+
+    Returns:
+        (batch, seq, n), dtype of `x`; with `save` what that wants, behind it.
+
+    Numerics: those of the parts; the last product is added to the residual before it is rounded.
+    """
+    batch, seq, width = x.shape
+    flat = x.view(batch * seq, width)
+    normed = rms_norm(flat, input_norm, eps)
+    q, k, v = (
+        torch.mm(normed, weight.t()).view(batch, seq, len(weight) // head_dim, head_dim)
+        for weight in (q_weight, k_weight, v_weight)
+    )
+    q, k = rope(q, cos, sin), rope(k, cos, sin)
+    attended, lse = attention.forward(q, k, v, head_dim**-0.5)
+    projected = torch.mm(attended.view(len(flat), o_weight.shape[1]), o_weight.t())
+    middle_normed, middle = add_rms_norm(projected, flat, post_norm, eps)
+    if save:
+        inner, gate, up = swiglu_saving(middle_normed, gate_weight, up_weight)
+    else:
+        inner = swiglu(middle_normed, gate_weight, up_weight)
+    out = torch.addmm(middle, inner, down_weight.t()).view(x.shape)
+    if not save:
+        return (out,)
+    return out, normed, q, k, v, attended, lse, middle, middle_normed, inner, gate, up
+
+
+def decoder_block_backward(
+    grad: Tensor,
+    x: Tensor,
+    input_norm: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    o_weight: Tensor,
+    post_norm: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    head_dim: int,
+    eps: float,
+    normed: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attended: Tensor,
+    lse: Tensor,
+    middle: Tensor,
+    middle_normed: Tensor,
+    inner: Tensor,
+    gate: Tensor,
+    up: Tensor,
+) -> tuple[Tensor, ...]:
+    """Differentiate `decoder_block`.
+
+    Args:
+        grad: the gradient of its result.
+        x, ..., eps: its arguments.
+        normed, ..., up: what it saved.
+
+    Returns:
+        Gradients of `x` and of the nine weights, in the order of the arguments.
+    """
+    flat = x.view(x.shape[0] * x.shape[1], x.shape[2])
+    grad = grad.view(flat.shape)
+    grad_down = torch.mm(grad.t(), inner)
+    grad_inner = torch.mm(grad, down_weight)
+    grad_normed, grad_gate, grad_up = swiglu_backward(
+        grad_inner, middle_normed, gate_weight, up_weight, gate, up
+    )
+    grad_middle, grad_post = rms_norm_backward(grad_normed, middle, post_norm, eps, grad)
+    grad_o = torch.mm(grad_middle.t(), attended.view(len(flat), o_weight.shape[1]))
+    grad_attended = torch.mm(grad_middle, o_weight).view(attended.shape)
+    dq, dk, dv = attention.backward(grad_attended, q, k, v, attended, lse, head_dim**-0.5)
+    dq, dk = rope_backward(dq, q, cos, sin), rope_backward(dk, k, cos, sin)
+    dq, dk, dv = (t.view(len(flat), t.shape[2] * head_dim) for t in (dq, dk, dv))
+    grad_normed = torch.mm(dq, q_weight).addmm_(dk, k_weight).addmm_(dv, v_weight)
+    grad_q, grad_k, grad_v = (torch.mm(t.t(), normed) for t in (dq, dk, dv))
+    grad_x, grad_input = rms_norm_backward(grad_normed, flat, input_norm, eps, grad_middle)
+    return (
+        grad_x.view(x.shape),
+        *(grad_input, grad_q, grad_k, grad_v, grad_o),
+        *(grad_post, grad_gate, grad_up, grad_down),
+    )
