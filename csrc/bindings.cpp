@@ -94,10 +94,9 @@ ActivationKind to_activation(const std::string& name) {
 }
 
 KVKind to_kv_kind(const std::string& name) {
-  if (name == "fp32") return KVKind::fp32;
-  if (name == "fp16") return KVKind::fp16;
-  if (name == "int8") return KVKind::int8;
-  throw py::value_error("kv_format must be fp16, fp32 or int8, got " + name);
+  KVKind kind;
+  if (find_kv_kind(name.c_str(), kind)) return kind;
+  throw py::value_error("kv_format must be fp16, fp32, int16 or int8, got " + name);
 }
 
 void check_activation(const Weight& weight, ActivationKind activation, const char* name) {

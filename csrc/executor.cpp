@@ -26,10 +26,10 @@ struct Executor::Part {
 
 // Buffers of one thread, or of all threads together.
 struct Executor::Scratch {
-  ActivationBuffer input;           // of a linear layer
-  std::vector<float> normed;        // (widest layer input)
-  std::vector<float> queries;       // (queries, head_dim)
-  std::vector<int8_t> query_codes;  // Queries of those
+  ActivationBuffer input;            // of a linear layer
+  std::vector<float> normed;         // (widest layer input)
+  std::vector<float> queries;        // (queries, head_dim)
+  std::vector<uint8_t> query_codes;  // Queries of those
   std::vector<float> query_scales;
   std::vector<int32_t> query_offsets;
   std::vector<int> visible;              // tokens of a page that each query sees
@@ -103,7 +103,7 @@ Executor::Executor(Model model, int threads, const KernelTable& kernels, int64_t
     scratch.input.resize(&scratch == &scratch_.back() ? chunk_rows_ : 1, widest);
     scratch.normed.resize(widest);
     scratch.queries.resize(queries * model_.head_dim);
-    scratch.query_codes.resize(queries * padded_dim());
+    scratch.query_codes.resize(queries * padded_dim() * sizeof(int16_t));  // at most
     scratch.query_scales.resize(queries);
     scratch.query_offsets.resize(queries);
     scratch.visible.resize(queries);
@@ -350,7 +350,7 @@ void Executor::attend_one(int thread, const AttentionTask& task, const Attention
   const float* q = qkv + static_cast<int64_t>(kv_head) * group() * dim;
   kernels_.rope(q, span.cos, span.sin, scratch.queries.data(), group(), dim);
   const Queries queries = scratch.prepared();
-  if (model_.kv_kind == KVKind::int8) kernels_.attend_prepare(queries, group(), dim);
+  kernels_.attend_prepare(queries, model_.kv_kind, group(), dim);
   std::fill_n(scratch.visible.begin(), group(), last ? in_last : kPageTokens);
   float* state =
       partials_.data() + (span.partials * model_.kv_heads + kv_head * pages + page) * state_size;
@@ -415,7 +415,7 @@ void Executor::attend_many(int thread, const AttentionTask& task, int position) 
     std::copy_n(qkv_.data() + (span.row + first + row) * qkv_size() + kv_head * group() * dim,
                 group() * dim, scratch.queries.data() + row * group() * dim);
   const Queries prepared = scratch.prepared();
-  if (model_.kv_kind == KVKind::int8) kernels_.attend_prepare(prepared, queries, dim);
+  kernels_.attend_prepare(prepared, model_.kv_kind, queries, dim);
 
   const AttentionState state = attention_state(scratch.state.data(), queries, padded_dim());
   const AttentionState page_state =

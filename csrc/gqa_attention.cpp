@@ -25,7 +25,7 @@ void gqa_attention(const KernelTable& kernels, const float* q, const float* k, c
                           buffer.data() + group * (padded + 1)};
   };
   std::vector<int> visible(group);
-  std::vector<int8_t> codes(group * padded);
+  std::vector<uint8_t> codes(group * padded * sizeof(int16_t));
   std::vector<float> scales(group);
   std::vector<int32_t> offsets(group);
   for (int64_t row = 0; row < rows; ++row) {
@@ -33,7 +33,7 @@ void gqa_attention(const KernelTable& kernels, const float* q, const float* k, c
     for (int64_t head = 0; head < kv_heads; ++head) {
       const int64_t at = (row * heads + head * group) * dim;
       const Queries queries{q + at, codes.data(), scales.data(), offsets.data()};
-      if (kind == KVKind::int8) kernels.attend_prepare(queries, group, dim);
+      kernels.attend_prepare(queries, kind, group, dim);
       for (int64_t page = 0; page * kPageTokens < seen; ++page) {
         std::fill(visible.begin(), visible.end(),
                   static_cast<int>(std::min<int64_t>(seen - page * kPageTokens, kPageTokens)));

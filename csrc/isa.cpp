@@ -26,6 +26,8 @@ namespace {
 #include "kernels/embed.h"
 #include "kernels/rope.h"
 #include "kernels/softmax.h"
+#include "kernels/float_page.h"
+#include "kernels/coded_page.h"
 #include "kernels/attention.h"
 #include "kernels/peak.h"
 

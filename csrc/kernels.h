@@ -14,12 +14,14 @@ constexpr int kPageTokens = 128;
 
 constexpr int kSoftmaxBlock = 64;  // logits of a vocabulary that are reduced together
 
-// How keys and values are stored. `int8`: symmetric codes with one float scale for each key and one
-// for each value, max |x| / 127.
-enum class KVKind : int32_t { fp32, fp16, int8 };
-MLF_INLINE const char* name_of(KVKind kind) {
-  return kind == KVKind::fp32 ? "fp32" : kind == KVKind::fp16 ? "fp16" : "int8";
+// How keys and values are stored. `int16`, `int8`: symmetric codes with one float scale for each
+// key and one for each value; see kernels/coded_page.h for the largest code.
+enum class KVKind : int32_t { fp32, fp16, int16, int8 };
+MLF_INLINE constexpr const char* name_of(KVKind kind) {
+  constexpr const char* kNames[] = {"fp32", "fp16", "int16", "int8"};
+  return kNames[static_cast<int>(kind)];
 }
+MLF_INLINE constexpr bool is_coded(KVKind kind) { return kind >= KVKind::int16; }
 
 // One KV head of one page: keys, then values.
 //   fp32, fp16  keys in tiles of 16 tokens, [tile][head_dim][16], so that a vector of scores needs
@@ -27,6 +29,7 @@ MLF_INLINE const char* name_of(KVKind kind) {
 //   int8        both as the tiles of a weight matrix: float scale[128 tokens], then keys
 //               [tile of 16 tokens][head_dim / 4][16][4 inputs]; float scale[128 tokens], then
 //               values [tile of 16 outputs][32][16][4 tokens]
+//   int16       the same with 2 inputs or tokens instead of 4
 struct PageView {
   uint8_t* data;
   KVKind kind;
@@ -34,12 +37,13 @@ struct PageView {
   int64_t ahead = 0;  // distance in bytes to the page that is wanted next, 0 for none
 
   MLF_INLINE int64_t padded_dim() const { return round_up(head_dim, 16); }
-  MLF_INLINE int64_t scales_nbytes() const { return kind == KVKind::int8 ? 4 * kPageTokens : 0; }
+  MLF_INLINE int64_t scales_nbytes() const { return is_coded(kind) ? 4 * kPageTokens : 0; }
   MLF_INLINE int64_t element_nbytes() const {
-    return kind == KVKind::fp32 ? 4 : kind == KVKind::fp16 ? 2 : 1;
+    return kind == KVKind::fp32 ? 4 : kind == KVKind::int8 ? 1 : 2;
   }
   MLF_INLINE int64_t key_tile_nbytes() const {
-    return 16 * element_nbytes() * (kind == KVKind::int8 ? round_up(head_dim, kStep) : head_dim);
+    const int64_t nbytes = head_dim * element_nbytes();
+    return 16 * (is_coded(kind) ? round_up(nbytes, 4) : nbytes);
   }
   MLF_INLINE float* key_scales() const { return reinterpret_cast<float*>(data); }
   MLF_INLINE uint8_t* keys() const { return data + scales_nbytes(); }
@@ -52,10 +56,11 @@ struct PageView {
   }
 };
 
-// Some queries of one KV head: floats, and what attend_prepare makes of them for int8 keys.
+// Some queries of one KV head: floats, and what attend_prepare makes of them for keys that are
+// codes.
 struct Queries {
   const float* values;  // (queries, head_dim)
-  int8_t* codes;        // (queries, padded head_dim)
+  uint8_t* codes;       // (queries, padded head_dim), each of as many bytes as a code of a key
   float* scales;        // (queries): value = scale * code
   int32_t* offsets;     // (queries): what the sums of products start from
 };
@@ -99,8 +104,8 @@ struct Tiles {
                               int64_t heads, int64_t head_dim))                                     \
   /* Put one token's key and value (head_dim) at slot of a page. */                                 \
   X(kv_store,            void(const float* key, const float* value, const PageView& page, int slot)) \
-  /* Round queries to the codes that attend_page reads for int8 pages; others need none. */         \
-  X(attend_prepare,      void(const Queries& q, int64_t queries, int64_t head_dim))                 \
+  /* Round queries to the codes that attend_page reads, where keys are codes. */                    \
+  X(attend_prepare,      void(const Queries& q, KVKind kind, int64_t queries, int64_t head_dim))    \
   /* Attend to the first tokens[i] >= 0 tokens of a page, per query. */                             \
   X(attend_page,         void(const Queries& q, const PageView& page, const int* tokens,            \
                               const AttentionState& out, int64_t queries, float scale))             \

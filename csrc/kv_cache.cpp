@@ -1,6 +1,7 @@
 #include "kv_cache.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 namespace mlf {
@@ -23,6 +24,15 @@ void touch(uint8_t* page, int64_t begin, int64_t end) {
 }
 
 }  // namespace
+
+bool find_kv_kind(const char* name, KVKind& kind) {
+  for (const KVKind each : {KVKind::fp32, KVKind::fp16, KVKind::int16, KVKind::int8}) {
+    if (std::strcmp(name, name_of(each)) != 0) continue;
+    kind = each;
+    return true;
+  }
+  return false;
+}
 
 KVCache::KVCache(int positions, int kv_heads, int head_dim, KVKind kind)
     : positions_(positions), kv_heads_(kv_heads), head_dim_(head_dim), kind_(kind) {}

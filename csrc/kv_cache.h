@@ -10,6 +10,9 @@
 
 namespace mlf {
 
+// Find the kind of that name. Returns false if there is none.
+bool find_kv_kind(const char* name, KVKind& kind);
+
 // A page holds its tokens for every position of the schedule and every KV head, so growing never
 // moves what is stored. Copies share pages until one of them writes to them.
 class KVCache {

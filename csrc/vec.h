@@ -44,15 +44,15 @@ inline VecF exp(VecF x) {
 // x = n + r, and a polynomial of degree 5 for 2^r on |r| <= 1/2 that minimises the relative error.
 inline VecF exp2_negative(VecF x) {
   x = max(splat(-126.0f), x);  // max() returns its second argument if either is NaN
-  const VecI n = round_to_int(x);
-  const VecF r = sub(x, to_float(n));
+  const VecF n = nearest(x);
+  const VecF r = sub(x, n);
   VecF p = splat(1.3264714333e-3f);
   p = fma(p, r, splat(9.6715126353e-3f));
   p = fma(p, r, splat(5.5507337738e-2f));
   p = fma(p, r, splat(2.4022242086e-1f));
   p = fma(p, r, splat(6.9314697759e-1f));
   p = fma(p, r, splat(1.0f));
-  return mul(p, exp2_int(n));
+  return times_exp2(p, n);
 }
 
 // x / (1 + e^-x)

@@ -62,6 +62,31 @@ inline VecF exp2_int(VecI n) {
   const __m512i biased = _mm512_add_epi32(n.v, _mm512_set1_epi32(127));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
 }
+inline VecF nearest(VecF a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+inline VecF times_exp2(VecF p, VecF n) { return {_mm512_scalef_ps(p.v, n.v)}; }
+
+// --- products of 16-bit codes -------------------------------------------------------------------
+
+struct WordWeights {
+  __m512i rows;
+};
+struct WordInputs {
+  __m512i two;
+};
+inline WordWeights load_step_int16(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline WordInputs load_word_inputs(const int16_t* codes) {
+  int32_t two;
+  memcpy(&two, codes, 4);
+  return {_mm512_set1_epi32(two)};
+}
+inline void dot(VecI& acc, const WordWeights& w, const WordInputs& a) {
+  acc.v = _mm512_dpwssd_epi32(acc.v, w.rows, a.two);
+}
+inline void store_words(int16_t* p, VecI a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
+}
 
 // --- integer dot products: VNNI multiplies unsigned by signed bytes ----------------------------
 // int8 weights are made unsigned by adding 128; the sum starts from what takes that back.

@@ -140,6 +140,49 @@ inline void store_codes(int8_t* p, VecI v) {
   vst1q_s8(p, vuzp1q_s8(vreinterpretq_s8_s16(low_halves(v.q[0], v.q[1])),
                         vreinterpretq_s8_s16(low_halves(v.q[2], v.q[3]))));
 }
+inline VecF nearest(VecF v) {
+  MLF_EACH_Q v.q[i] = vrndnq_f32(v.q[i]);
+  return v;
+}
+inline VecF times_exp2(VecF p, VecF n) { return mul(p, exp2_int(round_to_int(n))); }
+
+// --- products of 16-bit codes -------------------------------------------------------------------
+// First and second inputs of 8 rows each: products are added to the sums of 4 rows at once.
+
+struct WordWeights {
+  int16x8_t first[2], second[2];
+};
+struct WordInputs {
+  int16x4_t two;
+};
+inline WordWeights load_step_int16(const uint8_t* p) {
+  WordWeights w;
+  MLF_UNROLL for (int i = 0; i < 2; ++i) {
+    const int16x8_t a = vreinterpretq_s16_u8(vld1q_u8(p + 32 * i)),
+                    b = vreinterpretq_s16_u8(vld1q_u8(p + 32 * i + 16));
+    w.first[i] = vuzp1q_s16(a, b);
+    w.second[i] = vuzp2q_s16(a, b);
+  }
+  return w;
+}
+inline WordInputs load_word_inputs(const int16_t* codes) {
+  int32_t two;
+  memcpy(&two, codes, 4);
+  return {vreinterpret_s16_s32(vdup_n_s32(two))};
+}
+inline void dot(VecI& acc, const WordWeights& w, const WordInputs& a) {
+  MLF_UNROLL for (int i = 0; i < 2; ++i) {
+    int32x4_t &low = acc.q[2 * i], &high = acc.q[2 * i + 1];
+    low = vmlal_lane_s16(low, vget_low_s16(w.first[i]), a.two, 0);
+    low = vmlal_lane_s16(low, vget_low_s16(w.second[i]), a.two, 1);
+    high = vmlal_high_lane_s16(high, w.first[i], a.two, 0);
+    high = vmlal_high_lane_s16(high, w.second[i], a.two, 1);
+  }
+}
+inline void store_words(int16_t* p, VecI v) {
+  for (int i = 0; i < 4; i += 2)
+    vst1q_s16(p + 4 * i, vcombine_s16(vmovn_s32(v.q[i]), vmovn_s32(v.q[i + 1])));
+}
 
 // --- integer dot products, of whole groups -----------------------------------------------------
 // A line of a tile is four registers of 4 rows x 4 inputs. ARM's products take signed bytes and

@@ -174,6 +174,38 @@ inline VecF exp2_int(VecI n) {
   }
   return r;
 }
+// The nearest integer as a float, ties to even.
+inline VecF nearest(VecF v) {
+  MLF_EACH_LANE v.lane[i] = nearbyintf(v.lane[i]);
+  return v;
+}
+// p * 2^n for an integer n in -126..127; NaN where p is.
+inline VecF times_exp2(VecF p, VecF n) { return mul(p, exp2_int(round_to_int(n))); }
+
+// --- products of 16-bit codes: one step is 16 rows x 2 inputs of a tile, added up in int32 ------
+
+struct WordWeights {
+  int16_t code[16][2];
+};
+struct WordInputs {
+  int16_t code[2];
+};
+inline WordWeights load_step_int16(const uint8_t* p) {
+  WordWeights w;
+  memcpy(w.code, p, sizeof w.code);
+  return w;
+}
+inline WordInputs load_word_inputs(const int16_t* codes) {
+  WordInputs a;
+  memcpy(a.code, codes, sizeof a.code);
+  return a;
+}
+inline void dot(VecI& acc, const WordWeights& w, const WordInputs& a) {
+  MLF_EACH_LANE for (int k = 0; k < 2; ++k) acc.lane[i] += w.code[i][k] * a.code[k];
+}
+inline void store_words(int16_t* p, VecI v) {
+  MLF_EACH_LANE p[i] = static_cast<int16_t>(v.lane[i]);
+}
 
 // --- integer dot products: one step is 16 rows x 4 inputs of a weight tile -------------------
 

@@ -107,3 +107,42 @@ inline void store_codes(int8_t* p, VecI v) {
       _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
+inline VecF nearest(VecF v) {
+  constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(v.lo, kMode), _mm256_round_ps(v.hi, kMode)};
+}
+inline VecF times_exp2(VecF p, VecF n) { return mul(p, exp2_int(round_to_int(n))); }
+
+// --- products of 16-bit codes -------------------------------------------------------------------
+
+struct WordWeights {
+  __m256i lo, hi;
+};
+struct WordInputs {
+  __m256i two;
+};
+inline __m256i add_products(__m256i sum, __m256i a, __m256i b) {
+#if defined(__AVX512VNNI__)
+  return _mm256_dpwssd_epi32(sum, a, b);
+#elif defined(__AVXVNNI__)
+  return _mm256_dpwssd_avx_epi32(sum, a, b);
+#else
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+#endif
+}
+inline WordWeights load_step_int16(const uint8_t* p) {
+  const __m256i* rows = reinterpret_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(rows), _mm256_loadu_si256(rows + 1)};
+}
+inline WordInputs load_word_inputs(const int16_t* codes) {
+  int32_t two;
+  memcpy(&two, codes, 4);
+  return {_mm256_set1_epi32(two)};
+}
+inline void dot(VecI& acc, const WordWeights& w, const WordInputs& a) {
+  acc = {add_products(acc.lo, w.lo, a.two), add_products(acc.hi, w.hi, a.two)};
+}
+inline void store_words(int16_t* p, VecI v) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.lo, v.hi), 0xd8);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), words);
+}

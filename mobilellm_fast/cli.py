@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         model.add_argument(
             "--kv-format",
             metavar="FORMAT",
-            help="of the KV cache: fp16, fp32, int8 (CPU) or bf16 (GPU)",
+            help="of the KV cache: fp16, fp32, int16, int8 (CPU) or bf16 (GPU)",
         )
         model.add_argument("--threads", type=int, metavar="N", help="default: chosen for you")
         model.add_argument(

@@ -78,8 +78,8 @@ class Engine:
                 process may run on, measured once for each model, see `calibration`.
             revision: branch, tag or commit of a hub id.
             isa: name of a kernel table, see `mobilellm-fast info`; None means the best.
-            kv_format: `fp16`, `fp32` or `int8`, how keys and values are kept; None takes `fp32`
-                for float formats, else `fp16`.
+            kv_format: `int16`, `int8`, `fp16` or `fp32`, how keys and values are kept; None takes
+                `fp32` for float formats, else `int16`.
 
         Raises:
             MobileLLMError: an argument is out of range.

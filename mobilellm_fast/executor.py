@@ -14,7 +14,7 @@ from .errors import MobileLLMError
 from .rope import cos_sin
 from .weights import Weights
 
-KV_FORMATS = ("fp16", "fp32", "int8")
+KV_FORMATS = ("fp16", "fp32", "int16", "int8")
 PIECE = 512  # tokens per call into C++, which cannot be interrupted: at most about a second
 _PROJECTIONS = {
     "q": "self_attn.q",
@@ -40,9 +40,9 @@ class Executor:
         format: one of `quant.FORMATS`; says what inputs of quantized layers are rounded to.
         threads: how many to use; None means as many as this process may run on.
         isa: name of a kernel table; None takes the environment's `MLF_ISA`, or else the best.
-        kv_format: one of `KV_FORMATS`, how the KV cache stores keys and values: floats, or 8-bit
-            codes with a scale for each key and each value. None takes `fp32` for float formats,
-            else `fp16`.
+        kv_format: one of `KV_FORMATS`, how the KV cache stores keys and values: floats, or codes of
+            16 or 8 bits with a scale for each key and each value. None takes `fp32` for float
+            formats, else `int16`, which is as accurate as `fp16` and faster.
         cache_nbytes: size of the last-level cache to plan for; None asks the system.
         fetch_ahead: whether blocks that run several times in a row fetch the next one meanwhile.
 
@@ -63,7 +63,7 @@ class Executor:
     ) -> None:
         self.config = config
         self.kv_format = check_kv_format(kv_format) or (
-            "fp32" if format in ("fp32", "bf16") else "fp16"
+            "fp32" if format in ("fp32", "bf16") else "int16"
         )
         self.num_parameters = config.num_parameters
         self.weight_nbytes = sum(weight.nbytes for weight in weights.values())

@@ -34,9 +34,9 @@ def load(
             `"bf16"` on a GPU.
         threads: of the CPU; None means as many as decode fastest, see `Engine.load`.
         revision: branch, tag or commit of a hub id.
-        kv_format: `"fp16"`, `"fp32"` or, on a CPU, `"int8"`, on a GPU `"bf16"`: how generation
-            keeps keys and values; None takes `"fp32"` for float formats (on a GPU for `"fp32"`),
-            else `"fp16"`.
+        kv_format: `"fp16"`, `"fp32"` or, on a CPU, `"int16"` or `"int8"`, on a GPU `"bf16"`: how
+            generation keeps keys and values; None takes `"fp32"` for float formats (on a GPU for
+            `"fp32"`), else `"int16"` on a CPU and `"fp16"` on a GPU.
 
     Returns:
         The model, in evaluation mode. Its parameters (`fp32`, `bf16`) or packed buffers are the
@@ -51,7 +51,7 @@ def load(
             f"[load] device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}"
         )
     if device == "auto":
-        for_cpu = threads is not None or format == "w8a8" or kv_format == "int8"
+        for_cpu = threads is not None or format == "w8a8" or kv_format in ("int8", "int16")
         device = "cuda" if not for_cpu and _has_gpu() else "cpu"
     if device != "cpu":
         from .cuda.engine import CudaEngine

@@ -15,8 +15,8 @@ from mobilellm_fast.executor import KV_FORMATS, Executor
 
 STORED = Path(__file__).with_name("bits.json")
 CASES = [
-    *((format, "fp16") for format in quant.FORMATS),
-    *(("int8", kv_format) for kv_format in KV_FORMATS if kv_format != "fp16"),
+    *((format, "int16") for format in quant.FORMATS),
+    *(("int8", kv_format) for kv_format in KV_FORMATS if kv_format != "int16"),
 ]
 # Widths that are no multiple of a group or tile, more than one block of groups, shared layers.
 CONFIG = MobileLLMConfig(

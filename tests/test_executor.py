@@ -25,7 +25,7 @@ from helpers import (
 
 from mobilellm_fast import _C, ops, quant, reference
 from mobilellm_fast.errors import MobileLLMError
-from mobilellm_fast.executor import Executor, available_cpus
+from mobilellm_fast.executor import KV_FORMATS, Executor, available_cpus
 from mobilellm_fast.model import MobileLLM
 
 INTEGER_FORMATS = quant.INTEGER_FORMATS
@@ -202,7 +202,7 @@ def test_decode_of_ragged_batches_has_the_bits_of_single_steps():
         assert np.array_equal(logits, want)
 
 
-@pytest.mark.parametrize("kv_format", ["fp16", "fp32", "int8"])
+@pytest.mark.parametrize("kv_format", KV_FORMATS)
 def test_not_finite_tokens_reach_no_earlier_ones(kv_format):
     config = tiny_config()
     weights = weights_in("int8", config)
@@ -297,7 +297,7 @@ def test_truncated_cache_forgets():
         cache.truncate(151)
 
 
-def test_cache_is_fp16_for_integer_formats():
+def test_cache_has_16_bits_for_integer_formats():
     ids = random_ids(tiny_config(), 10)
     sizes = {}
     for format in ("fp32", "int8"):
@@ -306,7 +306,10 @@ def test_cache_is_fp16_for_integer_formats():
         assert cache.nbytes == 0
         executor.forward(ids, cache)
         sizes[format] = cache.nbytes
-    assert sizes["fp32"] == 2 * sizes["int8"]
+    # but for two scales per token, a float each
+    config = tiny_config()
+    heads = len(config.schedule) * config.num_key_value_heads
+    assert sizes["fp32"] == 2 * (sizes["int8"] - heads * 128 * 2 * 4)
 
 
 def test_concurrent_calls_take_turns():

@@ -99,9 +99,9 @@ int threads_of(int32_t threads) {
 
 mlf::KVKind kv_kind_of(const char* name, mlf::KVKind otherwise) {
   if (!name) return otherwise;
-  for (const mlf::KVKind kind : {mlf::KVKind::fp16, mlf::KVKind::fp32, mlf::KVKind::int8})
-    if (std::strcmp(name, mlf::name_of(kind)) == 0) return kind;
-  argument(std::string("kv_format must be fp16, fp32 or int8, got ") + name);
+  mlf::KVKind kind;
+  if (mlf::find_kv_kind(name, kind)) return kind;
+  argument(std::string("kv_format must be fp16, fp32, int16 or int8, got ") + name);
 }
 
 const mlf::KernelTable& table_of(const char* isa) {
@@ -116,7 +116,7 @@ std::unique_ptr<mlf_model> open_model(const char* path, const mlf_options& optio
   const int threads = threads_of(options.threads);
   auto model = std::make_unique<mlf_model>();
   model->kernels = &table_of(options.isa);
-  kv_kind_of(options.kv_format, mlf::KVKind::fp16);
+  kv_kind_of(options.kv_format, mlf::KVKind::int16);
   try {
     int64_t nbytes = 0;
     model->memory = mlf::map_file(path, nbytes);

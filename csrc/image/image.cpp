@@ -216,7 +216,7 @@ Model read_model(const Json& config, const Shape& shape, Tensors& tensors) {
   model.head_dim = static_cast<int>(shape.head_dim);
   model.norm_eps = static_cast<float>(number(config, "rms_norm_eps", 0, 3e38));
   model.activation = tensors.activation();
-  model.kv_kind = model.activation == ActivationKind::floating ? KVKind::fp32 : KVKind::fp16;
+  model.kv_kind = model.activation == ActivationKind::floating ? KVKind::fp32 : KVKind::int16;
   model.embedding = tensors.matrix("model.embed_tokens.weight", shape.vocab, shape.hidden);
   for (int64_t i = 0; i < shape.layers; ++i) {
     const std::string prefix = "model.layers." + std::to_string(i) + ".";

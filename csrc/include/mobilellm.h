@@ -2,8 +2,8 @@
  *
  * Every function that can fail returns a status and leaves its outputs alone when it does;
  * mlf_last_error() then tells the calling thread why, in one line. No exception leaves a function.
- * A model may be shared by threads: its calls take turns. A session belongs to one thread at a time.
- * A calling thread needs 512 KB of stack: musl gives its threads less unless they ask.
+ * A model may be shared by threads: its calls take turns. A session belongs to one thread at a
+ * time. A calling thread needs 512 KB of stack: musl gives its threads less unless they ask.
  * Structures begin with their size in bytes, so that later versions can add fields to them. */
 #ifndef MOBILELLM_H
 #define MOBILELLM_H
@@ -40,13 +40,14 @@ typedef struct mlf_options {
   size_t size;           /* sizeof(mlf_options) */
   int32_t threads;       /* 1..1024; 0: as many as processors, 4 at most */
   const char* isa;       /* name of a kernel table, such as "neon"; null: the best one */
-  const char* kv_format; /* "fp16", "fp32" or "int8"; null: fp32 for float weights, else fp16 */
+  const char* kv_format; /* "fp16", "fp32", "int16" or "int8"; null: fp32 for float weights,
+                            else int16 */
 } mlf_options;
 
 typedef struct mlf_info {
-  size_t size;            /* sizeof(mlf_info), set by the caller */
-  const char* name;       /* of the model; lives as long as it, as does isa */
-  const char* isa;        /* the kernel table in use */
+  size_t size;      /* sizeof(mlf_info), set by the caller */
+  const char* name; /* of the model; lives as long as it, as does isa */
+  const char* isa;  /* the kernel table in use */
   int32_t threads;
   int32_t vocab_size;     /* token ids are 0..vocab_size - 1 */
   int64_t context_length; /* most tokens of a session */

@@ -21,7 +21,7 @@ constexpr char kUsage[] =
     "  --temperature T    0 takes the likeliest token, and is the default\n"
     "  --top-k K, --top-p P, --min-p P, --seed S\n"
     "  --isa NAME         kernel table, such as neon (the best one)\n"
-    "  --kv-format NAME   fp16, fp32 or int8\n"
+    "  --kv-format NAME   fp16, fp32, int16 or int8\n"
     "  --ids              print token ids instead of text\n"
     "  --bench            time a prompt and decoding, print tokens/s\n"
     "  --bench-prompt N   tokens of that prompt (512)\n"

@@ -6,7 +6,7 @@
 namespace mlf::test {
 namespace {
 
-constexpr KVKind kKinds[] = {KVKind::fp32, KVKind::fp16, KVKind::int8};
+constexpr KVKind kKinds[] = {KVKind::fp32, KVKind::fp16, KVKind::int16, KVKind::int8};
 
 // x as a half-precision number holds it: rounded to nearest, to even where it is in the middle.
 double as_half(double x) {
@@ -16,17 +16,25 @@ double as_half(double x) {
   return std::clamp(std::nearbyint(x / quantum) * quantum, -65504.0, 65504.0);
 }
 
-// A row as a page keeps it.
-std::vector<double> kept(KVKind kind, const float* x, int64_t dim) {
+// The largest code of numbers of which products are added up, `terms` of them: in an int32.
+float limit(KVKind kind, int64_t terms) {
+  if (kind == KVKind::int8) return 127;
+  int64_t code = 32767;
+  while (code * code * terms > INT32_MAX) --code;
+  return static_cast<float>(code);
+}
+
+// A row as a page keeps it; of values, `terms` is a page of tokens.
+std::vector<double> kept(KVKind kind, const float* x, int64_t dim, int64_t terms) {
   std::vector<double> values(x, x + dim);
   if (kind == KVKind::fp16)
     for (double& value : values) value = as_half(value);
-  if (kind != KVKind::int8) return values;
+  if (!is_coded(kind)) return values;
   float largest = 0;
   for (int64_t i = 0; i < dim; ++i) largest = std::fmax(largest, std::fabs(x[i]));
-  const float inverse = largest > 0 ? 127 / largest : 0;
+  const float inverse = largest > 0 ? limit(kind, terms) / largest : 0;
   for (int64_t i = 0; i < dim; ++i)
-    values[i] = static_cast<double>(largest / 127) * std::nearbyintf(x[i] * inverse);
+    values[i] = static_cast<double>(largest / limit(kind, terms)) * std::nearbyintf(x[i] * inverse);
   return values;
 }
 
@@ -77,8 +85,8 @@ MLF_TEST(kv_store) {
       const std::string name = std::string(name_of(kind)) + " " + sizes({{"head_dim", dim}});
       const PageView& view = page.view;
       for (int64_t t = 0; t < kPageTokens; ++t) {
-        const std::vector<double> key = kept(kind, &keys[t * dim], dim),
-                                  value = kept(kind, &values[t * dim], dim);
+        const std::vector<double> key = kept(kind, &keys[t * dim], dim, dim),
+                                  value = kept(kind, &values[t * dim], dim, kPageTokens);
         bool right = true;
         for (int64_t d = 0; d < dim; ++d) {
           double k, v;
@@ -89,6 +97,13 @@ MLF_TEST(kv_store) {
             v = view.value_scales()[t] *
                 static_cast<double>(
                     at<int8_t>(view.values(), (d / 16 * 32 + t / 4) * 64 + d % 16 * 4 + t % 4));
+          } else if (kind == KVKind::int16) {
+            k = view.key_scales()[t] *
+                static_cast<double>(at<int16_t>(view.keys() + t / 16 * view.key_tile_nbytes(),
+                                                (d / 2 * 16 + t % 16) * 2 + d % 2));
+            v = view.value_scales()[t] *
+                static_cast<double>(
+                    at<int16_t>(view.values(), (d / 16 * 64 + t / 2) * 32 + d % 16 * 2 + t % 2));
           } else {
             const int64_t key_at = (t / 16 * dim + d) * 16 + t % 16,
                           value_at = t * view.padded_dim() + d;
@@ -107,50 +122,60 @@ MLF_TEST(kv_store) {
 // Queries, with room for their codes.
 struct QueryRows {
   std::vector<float> values, scales;
-  std::vector<int8_t> codes;
+  std::vector<uint8_t> codes;
   std::vector<int32_t> offsets;
   Queries view;
 
   QueryRows(const KernelTable& table, std::vector<float> x, int64_t queries, int64_t dim,
-            bool coded)
+            KVKind kind)
       : values(std::move(x)),
         scales(queries),
-        codes(queries * round_up(dim, 16)),
+        codes(queries * round_up(dim, 16) * 2),
         offsets(queries) {
     view = {values.data(), codes.data(), scales.data(), offsets.data()};
-    if (coded) table.attend_prepare(view, queries, dim);
+    table.attend_prepare(view, kind, queries, dim);
   }
 };
-// The largest code of a number in 16 bits, so that n products with bytes fit 32.
-double wide_codes(int64_t n) {
-  return static_cast<double>(std::min<int64_t>(127 * 256, ((int64_t{1} << 31) - 1) / (128 * n)));
+// The largest code of a weight: of 16 bits where values have 8, so that a page of products fits
+// int32.
+double weight_limit(KVKind kind) {
+  return kind == KVKind::int8 ? 127 * 256 : limit(kind, kPageTokens);
+}
+
+// The codes of queries, and what they stand for.
+template <class Code>
+void check_prepared(Check& check, KVKind kind, const std::vector<float>& x, int64_t queries,
+                    int64_t dim) {
+  const int64_t padded = round_up(dim, 16);
+  const std::string name =
+      std::string(name_of(kind)) + " " + sizes({{"queries", queries}, {"head_dim", dim}});
+  const std::vector<Code> codes =
+      check.run<Code>(name, queries * padded, [&](const KernelTable& table, Code* out) {
+        QueryRows rows(table, x, queries, dim, KVKind::fp32);
+        rows.view.codes = reinterpret_cast<uint8_t*>(out);
+        table.attend_prepare(rows.view, kind, queries, dim);
+      });
+  const QueryRows rows(check.table(), x, queries, dim, kind);
+  std::vector<float> got;
+  std::vector<double> want, bound;
+  for (int64_t i = 0; i < queries; ++i) {
+    const std::vector<double> rounded = kept(kind, &x[i * dim], dim, dim);
+    for (int64_t d = 0; d < padded; ++d) {
+      got.push_back(rows.scales[i] * static_cast<float>(codes[i * padded + d]));
+      want.push_back(d < dim ? rounded[d] : 0);
+      bound.push_back(kUnit * std::fabs(want.back()));  // of the product
+    }
+  }
+  check.close(name, got, want, bound);
 }
 
 MLF_TEST(attend_prepare) {
   Random random(2);
   for (const int64_t dim : {2, 15, 16, 33, 64, 128})
     for (const int64_t queries : {1, 3}) {
-      const int64_t padded = round_up(dim, 16);
       const std::vector<float> x = random.vector(queries * dim, 5.0f);
-      const std::string name = sizes({{"queries", queries}, {"head_dim", dim}});
-      const std::vector<int8_t> codes =
-          check.run<int8_t>(name, queries * padded, [&](const KernelTable& table, int8_t* out) {
-            QueryRows rows(table, x, queries, dim, false);
-            rows.view.codes = out;
-            table.attend_prepare(rows.view, queries, dim);
-          });
-      const QueryRows rows(check.table(), x, queries, dim, true);
-      std::vector<float> got;
-      std::vector<double> want, bound;
-      for (int64_t i = 0; i < queries; ++i) {
-        const std::vector<double> rounded = kept(KVKind::int8, &x[i * dim], dim);
-        for (int64_t d = 0; d < padded; ++d) {
-          got.push_back(rows.scales[i] * static_cast<float>(codes[i * padded + d]));
-          want.push_back(d < dim ? rounded[d] : 0);
-          bound.push_back(kUnit * std::fabs(want.back()));  // of the product
-        }
-      }
-      check.close(name, got, want, bound);
+      check_prepared<int8_t>(check, KVKind::int8, x, queries, dim);
+      check_prepared<int16_t>(check, KVKind::int16, x, queries, dim);
     }
 }
 
@@ -188,19 +213,19 @@ MLF_TEST(attend_page) {
         check.run<float>(name, n * (padded + 2), [&](const KernelTable& table, float* out) {
           Page page(c.kind, c.dim);
           page.store(table, keys, values);
-          const QueryRows rows(table, q, n, dim, c.kind == KVKind::int8);
+          const QueryRows rows(table, q, n, dim, c.kind);
           table.attend_page(rows.view, page.view, c.tokens.data(),
                             {out, out + n * padded, out + n * (padded + 1)}, n, scale);
         });
     std::vector<double> want(n * padded), bound(n * padded), sums, sum_bound;
     for (int64_t i = 0; i < n; ++i) {
       double largest = 0, size = 0, largest_v = 0, total = 0;
-      // an int8 page's queries are rounded as its keys are
+      // queries are rounded as keys are where those are codes
       const std::vector<double> query =
-          kept(c.kind == KVKind::int8 ? KVKind::int8 : KVKind::fp32, &q[i * dim], dim);
+          kept(is_coded(c.kind) ? c.kind : KVKind::fp32, &q[i * dim], dim, dim);
       std::vector<double> scores;
       for (int t = 0; t < c.tokens[i]; ++t) {
-        const std::vector<double> key = kept(c.kind, &keys[t * dim], dim);
+        const std::vector<double> key = kept(c.kind, &keys[t * dim], dim, dim);
         double score = 0, sizes_of = 0;
         for (int64_t d = 0; d < dim; ++d) {
           score += query[d] * key[d] * scale;
@@ -220,7 +245,7 @@ MLF_TEST(attend_page) {
       check.require(name + ", largest", right_max);
       std::vector<double> sizes_of(padded);
       for (int t = 0; t < c.tokens[i]; ++t) {
-        const std::vector<double> value = kept(c.kind, &values[t * dim], dim);
+        const std::vector<double> value = kept(c.kind, &values[t * dim], dim, kPageTokens);
         const double weight = std::exp(scores[t] - largest);
         total += weight;
         for (int64_t d = 0; d < dim; ++d) {
@@ -238,9 +263,9 @@ MLF_TEST(attend_page) {
       sum_bound.push_back(relative * total);
       for (int64_t d = 0; d < dim; ++d) {
         bound[i * padded + d] = relative * sizes_of[d] + 1e-37;
-        // an int8 page's weights, times the scales of their values, are rounded to 16 bits
-        if (c.kind == KVKind::int8)
-          bound[i * padded + d] += c.tokens[i] * 0.51 * largest_v / wide_codes(kPageTokens);
+        // weights, times the scales of values that are codes, are rounded
+        if (is_coded(c.kind))
+          bound[i * padded + d] += c.tokens[i] * 0.51 * largest_v / weight_limit(c.kind);
       }
     }
     check.close(name, {got.begin(), got.begin() + n * padded}, want, bound);
