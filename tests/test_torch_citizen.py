@@ -4,6 +4,7 @@ import copy
 import socket
 
 import data_parallel
+import interpreted
 import pytest
 import torch
 from helpers import (
@@ -171,13 +172,17 @@ def test_longer_than_the_table_of_rotations(monkeypatch):
     assert_logits_close(again(ids), want, 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_train_like_one(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "kernels"), [("ddp", False), ("fsdp", False), ("fsdp", True)], ids=str
+)
+def test_two_processes_train_like_one(kind, kernels, tmp_path):
+    if kernels and not interpreted.INTERPRETED:
+        pytest.skip("there is a GPU, or no Triton")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     path = tmp_path / "losses.pt"
-    torch.multiprocessing.spawn(data_parallel.train, (2, port, kind, path), nprocs=2)
+    torch.multiprocessing.spawn(data_parallel.train, (2, port, kind, kernels, path), nprocs=2)
     want = [loss.item() for loss in data_parallel.steps(*data_parallel.build())]
     assert want[-1] < want[0] - 0.01
     assert torch.load(path) == pytest.approx(want, rel=1e-5)
