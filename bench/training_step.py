@@ -169,7 +169,10 @@ class Candidate:
     def alone(self) -> str:
         """Time a few steps and say how long they take."""
         seconds = statistics.median(self.step() for _ in range(5))
-        return f"{1e3 * seconds:.1f} ms per step alone"
+        first, last = self.losses[0], self.losses[-1]
+        if not last < first:
+            sys.exit(f"{self.name}: no step lowers the loss: {first} became {last}")
+        return f"{1e3 * seconds:.1f} ms per step alone, loss {first:.3f} -> {last:.3f}"
 
     def step(self) -> float:
         """Do one step and return its seconds."""

@@ -87,7 +87,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk)
             x, target = hidden[part], labels[part]
             logprobs = (x @ weight.t()).to(sums).log_softmax(-1)  # (chunk, vocab)
-            total += F.nll_loss(logprobs, target, ignore_index=IGNORED, reduction="sum")
+            # not in place: torch 2.11, compiling, would lose the gradient of what it returns
+            total = total + F.nll_loss(logprobs, target, ignore_index=IGNORED, reduction="sum")
             if not any(wanted):
                 continue
             grad = _grad_of_logits(logprobs, target, x.dtype)
