@@ -32,16 +32,23 @@ struct Executor::Scratch {
   std::vector<uint8_t> query_codes;  // Queries of those
   std::vector<float> query_scales;
   std::vector<int32_t> query_offsets;
-  std::vector<int> visible;              // tokens of a page that each query sees
-  std::vector<float> state, page_state;  // AttentionState of those queries
-  IdleFetch idle;                        // of what this thread reads next
+  std::vector<const Span*> prepared_for;  // of lone tokens: whose queries each KV head's are
+  std::vector<int> visible;               // tokens of a page that each query sees
+  std::vector<float> state, page_state;   // AttentionState of those queries
+  IdleFetch idle;                         // of what this thread reads next
 
-  Queries prepared() {
-    return {queries.data(), query_codes.data(), query_scales.data(), query_offsets.data()};
+  void forget_queries() { std::fill(prepared_for.begin(), prepared_for.end(), nullptr); }
+  // From query number `first` on; codes have the widest distance.
+  Queries prepared(int64_t first, int64_t dim, int64_t padded_dim) {
+    return {queries.data() + first * dim,
+            query_codes.data() + first * padded_dim * static_cast<int64_t>(sizeof(int16_t)),
+            query_scales.data() + first, query_offsets.data() + first};
   }
 };
 
 namespace {
+
+constexpr int64_t kFetchAhead = 2048;  // bytes of a stream
 
 // Split one buffer of (queries) x (padded_dim + 2) floats.
 AttentionState attention_state(float* buffer, int64_t queries, int64_t padded_dim) {
@@ -97,7 +104,7 @@ Executor::Executor(Model model, int threads, const KernelTable& kernels, int64_t
       next_task_(model_.schedule.size()),
       scratch_(threads + 1) {
   const int64_t widest = std::max({model_.hidden, q_size(), model_.intermediate});
-  const int64_t queries = static_cast<int64_t>(kAttentionRows) * group();
+  const int64_t queries = std::max(kAttentionRows, model_.kv_heads) * int64_t{group()};
   ffn_.resize(chunk_rows_, model_.intermediate);
   for (Scratch& scratch : scratch_) {
     scratch.input.resize(&scratch == &scratch_.back() ? chunk_rows_ : 1, widest);
@@ -106,6 +113,7 @@ Executor::Executor(Model model, int threads, const KernelTable& kernels, int64_t
     scratch.query_codes.resize(queries * padded_dim() * sizeof(int16_t));  // at most
     scratch.query_scales.resize(queries);
     scratch.query_offsets.resize(queries);
+    scratch.prepared_for.resize(model_.kv_heads);
     scratch.visible.resize(queries);
     scratch.state.resize(queries * (padded_dim() + 2));
     scratch.page_state.resize(queries * (padded_dim() + 2));
@@ -126,6 +134,10 @@ void Executor::forward(const std::vector<Sequence>& sequences, float* logits) {
   for (const Chunk& chunk : cut_into_chunks(sequences, chunk_rows_, model_.kv_heads,
                                             model_.head_dim / 2, model_.vocab, logits)) {
     partials_.resize(chunk.partial_pages * model_.heads * (padded_dim() + 2));
+    if (const size_t counters = chunk.partial_pages * model_.kv_heads;
+        counters > pages_done_.size())
+      pages_done_ = std::vector<std::atomic<int64_t>>(2 * counters);
+    for (auto& done : pages_done_) done.store(0, std::memory_order_relaxed);
     const bool by_rows = splits_rows(chunk);
     const int threads = by_rows ? pool_.size() : attendance_.threads();
     // Each thread begins with the task of its own number.
@@ -194,7 +206,7 @@ void Executor::run_chunk(int thread, const Chunk& chunk) {
     attend(thread, chunk, position);
     wait(thread);
     const Activations attention_out =
-        prepare(part, merge(part, chunk), nullptr, q_size(), wide_before({&block.o}));
+        prepare(part, attention_.data(), nullptr, q_size(), wide_before({&block.o}));
     project(part, attention_out, position, &BlockWeights::o);
     expect(part, {&block.gate, &block.up}, kTilesPerGroup);
     sync(part);
@@ -289,12 +301,15 @@ void Executor::project_qkv(const Part& part, const Activations& x, int position)
   }
 }
 
-// Back to the residual stream, and added to it.
+// Back to the residual stream, and added to it. Hardware prefetchers are slow to follow streams
+// again after attention: the output projection has its own fetched by software.
 void Executor::project(const Part& part, const Activations& x, int position,
                        const Weight BlockWeights::* weight) {
+  Tiles mine = tiles(part, position, weight);
+  if (weight == &BlockWeights::o && part.single && mine.ahead == 0) mine.ahead = kFetchAhead;
   kernels_.linear(x, model_.blocks[model_.schedule[position]].*weight,
                   hidden_.data() + part.rows.begin * model_.hidden, part.count(), model_.hidden,
-                  tiles(part, position, weight), true);
+                  mine, true);
 }
 
 // The head is many times larger than a block: threads always split its tiles.
@@ -318,6 +333,7 @@ void Executor::head(int thread, const Chunk& chunk) {
 void Executor::attend(int thread, const Chunk& chunk, int position) {
   const int64_t tasks = chunk.tasks.size();
   std::atomic<int64_t>& next = next_task_[position];
+  scratch_[thread].forget_queries();
   for (int64_t i = thread; i < tasks; i = next.fetch_add(1, std::memory_order_relaxed)) {
     const AttentionTask& task = chunk.tasks[i];
     const int64_t likely = i + pool_.active();
@@ -327,8 +343,8 @@ void Executor::attend(int thread, const Chunk& chunk, int position) {
   }
 }
 
-// A lone token, one KV head and page. The tasks rotate the queries for themselves, and that of the
-// last page stores the new key and value, so no stage of its own is needed for it.
+// A lone token, one KV head and page. Each thread rotates the queries for itself, and whoever has
+// the last page stores the new key and value, so no stage of its own is needed for it.
 // Meanwhile it fetches the page of the task that this thread is likely to take next.
 void Executor::attend_one(int thread, const AttentionTask& task, const AttentionTask* next,
                           int position) {
@@ -344,46 +360,41 @@ void Executor::attend_one(int thread, const AttentionTask& task, const Attention
   const float* qkv = qkv_.data() + span.row * qkv_size();
   if (last) {
     const float* key = qkv + q_size() + kv_head * dim;
-    kernels_.rope(key, span.cos, span.sin, scratch.queries.data(), 1, dim);
-    kernels_.kv_store(scratch.queries.data(), key + kv_size(), view, in_last - 1);
+    kernels_.rope(key, span.cos, span.sin, scratch.normed.data(), 1, dim);
+    kernels_.kv_store(scratch.normed.data(), key + kv_size(), view, in_last - 1);
   }
-  const float* q = qkv + static_cast<int64_t>(kv_head) * group() * dim;
-  kernels_.rope(q, span.cos, span.sin, scratch.queries.data(), group(), dim);
-  const Queries queries = scratch.prepared();
-  kernels_.attend_prepare(queries, model_.kv_kind, group(), dim);
+  const int64_t first = static_cast<int64_t>(kv_head) * group();
+  const Queries queries = scratch.prepared(first, dim, padded_dim());
+  if (std::exchange(scratch.prepared_for[kv_head], &span) != &span) {
+    kernels_.rope(qkv + first * dim, span.cos, span.sin, scratch.queries.data() + first * dim,
+                  group(), dim);
+    kernels_.attend_prepare(queries, model_.kv_kind, group(), dim);
+  }
   std::fill_n(scratch.visible.begin(), group(), last ? in_last : kPageTokens);
   float* state =
       partials_.data() + (span.partials * model_.kv_heads + kv_head * pages + page) * state_size;
   kernels_.attend_page(queries, view, scratch.visible.data(),
                        attention_state(state, group(), padded_dim()), group(),
                        1.0f / std::sqrt(static_cast<float>(dim)));
+  // Whoever comes last merges. The counter goes on from position to position.
+  std::atomic<int64_t>& done = pages_done_[span.partials * model_.kv_heads + kv_head];
+  if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == pages * (position + 1))
+    merge(span, kv_head);
 }
 
-// The attended values (rows, q_size), complete for the rows that this thread prepares: all heads of
-// a token are a few kilobytes.
-const float* Executor::merge(const Part& part, const Chunk& chunk) {
-  float* out = part.single ? scratch_[part.thread].normed.data() : attention_.data();
-  chunk.for_each_row(part.prepared, [&](const Span& span, int64_t) {
-    if (span.alone()) merge_one(part.thread, span, out + span.row * q_size());
-  });
-  return out;
-}
-
-void Executor::merge_one(int thread, const Span& span, float* out) {
-  Scratch& scratch = scratch_[thread];
+// The pages of a lone token and KV head together, in order.
+void Executor::merge(const Span& span, int kv_head) {
   const int64_t pages = span.pages(), state_size = group() * (padded_dim() + 2);
-  const AttentionState state = attention_state(scratch.state.data(), group(), padded_dim());
-  for (int kv_head = 0; kv_head < model_.kv_heads; ++kv_head) {
-    float* partial =
-        partials_.data() + (span.partials * model_.kv_heads + kv_head * pages) * state_size;
-    std::copy_n(partial, state_size, scratch.state.data());
-    for (int64_t page = 1; page < pages; ++page)
-      kernels_.attend_merge(state,
-                            attention_state(partial + page * state_size, group(), padded_dim()),
-                            group(), padded_dim());
-    kernels_.attend_finish(state, out + kv_head * group() * model_.head_dim, group(),
-                           model_.head_dim);
-  }
+  float* partial =
+      partials_.data() + (span.partials * model_.kv_heads + kv_head * pages) * state_size;
+  const AttentionState state = attention_state(partial, group(), padded_dim());
+  for (int64_t page = 1; page < pages; ++page)
+    kernels_.attend_merge(state,
+                          attention_state(partial + page * state_size, group(), padded_dim()),
+                          group(), padded_dim());
+  kernels_.attend_finish(
+      state, attention_.data() + span.row * q_size() + kv_head * group() * model_.head_dim, group(),
+      model_.head_dim);
 }
 
 // Longer spans: rotate queries in place, rotate and store keys, store values.
@@ -410,11 +421,12 @@ void Executor::attend_many(int thread, const AttentionTask& task, int position) 
   const int dim = model_.head_dim, kv_head = task.kv_head;
   const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
   const int64_t first = task.part, rows = std::min<int64_t>(kAttentionRows, span.rows - first);
+  scratch.forget_queries();
   const int64_t queries = rows * group(), start = span.start + first;
   for (int64_t row = 0; row < rows; ++row)
     std::copy_n(qkv_.data() + (span.row + first + row) * qkv_size() + kv_head * group() * dim,
                 group() * dim, scratch.queries.data() + row * group() * dim);
-  const Queries prepared = scratch.prepared();
+  const Queries prepared = scratch.prepared(0, dim, padded_dim());
   kernels_.attend_prepare(prepared, model_.kv_kind, queries, dim);
 
   const AttentionState state = attention_state(scratch.state.data(), queries, padded_dim());

@@ -97,8 +97,7 @@ class Executor {
               int unit = 1) const;
   void attend(int thread, const Chunk& chunk, int position);
   void attend_one(int thread, const AttentionTask& task, const AttentionTask* next, int position);
-  const float* merge(const Part& part, const Chunk& chunk);
-  void merge_one(int thread, const Span& span, float* out);
+  void merge(const Span& span, int kv_head);
   void attend_many(int thread, const AttentionTask& task, int position);
   void store_rotated(const Part& part, const Chunk& chunk, int position);
 
@@ -115,13 +114,14 @@ class Executor {
   ForkSafeMutex mutex_;
   const int64_t chunk_rows_;
   Attendance attendance_;
-  std::vector<float> hidden_;                    // (chunk, hidden): the residual stream
-  std::vector<float> qkv_;                       // (chunk, qkv_size)
-  std::vector<float> attention_;                 // (chunk, q_size)
-  ActivationBuffer ffn_;                         // (chunk, intermediate)
-  std::vector<float> partials_;                  // AttentionState per lone token, KV head and page
-  std::vector<std::atomic<int64_t>> next_task_;  // per position: attention tasks not yet taken
-  std::vector<Scratch> scratch_;                 // one per thread, and one shared by all at the end
+  std::vector<float> hidden_;                     // (chunk, hidden): the residual stream
+  std::vector<float> qkv_;                        // (chunk, qkv_size)
+  std::vector<float> attention_;                  // (chunk, q_size)
+  ActivationBuffer ffn_;                          // (chunk, intermediate)
+  std::vector<float> partials_;                   // AttentionState per lone token, KV head and page
+  std::vector<std::atomic<int64_t>> pages_done_;  // of those, see attend_one
+  std::vector<std::atomic<int64_t>> next_task_;   // per position: attention tasks not yet taken
+  std::vector<Scratch> scratch_;  // one per thread, and one shared by all at the end
 };
 
 }  // namespace mlf

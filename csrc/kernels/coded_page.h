@@ -20,12 +20,18 @@ inline VecI round_codes(const float* x, int lanes, float inverse) {
   return round_to_int(mul(load_upto(x, lanes), splat(inverse)));
 }
 
+// Lines of the next page to fetch beside 16 weights that are rounded. These and the kKeyLines and
+// kValueLines beside 8 lines of this page are as the time that they take, and with three queries
+// together as many as a page has (heads of 64).
+constexpr int kLinesByRounding = 2;
+
 // What an int8 page multiplies. Queries have the precision of keys. Weights of tokens are a few
 // large and many small numbers, and take 16 bits.
 struct ByteCodes {
   using Code = int8_t;
   static constexpr int kStep = 4;          // inputs of a step
   static constexpr int kWeightHalves = 2;  // numbers that a weight of a token is
+  static constexpr int kKeyLines = 4, kValueLines = 6;
   // A number of queries that divides 48 queries, 16 tokens of 3 heads.
   static constexpr int kTiles = kBlockTiles;
   static constexpr int kQueries = kDotRows >= 8 ? (kTiles > 1 ? 6 : 8) : (kDotRows + 1) / 2;
@@ -43,9 +49,10 @@ struct ByteCodes {
   // Write the codes of weights, padded with zeros to a page, and what the sums of both halves start
   // from.
   static void round_weights(const float* x, int64_t n, float inverse, int8_t* codes,
-                            int32_t* offsets) {
+                            int32_t* offsets, NextPage& next) {
     VecI low_total = splat_int(0), high_total = splat_int(0);
     for (int64_t i = 0; i < kPageTokens; i += 16) {
+      next.fetch<kLinesByRounding>();
       const int lanes = n - i < 16 ? (n > i ? static_cast<int>(n - i) : 0) : 16;
       const VecF code = to_float(round_codes(x + i, lanes, inverse));
       // the quarter keeps halves away, whose low byte would be +128
@@ -66,6 +73,7 @@ struct WordCodes {
   using Code = int16_t;
   static constexpr int kStep = 2;
   static constexpr int kWeightHalves = 1;
+  static constexpr int kKeyLines = 6, kValueLines = 7;
   static constexpr int kTiles = kVecRegisters >= 16 ? 2 : 1;
   static constexpr int kQueries = kVecRegisters >= 16 ? 6 : 4;
 
@@ -80,8 +88,11 @@ struct WordCodes {
   static VecI result(const Sum& sum) { return sum; }
 
   static void round_weights(const float* x, int64_t n, float inverse, int16_t* codes,
-                            int32_t* offsets) {
-    for (int64_t i = 0; i < n; i += 16) store_words(codes + i, round_codes(x + i, 16, inverse));
+                            int32_t* offsets, NextPage& next) {
+    for (int64_t i = 0; i < n; i += 16) {
+      next.fetch<kLinesByRounding>();
+      store_words(codes + i, round_codes(x + i, 16, inverse));
+    }
     offsets[0] = 0;
   }
 };
@@ -101,15 +112,12 @@ MLF_INLINE void coded_step(const uint8_t* tile, int64_t tile_nbytes,
 
 // y[m * T + t] (16 outputs) = inputs[m] . tile t, exactly; tiles lie `tile_nbytes` apart; inputs
 // (M, Halves, padded), offsets (M, Halves). Both halves of the inputs at once, if registers hold
-// their sums.
-template <class Codes, int M, int T, int Halves>
-MLF_INLINE void coded_tiles(const uint8_t* tile, int64_t tile_nbytes, int64_t steps,
-                            const PageView& page, const typename Codes::Code* inputs,
-                            int64_t padded, const int32_t* offsets, VecI* y) {
+// their sums. Fetches Lines of the next page beside 8 lines of this one.
+template <class Codes, int M, int T, int Halves, int Lines>
+MLF_INLINE void coded_tiles(const uint8_t* tile, int64_t tile_nbytes, int64_t steps, NextPage& next,
+                            const typename Codes::Code* inputs, int64_t padded,
+                            const int32_t* offsets, VecI* y) {
   constexpr int H = Halves * M * T <= 16 ? Halves : 1, kSteps = 4;
-  if (page.ahead)
-    for (int64_t i = 0; i < T * steps; ++i)
-      prefetch_next(tile + i / steps * tile_nbytes + i % steps * kStepBytes, page);
   MLF_UNROLL for (int first = 0; first < Halves; first += H) {
     typename Codes::Sum acc[H * M * T];
     MLF_UNROLL for (int i = 0; i < H * M * T; ++i) acc[i] =
@@ -118,9 +126,11 @@ MLF_INLINE void coded_tiles(const uint8_t* tile, int64_t tile_nbytes, int64_t st
     const uint8_t* at = tile;
     int64_t step = 0;
     for (; step + kSteps <= steps;
-         step += kSteps, in += kSteps * Codes::kStep, at += kSteps * kStepBytes)
+         step += kSteps, in += kSteps * Codes::kStep, at += kSteps * kStepBytes) {
+      next.fetch<(Lines * kSteps * T + 7) / 8>();
       MLF_UNROLL for (int i = 0; i < kSteps; ++i) coded_step<Codes, M, T, H, Halves>(
           at + i * kStepBytes, tile_nbytes, in + i * Codes::kStep, padded, acc);
+    }
     for (; step < steps; ++step, in += Codes::kStep, at += kStepBytes)
       coded_step<Codes, M, T, H, Halves>(at, tile_nbytes, in, padded, acc);
     MLF_UNROLL for (int i = 0; i < M * T; ++i) {
@@ -139,6 +149,7 @@ struct CodedPage {
   static constexpr int kTiles = Codes::kTiles, kQueries = Codes::kQueries;
 
   const PageView& page;
+  NextPage& next;
 
   void put(const float* key, const float* value, int slot) const {
     constexpr int kStep = Codes::kStep;
@@ -194,8 +205,9 @@ struct CodedPage {
     for_each_whole_block<kTiles>(ceil_div(tokens, 16), [&](auto count, int64_t first) {
       constexpr int T = decltype(count)::value;
       VecI dots[Q * T];
-      coded_tiles<Codes, Q, T, 1>(page.keys() + first * nbytes, nbytes, steps, page, codes_of(q),
-                                  round_up(head_dim, 16), q.offsets, dots);
+      coded_tiles<Codes, Q, T, 1, Codes::kKeyLines>(page.keys() + first * nbytes, nbytes, steps,
+                                                    next, codes_of(q), round_up(head_dim, 16),
+                                                    q.offsets, dots);
       MLF_UNROLL for (int i = 0; i < Q * T; ++i) {
         const int64_t t = 16 * (first + i % T);
         const VecF scales = mul(load(page.key_scales() + t), splat(q.scales[i / T] * scale));
@@ -216,14 +228,16 @@ struct CodedPage {
     int32_t offsets[Q][kHalves];
     for (int i = 0; i < Q; ++i) {
       scales[i] = code_scale(largest[i], Codes::weight_limit());
-      Codes::round_weights(p[i], round_up(tokens, 16), scales[i].inverse, inputs[i][0], offsets[i]);
+      Codes::round_weights(p[i], round_up(tokens, 16), scales[i].inverse, inputs[i][0], offsets[i],
+                           next);
     }
     for_each_whole_block<kTiles>(padded / 16, [&](auto count, int64_t first) {
       constexpr int T = decltype(count)::value;
       constexpr int64_t kNbytes = 16 * kPageTokens * sizeof(Code);
       VecI dots[Q * T];
-      coded_tiles<Codes, Q, T, kHalves>(page.values() + first * kNbytes, kNbytes, steps, page,
-                                        inputs[0][0], kPageTokens, offsets[0], dots);
+      coded_tiles<Codes, Q, T, kHalves, Codes::kValueLines>(page.values() + first * kNbytes,
+                                                            kNbytes, steps, next, inputs[0][0],
+                                                            kPageTokens, offsets[0], dots);
       MLF_UNROLL for (int i = 0; i < Q * T; ++i)
           store(out + i / T * padded + 16 * (first + i % T),
                 mul(to_float(dots[i]), splat(scales[i / T].scale)));

@@ -8,11 +8,22 @@ inline void for_each_whole_block(int64_t n, Body body, int64_t first = 0) {
   if constexpr (Max > 1) for_each_whole_block<Max - 1>(n, body, first);
 }
 
-// Fetch what lies here in the page wanted next, which is elsewhere than where hardware prefetchers
-// look. Into the second-level cache: two pages do not fit the first.
-inline void prefetch_next(const void* at, const PageView& page) {
-  if (page.ahead) __builtin_prefetch(static_cast<const uint8_t*>(at) + page.ahead, 0, 2);
-}
+// Fetches the page wanted next, which is elsewhere than where hardware prefetchers look: all along
+// this one, some lines at a time, because more than a few at once keep the loads of this page
+// waiting (measured: 14 instead of 23 GB/s of one core). Into the second-level cache: two pages do
+// not fit the first.
+struct NextPage {
+  const uint8_t *at, *end;
+
+  explicit NextPage(const PageView& page)
+      : at(page.data + page.ahead), end(at + (page.ahead ? page.nbytes() : 0)) {}
+  template <int Lines>
+  MLF_INLINE void fetch() {
+    if (at >= end) return;
+    MLF_UNROLL for (int i = 0; i < Lines; ++i) __builtin_prefetch(at + i * kStepBytes, 0, 2);
+    at += Lines * kStepBytes;
+  }
+};
 
 inline VecF load_kv(const float* p) { return load(p); }
 inline VecF load_kv(const uint16_t* p) { return load_half(p); }
@@ -28,14 +39,12 @@ struct FloatPage {
   // vectors of outputs.
   static constexpr int kSpan = kVecRegisters >= 16 ? 4 : kVecRegisters >= 6 ? 1 : 2;
   static constexpr int kQueries = kVecRegisters >= 6 ? 6 : 2;
+  static constexpr int kLines = sizeof(T);  // of the next page, beside 4 vectors of elements
 
   const PageView& page;
+  NextPage& next;
 
   T* keys() const { return reinterpret_cast<T*>(page.keys()); }
-  VecF read(const T* at) const {
-    prefetch_next(at, page);
-    return load_kv(at);
-  }
   T* values() const { return reinterpret_cast<T*>(page.values()); }
 
   // What is not finite becomes a key of NaN and a value of 0: scores are masked for each query,
@@ -66,7 +75,8 @@ struct FloatPage {
           splat(0.0f);
       for (int64_t d = 0; d < dim; ++d) {
         VecF key[S];
-        MLF_UNROLL for (int s = 0; s < S; ++s) key[s] = read(k + (s * dim + d) * 16);
+        next.fetch<(kLines * S + 3) / 4>();
+        MLF_UNROLL for (int s = 0; s < S; ++s) key[s] = load_kv(k + (s * dim + d) * 16);
         MLF_UNROLL for (int i = 0; i < Q; ++i) {
           const VecF x = splat(q.values[i * dim + d]);
           MLF_UNROLL for (int s = 0; s < S; ++s) acc[i][s] = fma(x, key[s], acc[i][s]);
@@ -92,7 +102,8 @@ struct FloatPage {
           splat(0.0f);
       for (int t = 0; t < tokens; ++t, v += padded) {
         VecF value[S];
-        MLF_UNROLL for (int s = 0; s < S; ++s) value[s] = read(v + 16 * s);
+        next.fetch<(kLines * S + 3) / 4>();
+        MLF_UNROLL for (int s = 0; s < S; ++s) value[s] = load_kv(v + 16 * s);
         MLF_UNROLL for (int i = 0; i < Q; ++i) {
           const VecF weight = splat(p[i][t]);
           MLF_UNROLL for (int s = 0; s < S; ++s) acc[i][s] = fma(weight, value[s], acc[i][s]);
