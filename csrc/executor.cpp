@@ -140,7 +140,7 @@ void Executor::forward(const std::vector<Sequence>& sequences, float* logits) {
     for (auto& done : pages_done_) done.store(0, std::memory_order_relaxed);
     const bool by_rows = splits_rows(chunk);
     const int threads = by_rows ? pool_.size() : attendance_.threads();
-    // Each thread begins with the task of its own number.
+    // Each thread begins with the tasks of its own number.
     for (auto& next : next_task_) next.store(threads, std::memory_order_relaxed);
     const bool late = pool_.run(threads, [&](int thread) { run_chunk(thread, chunk); });
     if (!by_rows) attendance_.note(late);
@@ -329,17 +329,26 @@ void Executor::head(int thread, const Chunk& chunk) {
                   false);
 }
 
-// Tasks differ in length and threads in luck, so whoever is free takes the next one.
+// Tasks differ in length and threads in luck, so whoever is free takes the next ones: all KV heads
+// of a page, which lie behind each other, but towards the end one by one.
 void Executor::attend(int thread, const Chunk& chunk, int position) {
-  const int64_t tasks = chunk.tasks.size();
+  const int64_t tasks = chunk.tasks.size(), run = model_.kv_heads, active = pool_.active();
+  const int64_t runs = std::max<int64_t>(tasks / run / active - 1, 0) * active;
+  const auto first_of = [&](int64_t taken) {
+    return taken < runs ? taken * run : std::min(runs * run + taken - runs, tasks);
+  };
   std::atomic<int64_t>& next = next_task_[position];
   scratch_[thread].forget_queries();
-  for (int64_t i = thread; i < tasks; i = next.fetch_add(1, std::memory_order_relaxed)) {
-    const AttentionTask& task = chunk.tasks[i];
-    const int64_t likely = i + pool_.active();
-    if (task.span->alone())
-      attend_one(thread, task, likely < tasks ? &chunk.tasks[likely] : nullptr, position);
-    else attend_many(thread, task, position);
+  for (int64_t taken = thread; first_of(taken) < tasks;
+       taken = next.fetch_add(1, std::memory_order_relaxed)) {
+    const int64_t end = first_of(taken + 1);
+    for (int64_t i = first_of(taken); i < end; ++i) {
+      const AttentionTask& task = chunk.tasks[i];
+      const int64_t likely = i + 1 < end ? i + 1 : first_of(taken + active);
+      if (task.span->alone())
+        attend_one(thread, task, likely < tasks ? &chunk.tasks[likely] : nullptr, position);
+      else attend_many(thread, task, position);
+    }
   }
 }
 

@@ -120,7 +120,7 @@ class Executor {
   ActivationBuffer ffn_;                          // (chunk, intermediate)
   std::vector<float> partials_;                   // AttentionState per lone token, KV head and page
   std::vector<std::atomic<int64_t>> pages_done_;  // of those, see attend_one
-  std::vector<std::atomic<int64_t>> next_task_;   // per position: attention tasks not yet taken
+  std::vector<std::atomic<int64_t>> next_task_;   // per position: see attend
   std::vector<Scratch> scratch_;  // one per thread, and one shared by all at the end
 };
 
