@@ -151,7 +151,15 @@ class Executor:
         Raises:
             MobileLLMError: no token, an id out of range, or more tokens than the context holds.
         """
-        return self.forward_batch([token_ids], [cache], all_logits)
+        # Few calls of numpy: between two steps none of its code is in the caches.
+        ids = checked_ids(token_ids, self.config.vocab_size)
+        count, start = len(ids), cache.length
+        if count > self._piece:
+            return self.forward_batch([ids], [cache], all_logits)
+        cos, sin = self._rotary_upto(start + count)
+        end = start + count
+        wanted = [count if all_logits else 1]
+        return self._executor.forward([cache], ids, [count], wanted, cos[start:end], sin[start:end])
 
     def forward_batch(
         self,
@@ -184,7 +192,8 @@ class Executor:
         if len({id(cache) for cache in caches}) < len(caches):
             raise MobileLLMError("[forward] caches must be different, got one twice")
         positions = [np.arange(s, s + count) for s, count in zip(starts, counts, strict=True)]
-        rotary = self._rotary_rows(np.concatenate(positions))
+        positions = np.concatenate(positions)
+        rotary = self._rotary_upto(int(positions.max()) + 1).take(positions, axis=1)
         ends = np.cumsum(counts)
         tokens = np.concatenate(ids)
         parts = []
@@ -204,9 +213,12 @@ class Executor:
             )
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _rotary_rows(self, positions: np.ndarray) -> np.ndarray:
-        """Return cos and sin of positions (n,): float32 (2, n, head_dim / 2)."""
-        end = int(positions.max()) + 1
+    def _rotary_upto(self, end: int) -> np.ndarray:
+        """Return cos and sin of positions 0..end-1 and perhaps more: float32 (2, n, head_dim / 2).
+
+        Raises:
+            MobileLLMError: the context holds fewer.
+        """
         if end > self.config.context_length:
             raise MobileLLMError(
                 f"[forward] the context holds {self.config.context_length} tokens, got {end}"
@@ -215,11 +227,15 @@ class Executor:
         if end > rotary.shape[1]:  # in steps, so that decoding rarely stops for it
             longer = np.arange(min(end + 1024, self.config.context_length))
             rotary = self._rotary = np.stack(cos_sin(self.config, longer))
-        return rotary.take(positions, axis=1)
+        return rotary
 
 
 def checked_ids(token_ids: Sequence[int], vocab_size: int) -> np.ndarray:
     """Return token ids as int32 (n,), n >= 1, each in [0, vocab_size)."""
+    if type(token_ids) is list and len(token_ids) == 1:  # a step of decoding, where time counts
+        (token_id,) = token_ids
+        if type(token_id) is int and 0 <= token_id < vocab_size:
+            return np.array(token_ids, np.int32)
     try:
         ids = np.asarray(token_ids)
     except ValueError:  # ragged
