@@ -65,7 +65,7 @@ FIRST = [
     ),
     Case(
         "1B-128",
-        {"ours": Model("1B"), "persistent": Model("1B", tier="persistent")},
+        {"ours": Model("1B"), "pdl": Model("1B", tier="pdl")},
         shares={"bandwidth-1B": "ours"},
         count=32,
     ),

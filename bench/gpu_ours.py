@@ -13,7 +13,7 @@ from torch import Tensor
 from mobilellm_fast.config import MobileLLMConfig
 from mobilellm_fast.quant import GROUP
 
-TIERS = ("graph", "pdl", "persistent")
+TIERS = ("graph", "pdl", "persistent", "ring")
 STAND_IN_TOKENS = 128  # of the caches of what stands in for ours
 
 

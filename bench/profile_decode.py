@@ -1,4 +1,4 @@
-"""Where a decoded token's time goes on a GPU: tiers, kernels, and stages of the persistent kernel.
+"""Where a decoded token's time goes on a GPU: tiers, kernels, and stages of the persistent kernels.
 
     python bench/profile_decode.py 125M 1.5B/int4 --tiers pdl persistent --context 128
 
@@ -60,7 +60,7 @@ def main() -> None:
             seconds = time_steps(executor, args.context)
             rate = nbytes / seconds / 1e9
             print(f"{model} {tier}: {seconds * 1e6:.0f} us a token, {rate:.0f} GB/s", flush=True)
-            detail = stage_times if tier == "persistent" else kernel_times
+            detail = {"persistent": stage_times, "ring": ring_times}.get(tier, kernel_times)
             for label, microseconds in detail(executor, args.context).items():
                 print(f"    {label}: {microseconds:.2f} us", flush=True)
 
@@ -85,6 +85,28 @@ def time_steps(executor: CudaExecutor, context: int) -> float:
         torch.cuda.synchronize()
         taken.append((perf_counter() - started) / STEPS)
     return sorted(taken[1:])[ROUNDS // 2]
+
+
+def ring_times(executor: CudaExecutor, context: int) -> dict[str, float]:
+    """Return microseconds of program 0's stages in a layer, of the kernel that stores the clock."""
+    layers, names = (
+        len(executor.config.schedule),
+        [
+            f"{stage}, {part}"
+            for stage in ("query", "output", "gate and up", "down")
+            for part in ("inputs", "product", "results")
+        ],
+    )
+    names.insert(3, "attention")
+    constants = {"CLOCKED": len(names) * layers}
+    clocked = CudaExecutor(executor.config, executor.weights, "ring", constants=constants)
+    cache = filled(clocked, context)
+    for _ in range(2):  # the first compiles
+        cache.truncate(context)
+        clocked.decode(cache, 5, STEPS)
+    ends = clocked._steps.clock.double().cpu()
+    spans = ends.diff().view(-1)[len(names) - 1 :].unfold(0, len(names), len(names))
+    return dict(zip(names, (spans.mean(0) / 1e3).tolist(), strict=True))
 
 
 def kernel_times(executor: CudaExecutor, context: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Decoding on a GPU: every tier against the CPU engine, and the tiers against each other.
 
-Without a GPU, Triton interprets the kernels: one kernel per stage, and the persistent one as a grid
-of a single program.
+Without a GPU, Triton interprets its kernels: one kernel per stage, and the persistent one as a grid
+of a single program; the ring, in CUDA C++, runs with its threads as fibers.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from emulated_cuda import compile_kernel
 from interpreted import DEVICE, HAS_GPU
 
 from mobilellm_fast import quant
@@ -22,14 +23,14 @@ pytest.importorskip("triton")
 
 import triton.language as tl
 
-from mobilellm_fast.cuda import geometry, steps
+from mobilellm_fast.cuda import cuda_source, geometry, ring, steps
 from mobilellm_fast.cuda.engine import CudaEngine
 from mobilellm_fast.cuda.executor import CudaExecutor, best_tier
 from mobilellm_fast.cuda.weights import CudaWeights, Matrix
 from mobilellm_fast.kernels import decode_attention, decode_step, grid_sync
 
 TINY = MobileLLMConfig(
-    vocab_size=61,
+    vocab_size=62,
     hidden_size=64,
     intermediate_size=96,
     num_hidden_layers=2,
@@ -39,8 +40,16 @@ TINY = MobileLLMConfig(
     initializer_range=0.3,
     max_position_embeddings=256,
 )
-TIERS = ["graph", "persistent"] + (["pdl"] if HAS_GPU else [])
-OPTIONS = {"persistent": {} if HAS_GPU else {"warps": 16}}
+TIERS = ["graph", "persistent", "ring"] + (["pdl"] if HAS_GPU else [])
+FEW_WARPS = {"WARPS": 2, "THREADS": 64}
+OPTIONS = (
+    {}
+    if HAS_GPU
+    else {
+        "persistent": {"warps": 16},
+        "ring": {"programs": 3, "constants": FEW_WARPS},
+    }
+)
 U = 2.0**-24
 
 pytestmark = [pytest.mark.gpu] if HAS_GPU else []
@@ -53,6 +62,13 @@ def short_parts(monkeypatch):
     monkeypatch.setattr(geometry, "SPLITS", 5)  # read four at a time
     if not HAS_GPU:  # the interpreter's time goes by programs
         monkeypatch.setattr(steps, "STAGE_WARPS", 16)
+        monkeypatch.setattr(ring.RingSteps, "_launch", emulate)
+
+
+def emulate(self, arguments):
+    """Launch the ring's kernel on this CPU, each time in another order of its threads."""
+    seed = self._epoch % 12
+    compile_kernel(ring.SOURCE, self.constants)(arguments, self.programs, seed, 1 << 18)
 
 
 def packed(config, format, seed=0):
@@ -153,7 +169,7 @@ def test_row_major_weights_keep_their_values(kind, cols):
 
 @pytest.mark.parametrize("tier", TIERS)
 def test_decode_continues_by_itself(tier):
-    config = dataclasses.replace(TINY, num_hidden_layers=1, vocab_size=23)
+    config = dataclasses.replace(TINY, num_hidden_layers=1, vocab_size=24)
     ours, oracle = executors(config, tier)
     cache, expected = ours.new_cache(), oracle.new_cache()
     tokens, logprobs = ours.decode(cache, 4, 3)
@@ -169,7 +185,7 @@ def test_decode_continues_by_itself(tier):
 
 @pytest.mark.parametrize("tier", TIERS)
 def test_draws_depend_on_seed_and_position_alone(tier):
-    config = dataclasses.replace(TINY, num_hidden_layers=1, vocab_size=23)
+    config = dataclasses.replace(TINY, num_hidden_layers=1, vocab_size=24)
     ours, _ = executors(config, tier)
     first, second = (ours.decode(ours.new_cache(), 4, 2, 5.0, seed=7)[0] for _ in range(2))
     assert first == second
@@ -225,7 +241,7 @@ def test_wrong_arguments_are_refused():
     for call, message in (
         (lambda: CudaExecutor(TINY, weights, "fast"), "tier must be 'auto' or one of"),
         (lambda: CudaExecutor(TINY, weights, kv_format="int8"), "kv_format must be one of"),
-        (lambda: ours.forward([61], ours.new_cache()), r"token_ids must be in \[0, 61\), got 61"),
+        (lambda: ours.forward([62], ours.new_cache()), r"token_ids must be in \[0, 62\), got 62"),
         (lambda: ours.decode(ours.new_cache(), 0, 257), "context holds 256 tokens, got 257"),
         (lambda: ours.forward_batch([[1]], []), "each with a cache"),
         (lambda: CudaWeights.random(TINY, "int2"), "kind must be bf16, fp32, int8 or int4"),
@@ -235,7 +251,7 @@ def test_wrong_arguments_are_refused():
 
 
 def test_logits_that_are_no_numbers_are_an_error():
-    ours, _ = executors(dataclasses.replace(TINY, num_hidden_layers=1, vocab_size=23), "graph")
+    ours, _ = executors(dataclasses.replace(TINY, num_hidden_layers=1, vocab_size=24), "graph")
     ours.weights.final_norm.fill_(float("nan"))
     with pytest.raises(MobileLLMError, match="logits must be finite"):
         ours.decode(ours.new_cache(), 1, 1)
@@ -440,17 +456,29 @@ def test_the_tier_goes_by_width_and_room(monkeypatch):
     monkeypatch.setattr(geometry, "SPLITS", 8)
     monkeypatch.setattr(torch.version, "hip", None)
     device = torch.device("cuda")
-    for generation, tiers in ((9, "persistent pdl pdl"), (8, "persistent graph graph")):
+    shared = dataclasses.replace(wide, layer_sharing="immediate")
+    wider = dataclasses.replace(base, hidden_size=1152)
+    configs = (base, many, wide, shared, wider)
+    for generation, bindings, tiers in (
+        (9, True, "persistent pdl pdl ring ring"),
+        (9, False, "persistent pdl pdl pdl pdl"),
+        (8, True, "persistent graph graph graph graph"),
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, g=generation: (g, 0))
-        for config, tier in zip((base, many, wide), tiers.split(), strict=True):
+        monkeypatch.setattr(cuda_source, "is_available", lambda b=bindings: b)
+        for config, tier in zip(configs, tiers.split(), strict=True):
             assert best_tier(device, config) == tier
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(cuda_source, "is_available", lambda: True)
+    assert best_tier(device, wider, has_ring=False) == "pdl"
     assert best_tier(torch.device("cpu"), base) == "graph"
 
 
 @pytest.mark.skipif(HAS_GPU, reason="counts epochs of a grid of one")
-def test_epochs_begin_again_before_they_run_out():
-    config = dataclasses.replace(TINY, num_hidden_layers=1, vocab_size=23)
-    ours, _ = executors(config, "persistent")
+@pytest.mark.parametrize("tier", ["persistent", "ring"])
+def test_epochs_begin_again_before_they_run_out(tier):
+    config = dataclasses.replace(TINY, num_hidden_layers=1, vocab_size=24)
+    ours, _ = executors(config, tier)
     want = ours.decode(ours.new_cache(), 4, 1)
     ours._steps._epoch = (1 << 31) - 3
     assert ours.decode(ours.new_cache(), 4, 1) == want

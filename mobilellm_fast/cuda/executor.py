@@ -19,9 +19,10 @@ from ..rope import cos_sin
 from .cache import FORMATS, CudaCache
 from .weights import CudaWeights
 
-TIERS = ("graph", "pdl", "persistent")
-# At 960 and wider, launches that overlap are faster; at 576 they are not (docs/gpu.md).
-PERSISTENT_WIDTH = 960
+TIERS = ("graph", "pdl", "persistent", "ring")
+# Where each is the fastest (docs/gpu.md): one Triton kernel below the first width, the ring from
+# the second on, and before it where blocks run twice; launches that overlap between them.
+PDL_WIDTH, RING_WIDTH = 960, 1152
 PIECE = 2048  # tokens of a prompt at once: bounds the memory of activations
 
 
@@ -47,7 +48,7 @@ class CudaExecutor:
         weights: on the device.
         tier: how single tokens are decoded, see `steps`; "auto" takes what `best_tier` says.
         kv_format: "fp16", "bf16" or "fp32"; None takes fp32 for fp32 weights, else fp16.
-        options: of the tier, for measurements, see `PersistentSteps`.
+        options: of the tier, for measurements, see `PersistentSteps` and `RingSteps`.
 
     Raises:
         MobileLLMError: an argument is not possible here.
@@ -62,6 +63,7 @@ class CudaExecutor:
         **options: Any,
     ) -> None:
         from . import steps
+        from .ring import RingSteps, obstacle
 
         if kv_format is None:
             kv_format = "fp32" if weights.qkv.kind == "fp32" else "fp16"
@@ -73,12 +75,16 @@ class CudaExecutor:
         self.kv_format = kv_format
         self.num_parameters = config.num_parameters
         self.weight_nbytes = weights.nbytes
-        self.tier = best_tier(weights.device, config) if tier == "auto" else tier
+        if tier == "auto":
+            tier = best_tier(weights.device, config, obstacle(weights, kv_format) is None)
+        self.tier = tier
         check_tier(self.tier, weights.device)
         tables = cos_sin(config, np.arange(config.context_length))
         self._rotary = tuple(torch.from_numpy(table).to(weights.device) for table in tables)
         arguments = (weights, self._rotary, kv_format)
-        if self.tier == "persistent":
+        if self.tier == "ring":
+            self._steps = RingSteps(*arguments, **options)
+        elif self.tier == "persistent":
             self._steps = steps.PersistentSteps(*arguments, **options)
         else:
             self._steps = steps.StagedSteps(*arguments, pdl=self.tier == "pdl", **options)
@@ -220,30 +226,35 @@ class CudaExecutor:
         return ids
 
 
-def best_tier(device: torch.device, config: MobileLLMConfig) -> str:
-    """Choose how to decode: one kernel where waiting is what takes time, else many at once.
+def best_tier(device: torch.device, config: MobileLLMConfig, has_ring: bool = True) -> str:
+    """Choose how to decode: what is fastest of what this GPU and this model can have.
 
-    A wide model's weights take longer than its waits, and many small programs keep more of them on
-    their way than one per multiprocessor.
+    Args:
+        has_ring: whether the tier `ring` takes the model.
     """
     if device.type != "cuda" or torch.version.hip:
         return "graph"
     from ..kernels import grid_sync
+    from .cuda_source import is_available
     from .geometry import vector_size
 
     generation, _ = torch.cuda.get_device_capability(device)
-    narrow = config.hidden_size < PERSISTENT_WIDTH
+    width = config.hidden_size
     fits = vector_size(config) <= grid_sync.COPY_STRIDE.value
-    if narrow and fits and config.head_dim <= 128 and generation >= 8:
+    if width < PDL_WIDTH and fits and config.head_dim <= 128 and generation >= 8:
         return "persistent"
-    return "pdl" if generation >= 9 else "graph"
+    if generation < 9:
+        return "graph"
+    repeats = config.layer_sharing == "immediate"
+    wants_ring = width >= (PDL_WIDTH if repeats else RING_WIDTH)
+    return "ring" if wants_ring and has_ring and is_available() else "pdl"
 
 
 def check_tier(tier: str, device: torch.device) -> None:
-    """Refuse a tier that a GPU has no instructions for."""
+    """Refuse a tier that a GPU has no instructions, or not enough shared memory, for."""
     if device.type != "cuda" or tier == "graph":
         return
-    needs = {"pdl": 9, "persistent": 8}[tier]
+    needs = {"pdl": 9, "persistent": 8, "ring": 9}[tier]
     found = "HIP" if torch.version.hip else torch.cuda.get_device_capability(device)
     if torch.version.hip or found[0] < needs:
         raise MobileLLMError(

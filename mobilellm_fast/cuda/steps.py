@@ -1,11 +1,12 @@
 """Decode steps of one sequence: the token loop stays on the device.
 
-Three tiers, which compute the same and are each other's oracle:
+Four tiers, which compute the same and are each other's oracle:
 
 ============== ====================================================================================
 ``graph``      one kernel per stage, recorded as a CUDA graph, one replay per token
 ``pdl``        the same, each kernel starting while the one before ends
 ``persistent`` one kernel for any number of tokens
+``ring``       another one, in CUDA C++, see `ring.py`
 ============== ====================================================================================
 
 A `Steps` has fixed buffers, for one call at a time.

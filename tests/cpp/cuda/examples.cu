@@ -115,10 +115,15 @@ KERNEL(numbers, NumbersArguments) {
     arguments.halves[i] = float_to_half(arguments.floats[i]);
     arguments.widened[i] = half_to_float(static_cast<unsigned short>(i));
   }
-  uint4 weights = load_weights(arguments.weights + (arguments.fault == kMisaligned));
-  arguments.integers[0] = byte_perm(weights.x, weights.y, 0x7214);
-  arguments.integers[1] = mul_high(weights.z, weights.w);
+  uint4& weights = shared_memory<uint4>();
+  if (thread_id() == 0) {
+    copy_16_later(&weights, arguments.weights + (arguments.fault == kMisaligned), true);
+    close_copies();
+    wait_for_copies<0>();
+    arguments.integers[0] = byte_perm(weights.x, weights.y, 0x7214);
+    arguments.integers[1] = mul_high(weights.z, weights.w);
+  }
   unsigned other = shuffle_xor(static_cast<unsigned>(thread_id()), 31);
   if (thread_id() == 0) arguments.integers[2] = other;
-  *arguments.fused = fma(1.0f + 0x1p-12f, 1.0f + 0x1p-12f, -1.0f - 0x1p-11f);
+  *arguments.fused = fma_(1.0f + 0x1p-12f, 1.0f + 0x1p-12f, -1.0f - 0x1p-11f);
 }

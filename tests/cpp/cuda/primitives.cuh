@@ -22,6 +22,7 @@ struct alignas(16) float4 {
 
 #define DEVICE inline
 #define UNROLL
+#define ROLLED
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 #define KERNEL(name, Arguments)                                                                \
   static void name(const Arguments& arguments);                                                \
@@ -32,6 +33,8 @@ struct alignas(16) float4 {
                          arguments, programs, seed, shared_nbytes);                            \
   }                                                                                            \
   static void name(const Arguments& arguments)
+
+#define SHARED(name, T) EXPORTED unsigned name##_shared_nbytes = sizeof(T);
 
 EXPORTED const char* emulation_error() { return emulator::error.c_str(); }
 
@@ -90,14 +93,18 @@ DEVICE unsigned short float_to_half(float value) {  // to nearest, ties to even
   return static_cast<unsigned short>(sign | half);
 }
 
-using std::fma;
+DEVICE float fma_(float a, float b, float c) { return std::fma(a, b, c); }
 DEVICE float exp_(float x) { return std::exp(x); }
+DEVICE float divide(float a, float b) { return a / b; }
 DEVICE float log_(float x) { return std::log(x); }
+DEVICE float exp2_(float x) { return std::exp2(x); }
+DEVICE float log2_(float x) { return std::log2(x); }
 DEVICE float rsqrt_(float x) { return 1.0f / std::sqrt(x); }
 DEVICE unsigned mul_high(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
 }
 DEVICE long long clock_ns() { return 0; }
+DEVICE void forget(int&) {}
 
 // Threads
 
@@ -130,13 +137,42 @@ DEVICE T& shared_memory(emulator::Site site = emulator::Site::here()) {
   return *reinterpret_cast<T*>(emulator::scheduler->program().shared_memory);
 }
 
-DEVICE uint4 load_weights(const void* address, emulator::Site site = emulator::Site::here()) {
-  if (reinterpret_cast<uintptr_t>(address) % 16) {
-    emulator::scheduler->fail(site, "loads 16 bytes from an address that is no multiple of 16");
+// Copies happen when they are waited for; until then their place holds NaN.
+DEVICE void copy_later(void* to, const void* from, bool live, int nbytes, emulator::Site site) {
+  if (reinterpret_cast<uintptr_t>(to) % nbytes ||
+      (live && reinterpret_cast<uintptr_t>(from) % nbytes)) {
+    emulator::scheduler->fail(site, "copies " + std::to_string(nbytes) +
+                                        " bytes from or to an address that is no multiple of " +
+                                        std::to_string(nbytes));
   }
-  uint4 result;
-  std::memcpy(&result, address, sizeof result);
-  return result;
+  std::memset(to, 0xFF, nbytes);
+  emulator::scheduler->current().copies.back().push_back({to, live ? from : nullptr, nbytes});
+}
+
+DEVICE void copy_16_later(void* to, const void* from, bool live,
+                          emulator::Site site = emulator::Site::here()) {
+  copy_later(to, from, live, 16, site);
+}
+
+DEVICE void copy_4_later(void* to, const void* from, bool live,
+                         emulator::Site site = emulator::Site::here()) {
+  copy_later(to, from, live, 4, site);
+}
+
+DEVICE void close_copies() { emulator::scheduler->current().copies.emplace_back(); }
+
+template <int LEFT>
+DEVICE void wait_for_copies() {
+  auto& groups = emulator::scheduler->current().copies;
+  for (; groups.size() > LEFT + 1u; groups.pop_front()) {
+    for (const emulator::Copy& copy : groups.front()) {
+      if (copy.from) {
+        std::memcpy(copy.to, copy.from, copy.nbytes);
+      } else {
+        std::memset(copy.to, 0, copy.nbytes);
+      }
+    }
+  }
 }
 
 DEVICE uint2 load_word(const uint2* address, emulator::Site site = emulator::Site::here()) {

@@ -14,6 +14,7 @@
 #include <ucontext.h>
 
 #include <cstring>
+#include <deque>
 #include <map>
 #include <memory>
 #include <string>
@@ -70,8 +71,15 @@ class Random {
 
 enum State { kReady, kAtBarrier, kAtShuffle, kReturned };
 
+struct Copy {  // to shared memory, which has not happened yet
+  void* to;
+  const void* from;  // null: zeros
+  int nbytes;
+};
+
 struct Fiber {
   int program, thread;
+  std::deque<std::vector<Copy>> copies{{}};  // in groups, the last one open
   State state = kReady;
   bool started = false;
   Site site{"its start", 0};  // where it blocked or yielded

@@ -1,0 +1,347 @@
+// Attention of one token: a task is one query head, and a part of the tokens in the cache. Query
+// heads of a group read the same keys and values, through the L2 cache: with more heads in a task
+// there would be fewer tasks, and each would have a longer chain of instructions, which is what a
+// single token waits for. The new token, which the cache does not have yet, belongs to part 0.
+#pragma once
+#include "vectors.cuh"
+
+constexpr int GROUP_HEADS = HEADS / KV_HEADS;
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float BIGGEST_HALF = 65504.0f;
+
+enum CacheType { CACHE_FP16, CACHE_BF16, CACHE_FP32 };
+
+#define NO_SCORE (-as_float(0x7F800000u))
+
+// Elements of 16 bytes of the cache, and how a warp's lanes share out tokens.
+constexpr int PER_LOAD = CACHE == CACHE_FP32 ? 4 : 8;
+constexpr int ELEMENT_NBYTES = 16 / PER_LOAD;
+constexpr int LANES_PER_TOKEN = HEAD_DIM / PER_LOAD;
+constexpr int TOKENS_PER_WARP = LANES / LANES_PER_TOKEN;
+constexpr int TILE = WARPS * TOKENS_PER_WARP;
+static_assert(HEAD_DIM % PER_LOAD == 0 && LANES % LANES_PER_TOKEN == 0, "a head is a power of two");
+
+constexpr int least(int a, int b) { return a < b ? a : b; }
+constexpr int most(int a, int b) { return a > b ? a : b; }
+
+// Parts of a head that every program joins for itself, as many as its registers take ...
+constexpr int FEW_PARTS = most(1, least(4, 8 / up_to(QUERIES, THREADS)));
+constexpr int FEW_TILES = 4;  // ... while each has no more tiles than this
+// Beyond, one program per head joins more parts, and publishes the result: one more exchange.
+constexpr int MANY_PARTS = most(1, least(least(THREADS / HEAD_DIM, 8), PROGRAMS / HEADS));
+
+struct Plan {
+    int tiles;  // of each part
+    int parts;
+    bool is_joined;  // before it is published to all
+};
+
+DEVICE Plan plan_for(int tokens) {
+    const int tiles = up_to(tokens, TILE);
+    const bool few = tiles <= FEW_PARTS * FEW_TILES || MANY_PARTS <= FEW_PARTS;
+    const int parts = few ? least(FEW_PARTS, most(1, up_to(tiles, FEW_TILES))) : MANY_PARTS;
+    Plan plan;
+    plan.tiles = most(1, up_to(tiles, parts));
+    plan.parts = most(1, up_to(tiles, plan.tiles));
+    plan.is_joined = !few && plan.parts > 1;
+    return plan;
+}
+
+struct CacheSlot {  // of one position of the schedule
+    unsigned char* data;  // (2, KV heads, capacity, HEAD_DIM)
+    int capacity;
+
+    DEVICE unsigned char* place(int value, int kv_head, int token) const {
+        const long long row =
+            static_cast<long long>(value * KV_HEADS + kv_head) * capacity + token;
+        return data + row * (HEAD_DIM * ELEMENT_NBYTES);
+    }
+};
+
+DEVICE unsigned short float_to_bf16(float value) {
+    const unsigned bits = as_bits(value);
+    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return 0x7FFF;
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+
+DEVICE unsigned short clamped_half(float value) {
+    // not by minima, which lose NaN
+    value = value > BIGGEST_HALF ? BIGGEST_HALF : value < -BIGGEST_HALF ? -BIGGEST_HALF : value;
+    return float_to_half(value);
+}
+
+DEVICE void store_element(unsigned char* row, int dim, float value) {
+    if constexpr (CACHE == CACHE_FP32)
+        reinterpret_cast<float*>(row)[dim] = value;
+    else
+        reinterpret_cast<unsigned short*>(row)[dim] =
+            CACHE == CACHE_FP16 ? clamped_half(value) : float_to_bf16(value);
+}
+
+// A value as the cache returns it.
+DEVICE float rounded(float value) {
+    if constexpr (CACHE == CACHE_FP16) return half_to_float(clamped_half(value));
+    if constexpr (CACHE == CACHE_BF16) return bf16_to_float(float_to_bf16(value));
+    return value;
+}
+
+struct Load {
+    unsigned words[4];
+};
+
+DEVICE Load load_elements(const unsigned char* place, bool live) {
+    Load load = {{0, 0, 0, 0}};
+    if (live) {
+        const uint4 found = *reinterpret_cast<const uint4*>(place);
+        load.words[0] = found.x;
+        load.words[1] = found.y;
+        load.words[2] = found.z;
+        load.words[3] = found.w;
+    }
+    return load;
+}
+
+DEVICE void unpack_elements(const Load& load, float (&values)[PER_LOAD]) {
+    UNROLL for (int i = 0; i < 4; ++i) {
+        const unsigned word = load.words[i];
+        if constexpr (CACHE == CACHE_FP32) {
+            values[i] = as_float(word);
+        } else if constexpr (CACHE == CACHE_FP16) {
+            values[2 * i] = half_to_float(word & 0xFFFF);
+            values[2 * i + 1] = half_to_float(word >> 16);
+        } else {
+            values[2 * i] = as_float(word << 16);
+            values[2 * i + 1] = as_float(word & 0xFFFF0000u);
+        }
+    }
+}
+
+struct AttentionShared {
+    float token[3 * HEAD_DIM];  // query (times the scale, for powers of two), new key, new value
+    float score[1];                        // its own
+    float largest[WARPS], total[WARPS];
+    float sums[WARPS * HEAD_DIM];
+    // parts that one program joins
+    float part_values[MANY_PARTS * HEAD_DIM], part_logs[MANY_PARTS];
+};
+
+// The softmax's sums so far of a lane's tokens, its share of the dimensions.
+struct Softmax {
+    float largest, total;
+    float sums[PER_LOAD];
+};
+
+DEVICE void attend_to(
+    const Worker& me, const Load& key, const Load& value, bool live, const float* query,
+    Softmax& softmax) {
+    float k[PER_LOAD], v[PER_LOAD];
+    unpack_elements(key, k);
+    unpack_elements(value, v);
+    query += me.lane() % LANES_PER_TOKEN * PER_LOAD;
+    float score = 0;
+    UNROLL for (int i = 0; i < PER_LOAD; ++i) score = fma_(query[i], k[i], score);
+    UNROLL for (int mask = 1; mask < LANES_PER_TOKEN; mask *= 2) score += shuffle_xor(score, mask);
+    if (!live) return;
+    const float largest = score > softmax.largest ? score : softmax.largest;
+    const float shrink = exp2_(softmax.largest - largest);
+    const float weight = exp2_(score - largest);
+    softmax.largest = largest;
+    softmax.total = fma_(softmax.total, shrink, weight);
+    UNROLL for (int i = 0; i < PER_LOAD; ++i)
+        softmax.sums[i] = fma_(softmax.sums[i], shrink, weight * v[i]);
+}
+
+// Join what a warp's lanes have of different tokens.
+DEVICE void store_warp(const Worker& me, Softmax softmax, AttentionShared& shared) {
+    float largest = softmax.largest;
+    UNROLL for (int mask = LANES_PER_TOKEN; mask < LANES; mask *= 2) {
+        const float other = shuffle_xor(largest, mask);
+        largest = other > largest ? other : largest;
+    }
+    const float shrink = largest == NO_SCORE ? 0 : exp2_(softmax.largest - largest);
+    float total = softmax.total * shrink;
+    UNROLL for (int i = 0; i < PER_LOAD; ++i) softmax.sums[i] *= shrink;
+    int dim = me.lane() % LANES_PER_TOKEN * PER_LOAD;
+    // each exchange halves the dimensions that a lane keeps, while it has several
+    int width = PER_LOAD;
+    UNROLL for (int mask = LANES_PER_TOKEN; mask < LANES; mask *= 2) {
+        total += shuffle_xor(total, mask);
+        if (width > 1) {
+            width /= 2;
+            const bool upper = me.lane() & mask;
+            UNROLL for (int i = 0; i < PER_LOAD / 2; ++i) {
+                if (i < width) {
+                    const float low = softmax.sums[i], high = softmax.sums[i + width];
+                    softmax.sums[i] = (upper ? high : low) + shuffle_xor(upper ? low : high, mask);
+                }
+            }
+            if (upper) dim += width;
+        } else {
+            softmax.sums[0] += shuffle_xor(softmax.sums[0], mask);
+        }
+    }
+    UNROLL for (int i = 0; i < PER_LOAD; ++i)
+        if (i < width) shared.sums[me.warp() * HEAD_DIM + dim + i] = softmax.sums[i];
+    if (me.lane() == 0) {
+        shared.largest[me.warp()] = largest;
+        shared.total[me.warp()] = total;
+    }
+}
+
+// Where results go: `attended` if they are whole, `partial` (HEADS, most parts, HEAD_DIM + 1) with
+// the base-2 logarithms of their sums of weights if not.
+constexpr int MOST_PARTS = most(FEW_PARTS, MANY_PARTS);
+
+DEVICE void attend(
+    const Worker& me, int task, const Plan& plan, const uint2* qkv, const CacheSlot& cache,
+    int position, float scale, uint2* partial, uint2* attended, unsigned epoch,
+    AttentionShared& shared) {
+    const int head = task % HEADS, kv_head = head / GROUP_HEADS, part = task / HEADS;
+    const int first = part * plan.tiles * TILE;
+    const int end = least(first + plan.tiles * TILE, position);
+    const int token = first + me.warp() * TOKENS_PER_WARP + me.lane() / LANES_PER_TOKEN;
+    const unsigned char* keys =
+        cache.place(0, kv_head, token) + me.lane() % LANES_PER_TOKEN * 16;
+    const unsigned char* values =
+        cache.place(1, kv_head, token) + me.lane() % LANES_PER_TOKEN * 16;
+    constexpr int STEP = TILE * HEAD_DIM * ELEMENT_NBYTES;
+    constexpr int AHEAD = 2;  // tiles on their way
+    Load key[AHEAD], value[AHEAD];
+    UNROLL for (int i = 0; i < AHEAD; ++i) {
+        key[i] = load_elements(keys + i * STEP, token + i * TILE < end);
+        value[i] = load_elements(values + i * STEP, token + i * TILE < end);
+    }
+
+    // the query, the new key, the new value
+    ROLLED for (int k = me.thread; k < 3 * HEAD_DIM; k += THREADS) {
+        const int kind = k / HEAD_DIM, dim = k % HEAD_DIM;
+        const int row = kind == 0 ? head : HEADS + kv_head + (kind - 1) * KV_HEADS;
+        uint2 word;
+        do word = load_word(qkv + row * HEAD_DIM + dim);
+        while (word.y != epoch - 1);
+        const float found = as_float(word.x);
+        shared.token[k] = kind == 0 ? found * (scale * LOG2_E) : rounded(found);
+    }
+    sync_program();
+    const float* const query = shared.token;
+    const float* const new_key = query + HEAD_DIM;
+    const float* const new_value = new_key + HEAD_DIM;
+
+    if (me.warp() == WARPS - 1) {
+        float score = 0;
+        for (int dim = me.lane(); dim < HEAD_DIM; dim += LANES)
+            score = fma_(query[dim], new_key[dim], score);
+        UNROLL for (int mask = LANES / 2; mask > 0; mask /= 2) score += shuffle_xor(score, mask);
+        if (me.lane() == 0) shared.score[0] = part == 0 ? score : NO_SCORE;
+    }
+    Softmax softmax = {NO_SCORE, 0, {}};
+    int place = token;
+    ROLLED for (int start = first; start < end; start += AHEAD * TILE) {
+        keys += AHEAD * STEP;
+        values += AHEAD * STEP;
+        UNROLL for (int i = 0; i < AHEAD; ++i) {
+            attend_to(me, key[i], value[i], place < end, query, softmax);
+            const int ahead = place + AHEAD * TILE;
+            key[i] = load_elements(keys + i * STEP, ahead < end);
+            value[i] = load_elements(values + i * STEP, ahead < end);
+            place += TILE;
+        }
+    }
+    store_warp(me, softmax, shared);
+    sync_program();
+
+    if (me.thread < HEAD_DIM) {
+        const int dim = me.thread;
+        float largest = shared.score[0];
+        UNROLL for (int warp = 0; warp < WARPS; ++warp)
+            largest = shared.largest[warp] > largest ? shared.largest[warp] : largest;
+        const float weight = exp2_(shared.score[0] - largest);
+        float total = weight, sum = weight * new_value[dim];
+        UNROLL for (int warp = 0; warp < WARPS; ++warp) {
+            const float shrink = exp2_(shared.largest[warp] - largest);
+            total = fma_(shared.total[warp], shrink, total);
+            sum = fma_(shared.sums[warp * HEAD_DIM + dim], shrink, sum);
+        }
+        if (plan.parts == 1) {
+            store_word(attended + head * HEAD_DIM + dim, divide(sum, total), epoch);
+        } else {
+            uint2* place = partial + (head * MOST_PARTS + part) * (HEAD_DIM + 1);
+            store_word(place + dim, sum / total, epoch);
+            if (dim == 0) store_word(place + HEAD_DIM, largest + log2_(total), epoch);
+        }
+    }
+    sync_program();  // the next task writes to the shared memory
+}
+
+// Publish a head's whole attention, from its parts.
+DEVICE void join_parts(
+    const Worker& me, int head, int parts, const uint2* partial, uint2* attended, unsigned epoch,
+    AttentionShared& shared) {
+    const int part = me.thread / HEAD_DIM, dim = me.thread % HEAD_DIM;
+    if (part < parts) {
+        const uint2* place = partial + (head * MOST_PARTS + part) * (HEAD_DIM + 1);
+        uint2 value, log;
+        do {
+            value = load_word(place + dim);
+            log = load_word(place + HEAD_DIM);
+        } while (value.y != epoch || log.y != epoch);
+        shared.part_values[part * HEAD_DIM + dim] = as_float(value.x);
+        if (dim == 0) shared.part_logs[part] = as_float(log.x);
+    }
+    sync_program();
+    if (me.thread < HEAD_DIM) {
+        float largest = NO_SCORE, total = 0, sum = 0;
+        for (int i = 0; i < parts; ++i)
+            largest = shared.part_logs[i] > largest ? shared.part_logs[i] : largest;
+        for (int i = 0; i < parts; ++i) {
+            const float weight = exp2_(shared.part_logs[i] - largest);
+            total += weight;
+            sum = fma_(shared.part_values[i * HEAD_DIM + dim], weight, sum);
+        }
+        store_word(attended + head * HEAD_DIM + dim, sum / total, epoch);
+    }
+    sync_program();
+}
+
+// Calls `use(i, k, value)`, as `for_mine`, for the elements of all heads' attention that are this thread's,
+// from up to FEW_PARTS parts.
+template <class Use>
+DEVICE void receive_parts(const Worker& me, const uint2* partial, int parts, unsigned epoch, const Use& use) {
+    constexpr int EACH = up_to(QUERIES, THREADS);
+    uint2 values[EACH][FEW_PARTS], logs[EACH][FEW_PARTS];
+    bool late = true;
+    while (late) {
+        late = false;
+        UNROLL for (int i = 0; i < EACH; ++i) {
+            const int k = me.thread + i * THREADS;
+            const uint2* head = partial + k / HEAD_DIM * MOST_PARTS * (HEAD_DIM + 1);
+            UNROLL for (int part = 0; part < FEW_PARTS; ++part) {
+                if (k < QUERIES && part < parts) {
+                    const uint2* place = head + part * (HEAD_DIM + 1);
+                    values[i][part] = load_word(place + k % HEAD_DIM);
+                    logs[i][part] = load_word(place + HEAD_DIM);
+                } else {
+                    values[i][part] = make_uint2(0, epoch);
+                    logs[i][part] = make_uint2(as_bits(NO_SCORE), epoch);
+                }
+            }
+        }
+        UNROLL for (int i = 0; i < EACH; ++i)
+            UNROLL for (int part = 0; part < FEW_PARTS; ++part)
+                late |= values[i][part].y != epoch || logs[i][part].y != epoch;
+    }
+    UNROLL for (int i = 0; i < EACH; ++i) {
+        const int k = me.thread + i * THREADS;
+        float largest = NO_SCORE, total = 0, sum = 0;
+        UNROLL for (int part = 0; part < FEW_PARTS; ++part) {
+            const float log = as_float(logs[i][part].x);
+            largest = log > largest ? log : largest;
+        }
+        UNROLL for (int part = 0; part < FEW_PARTS; ++part) {
+            const float weight = exp2_(as_float(logs[i][part].x) - largest);
+            total += weight;
+            sum = fma_(as_float(values[i][part].x), weight, sum);
+        }
+        if (k < QUERIES) use(i, k, sum / total);
+    }
+}

@@ -1,0 +1,113 @@
+// What the persistent kernel needs of the machine; `tests/cpp/cuda/primitives.cuh` has it for a CPU.
+#pragma once
+
+#define DEVICE __device__ __forceinline__
+#define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")
+#define KERNEL(name, Arguments)                               \
+    extern "C" __global__ __launch_bounds__(THREADS, 1) void name( \
+        const __grid_constant__ Arguments arguments)
+
+// How much shared memory a program of the kernel takes, for who launches it.
+#define SHARED(name, T) extern "C" __device__ unsigned name##_shared_nbytes = sizeof(T);
+
+DEVICE int thread_id() { return threadIdx.x; }
+DEVICE int program_id() { return blockIdx.x; }
+
+// Leave a number as it is, and hide that it is, so that nothing made of it is kept: a loop with many
+// stages would otherwise keep the addresses of all of them, and spill.
+DEVICE void forget(int& value) { asm volatile("" : "+r"(value)); }
+
+// Wait for all threads of the program, and see what they wrote.
+DEVICE void sync_program() { __syncthreads(); }
+
+DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+DEVICE unsigned shuffle_xor(unsigned value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+
+template <class T>
+DEVICE T& shared_memory() {
+    extern __shared__ __align__(16) unsigned char memory[];
+    return *reinterpret_cast<T*>(memory);
+}
+
+// Copy 16 or 4 bytes that nobody writes to shared memory, later; zeros if they are not `live`.
+DEVICE void copy_16_later(void* to, const void* from, bool live) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                     static_cast<unsigned>(__cvta_generic_to_shared(to))),
+                 "l"(from), "r"(live ? 16 : 0)
+                 : "memory");
+}
+DEVICE void copy_4_later(void* to, const void* from, bool live) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(
+                     static_cast<unsigned>(__cvta_generic_to_shared(to))),
+                 "l"(from), "r"(live ? 4 : 0)
+                 : "memory");
+}
+// Close a group of copies of this thread.
+DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Wait for this thread's groups, but for the last LEFT.
+template <int LEFT>
+DEVICE void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+
+// A value (x) and its epoch (y), which another program may be storing. Both halves come together:
+// PTX promises that of 64 bits.
+DEVICE uint2 load_word(const uint2* place) {
+    unsigned long long word;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(place) : "memory");
+    return make_uint2(static_cast<unsigned>(word), static_cast<unsigned>(word >> 32));
+}
+
+DEVICE void store_word(uint2* place, float value, unsigned epoch) {
+    const unsigned long long word =
+        __float_as_uint(value) | static_cast<unsigned long long>(epoch) << 32;
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(place), "l"(word) : "memory");
+}
+
+// Count a program that is here, whose earlier writes may be read by who sees the count.
+DEVICE void arrive(unsigned* counter) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+DEVICE unsigned load_acquire(const unsigned* place) {
+    unsigned found;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(place) : "memory");
+    return found;
+}
+
+DEVICE float as_float(unsigned bits) { return __uint_as_float(bits); }
+DEVICE unsigned as_bits(float value) { return __float_as_uint(value); }
+DEVICE unsigned byte_perm(unsigned a, unsigned b, unsigned selector) {
+    return __byte_perm(a, b, selector);
+}
+
+DEVICE float half_to_float(unsigned short bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+DEVICE unsigned short float_to_half(float value) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+DEVICE float fma_(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+DEVICE float exp_(float x) { return __expf(x); }
+DEVICE float exp2_(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+DEVICE float divide(float a, float b) { return __fdividef(a, b); }
+DEVICE float log_(float x) { return logf(x); }
+DEVICE float log2_(float x) { return log2f(x); }
+DEVICE float rsqrt_(float x) { return rsqrtf(x); }
+DEVICE unsigned mul_high(unsigned a, unsigned b) { return __umulhi(a, b); }
+
+DEVICE long long clock_ns() {
+    long long now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    return now;
+}

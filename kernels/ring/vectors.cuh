@@ -1,0 +1,64 @@
+// Vectors that programs hand to each other.
+//
+// A value is stored together with the number of the stage that wrote it, its *epoch*, as one word
+// of 64 bits. A reader loads words until their epochs are the ones it waits for: one trip through
+// the L2 cache, where a barrier takes three (values and their fence, the arrival, its sight) and
+// the load another.
+//
+// A vector is overwritten only when everyone has read it: the stage that writes it again waits for
+// others that read it before. A residual is kept in the program, not read again.
+#pragma once
+#include "matrices.cuh"
+
+// Calls `use(i, k)` for all k < SIZE that are this thread's, the i-th of them.
+template <int SIZE, class Use>
+DEVICE void for_mine(const Worker& me, const Use& use) {
+    UNROLL for (int i = 0; i < up_to(SIZE, THREADS); ++i) {
+        const int k = me.thread + i * THREADS;
+        if (k < SIZE) use(i, k);
+    }
+}
+
+// Calls `use(i, k, value)` as `for_mine`, when all of this thread's values are there.
+template <int SIZE, class Use>
+DEVICE void receive(
+    const Worker& me, const uint2* vector, unsigned epoch, const Use& use) {
+    constexpr int EACH = up_to(SIZE, THREADS);
+    uint2 words[EACH];
+    for_mine<SIZE>(me, [&](int i, int k) { words[i] = load_word(vector + k); });
+    bool late = true;
+    while (late) {
+        late = false;
+        // what is there is not asked for again
+        for_mine<SIZE>(me, [&](int i, int k) {
+            if (words[i].y != epoch) {
+                late = true;
+                words[i] = load_word(vector + k);
+            }
+        });
+    }
+    for_mine<SIZE>(me, [&](int i, int k) { use(i, k, as_float(words[i].x)); });
+}
+
+// Inputs of a matrix, times the weight of a norm; the sum of squares is joined later.
+struct Norm {
+    float weights[up_to(HIDDEN, THREADS)];
+
+    // Before the inputs are there.
+    DEVICE Norm(const Worker& me, const float* norm) {
+        for_mine<HIDDEN>(me, [&](int i, int k) { weights[i] = norm[k]; });
+    }
+};
+
+DEVICE void store_squares(const Worker& me, float* squares, float square) {
+    UNROLL for (int mask = LANES / 2; mask > 0; mask /= 2) square += shuffle_xor(square, mask);
+    if (me.lane() == 0) squares[me.warp()] = square;
+}
+
+// What normed sums are multiplied with; after all threads stored their squares.
+DEVICE float norm_factor(const float* squares, float eps) {
+    float sums[4] = {0, 0, 0, 0};
+    UNROLL for (int warp = 0; warp < WARPS; ++warp) sums[warp % 4] += squares[warp];
+    constexpr float EACH = 1.0f / HIDDEN;
+    return rsqrt_(fma_((sums[0] + sums[1]) + (sums[2] + sums[3]), EACH, eps));
+}

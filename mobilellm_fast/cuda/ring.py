@@ -1,0 +1,197 @@
+"""Tier `ring`: any number of decode steps in one launch of `kernels/ring/decode.cu`."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+from .. import kernels
+from ..config import MobileLLMConfig
+from ..errors import MobileLLMError
+from ..quant import GROUP
+from .cache import FORMATS, CudaCache
+from .cuda_source import kernel
+from .geometry import softmax_scale
+from .steps import Steps
+from .weights import CudaWeights, Matrix
+
+SOURCE = Path(kernels.__file__).parent / "ring" / "decode.cu"
+# enum Kind and CacheType of the source
+KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int8_g32": 3, "int4_g32": 4}
+CACHES = {"fp16": 0, "bf16": 1, "fp32": 2}
+WARPS = 16
+RING_DEPTH = 6  # pairs of chunks of a warp on their way; 4 and 8 are no faster (docs/gpu.md)
+MOST_PARTS = 8  # of a head's attention
+LOAD_NBYTES = 16  # of a row that a lane reads at a time
+EPOCHS = 5  # of a layer
+CANDIDATE_NBYTES = 20  # of a program
+
+
+class _Codes(ctypes.Structure):
+    _fields_ = [("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p)]
+
+
+class Arguments(ctypes.Structure):
+    """`Arguments` of the source."""
+
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("steps", "token", "position", "capacity", "length")),
+        ("first_epoch", ctypes.c_uint),
+        *((name, ctypes.c_float) for name in ("eps", "scale", "temperature")),
+        ("seed", ctypes.c_ulonglong),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *("schedule", "cache", "tokens", "logprobs", "counter", "vectors", "candidates"),
+                *("logits", "cos", "sin", "attention_norms", "ffn_norms", "final_norm"),
+            )
+        ),
+        *((name, _Codes) for name in ("qkv", "output", "gate_up", "down", "head", "embedding")),
+        ("clock", ctypes.c_void_p),
+    ]
+
+
+class RingSteps(Steps):
+    """One cooperative launch for any number of steps.
+
+    Args:
+        programs: of the grid, at most; None takes one per multiprocessor.
+        constants: macros of the source that differ from `kernel_constants`, for measurements.
+
+    Raises:
+        MobileLLMError: the kernel does not take this model, see `obstacle`.
+    """
+
+    def __init__(
+        self,
+        weights: CudaWeights,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        kv_format: str,
+        programs: int | None = None,
+        constants: dict[str, int] | None = None,
+    ) -> None:
+        super().__init__(weights, rotary, kv_format)
+        needs = obstacle(weights, kv_format)
+        if needs is not None:
+            raise MobileLLMError(f"[load] tier 'ring' needs {needs}")
+        config, device = weights.config, weights.device
+        if programs is None:
+            programs = torch.cuda.get_device_properties(device).multi_processor_count
+        # one without a share of some vector could be left behind: nobody would wait for it
+        self.programs = min(programs, config.hidden_size // 2, config.intermediate_size)
+        kinds = (weights.qkv.kind, weights.head.kind, weights.embedding.kind)
+        self.constants = kernel_constants(config, *kinds, kv_format, self.programs)
+        self.constants |= constants or {}
+        self._vectors = torch.zeros(self.constants["VECTORS"], dtype=torch.int64, device=device)
+        self._candidates = torch.zeros(
+            self.programs * CANDIDATE_NBYTES, dtype=torch.uint8, device=device
+        )
+        self._counter = torch.zeros(1, dtype=torch.int32, device=device)
+        self._epoch = 1  # of the next launch; those before it are in the vectors
+        # nanoseconds at the ends of stages, with the constant CLOCKED
+        self.clock = torch.zeros(self.constants.get("CLOCKED", 0), dtype=torch.int64, device=device)
+        tensors = {
+            "schedule": self.schedule,
+            "tokens": self.tokens,
+            "logprobs": self.logprobs,
+            "counter": self._counter,
+            "vectors": self._vectors,
+            "candidates": self._candidates,
+            "logits": self.logits,
+            "cos": self.cos,
+            "sin": self.sin,
+            "attention_norms": weights.attention_norms,
+            "ffn_norms": weights.ffn_norms,
+            "final_norm": weights.final_norm,
+            "clock": self.clock,
+        }
+        matrices = ("qkv", "output", "gate_up", "down", "head", "embedding")
+        self._arguments = Arguments(
+            length=len(self.schedule),
+            eps=config.rms_norm_eps,
+            scale=softmax_scale(weights),
+            **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+            **{name: _codes(getattr(weights, name)) for name in matrices},
+        )
+
+    def _run(
+        self, cache: CudaCache, token_id: int, count: int, temperature: float, seed: int
+    ) -> None:
+        self._counter.zero_()
+        used = count * (EPOCHS * len(self.schedule) + 1)
+        if self._epoch + used >= 1 << 31:  # words of long ago must not be taken for new ones
+            self._vectors.zero_()
+            self._epoch = 1
+        arguments = self._arguments
+        arguments.steps, arguments.token, arguments.position = count, token_id, cache.length
+        arguments.capacity, arguments.cache = cache.capacity, cache.address
+        arguments.first_epoch, self._epoch = self._epoch, self._epoch + used
+        arguments.temperature, arguments.seed = temperature, seed
+        self._launch(arguments)
+
+    def _launch(self, arguments: Arguments) -> None:
+        device = torch.cuda.current_device()  # the weights', as `CudaExecutor` sees to
+        decode = kernel(SOURCE, tuple(sorted(self.constants.items())), device)
+        stream = torch.cuda.current_stream().cuda_stream
+        decode.launch(arguments, self.programs, self.constants["THREADS"], stream)
+
+
+def obstacle(weights: CudaWeights, kv_format: str) -> str | None:
+    """Say what the kernel needs that a model does not have, or None."""
+    config = weights.config
+    body = (weights.qkv, weights.output, weights.gate_up, weights.down)
+    if len({matrix.kind for matrix in body}) > 1:
+        return f"blocks of one kind of weights, got {', '.join(m.kind for m in body)}"
+    for matrix in (*body, weights.head):
+        nbytes = matrix.codes.shape[-1] * matrix.codes.element_size()
+        if nbytes % LOAD_NBYTES:
+            return f"rows of a multiple of {LOAD_NBYTES} bytes, got {nbytes}"
+        if matrix.kind == "int8_g32" and matrix.cols % (2 * GROUP):
+            return f"rows of a multiple of {2 * GROUP} inputs, got {matrix.cols}"
+    if config.vocab_size % 2 or config.hidden_size % 2:
+        return (
+            f"an even vocab_size and hidden_size, got {config.vocab_size} and {config.hidden_size}"
+        )
+    lanes = config.head_dim * FORMATS[kv_format].itemsize // LOAD_NBYTES
+    if lanes not in (1, 2, 4, 8, 16, 32) or config.head_dim & (config.head_dim - 1):
+        return f"a head_dim of a power of two, 16 to 512 bytes, got {config.head_dim}"
+    return None
+
+
+def kernel_constants(
+    config: MobileLLMConfig, body: str, head: str, embedding: str, kv_format: str, programs: int
+) -> dict[str, int]:
+    """Return the macros of the source for a model.
+
+    Args:
+        body, head, embedding: kinds of weights, those of the blocks first.
+        programs: of the grid.
+    """
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    partial = config.num_attention_heads * MOST_PARTS * (config.head_dim + 1)
+    vectors = 2 * config.hidden_size + 2 * (queries + keys) + config.intermediate_size + partial
+    return {
+        "PROGRAMS": programs,
+        "WARPS": WARPS,
+        "THREADS": 32 * WARPS,
+        "RING_DEPTH": RING_DEPTH,
+        "VECTORS": vectors,
+        "HIDDEN": config.hidden_size,
+        "INNER": config.intermediate_size,
+        "VOCAB": config.vocab_size,
+        "HEADS": config.num_attention_heads,
+        "KV_HEADS": config.num_key_value_heads,
+        "HEAD_DIM": config.head_dim,
+        "CACHE": CACHES[kv_format],
+        "BODY_KIND": KINDS[body],
+        "HEAD_KIND": KINDS[head],
+        "EMBEDDING_KIND": KINDS[embedding],
+    }
+
+
+def _codes(matrix: Matrix) -> _Codes:
+    scales = None if matrix.scales is None else matrix.scales.data_ptr()
+    return _Codes(matrix.codes.data_ptr(), scales)

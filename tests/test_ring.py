@@ -1,0 +1,151 @@
+"""The kernel of the tier `ring`, its threads run as fibers in many orders, against other tiers.
+
+`test_cuda_decode.py` holds it to the CPU engine, too.
+"""
+
+import dataclasses
+
+import interpreted
+import numpy as np
+import pytest
+import torch
+from emulated_cuda import compile_kernel
+
+pytest.importorskip("triton")
+
+from mobilellm_fast.config import MobileLLMConfig
+from mobilellm_fast.cuda import ring
+from mobilellm_fast.cuda.executor import CudaExecutor
+from mobilellm_fast.cuda.weights import CudaWeights
+from mobilellm_fast.errors import MobileLLMError
+
+TINY = MobileLLMConfig(
+    vocab_size=40,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=1,
+    num_attention_heads=3,
+    num_key_value_heads=1,
+    head_dim=16,
+    initializer_range=0.3,
+    max_position_embeddings=1024,
+)
+U = 2.0**-24
+SEEDS = range(12)
+
+pytestmark = pytest.mark.skipif(interpreted.HAS_GPU, reason="for machines without a GPU")
+
+
+@pytest.fixture
+def seed(monkeypatch):
+    """Run the kernel on this CPU; what is returned has the seed of the next launch."""
+    chosen = [0]
+
+    def emulate(self, arguments):
+        launch = compile_kernel(ring.SOURCE, self.constants)
+        launch(arguments, self.programs, chosen[0], 1 << 18)
+
+    monkeypatch.setattr(ring.RingSteps, "_launch", emulate)
+    return chosen
+
+
+def make(config, kind="fp32", kv_format="fp32", programs=3, warps=2, tier="ring", **constants):
+    weights = CudaWeights.random(config, kind, 0, "cpu")
+    if tier != "ring":
+        return CudaExecutor(config, weights, tier, kv_format)
+    constants |= {"WARPS": warps, "THREADS": 32 * warps}
+    return CudaExecutor(config, weights, tier, kv_format, programs=programs, constants=constants)
+
+
+def filled(executor, length):
+    """A cache with random keys and values."""
+    cache = executor.new_cache()
+    cache.reserve(length + 8)
+    cache.data.normal_(generator=torch.Generator().manual_seed(1))
+    cache.length = length
+    return cache
+
+
+def assert_same_step(ours, oracle, length, tokens=(3, 5)):
+    cache, expected = filled(ours, length), filled(oracle, length)
+    for token in tokens:
+        got, want = ours.forward([token], cache), oracle.forward([token], expected)
+        assert np.isfinite(got).all()
+        assert np.abs(got - want).max() <= 400 * U * np.abs(want).max()
+        # roundings of sums; a half may fall to the other side of one
+        relative = 400 * U if cache.format == "fp32" else 2.0**-10
+        kept, wanted = (c.data[..., : c.length, :].float() for c in (cache, expected))
+        torch.testing.assert_close(kept, wanted, rtol=relative, atol=relative)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
+def test_the_same_bits_in_every_order_of_threads(seed, kind):
+    """Late stores, slow programs, warps in any order: any missing barrier would change bits."""
+    config = dataclasses.replace(TINY, num_hidden_layers=2, layer_sharing="immediate")
+    ours = make(config, kind)
+    outputs = []
+    for seed[0] in SEEDS:
+        tokens, logprobs = ours.decode(filled(ours, 70), 4, 3)
+        outputs.append((tokens, logprobs, ours._steps.logits.tolist()))
+    assert all(output == outputs[0] for output in outputs)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_kinds_of_weights(seed, kind):
+    """Rows of several chunks that several warps share, and tails of chunks."""
+    config = dataclasses.replace(TINY, intermediate_size=1056)
+    ours = make(config, kind, "fp16", programs=9, warps=4)
+    assert_same_step(ours, make(config, kind, "fp16", tier="graph"), 20, tokens=(3,))
+
+
+@pytest.mark.parametrize(
+    "length, programs, kv_format",
+    [(0, 1, "fp32"), (1, 3, "fp16"), (70, 3, "fp32"), (260, 3, "fp16"), (600, 8, "fp32")],
+)
+def test_attention_joins_its_parts(seed, length, programs, kv_format):
+    """No tokens, one part, several that all programs join, and more that one program joins."""
+    config = dataclasses.replace(TINY, num_attention_heads=1)
+    ours = make(config, "fp32", kv_format, programs, warps=4)
+    assert_same_step(ours, make(config, "fp32", kv_format, tier="graph"), length)
+
+
+@pytest.mark.parametrize("head_dim, kv_format", [(32, "fp16"), (64, "fp16"), (64, "fp32")])
+def test_heads_of_other_sizes(seed, head_dim, kv_format):
+    config = dataclasses.replace(
+        TINY, head_dim=head_dim, num_attention_heads=4, num_key_value_heads=2
+    )
+    ours = make(config, "fp32", kv_format, programs=5, warps=4)
+    assert_same_step(ours, make(config, "fp32", kv_format, tier="graph"), 40, tokens=(3,))
+
+
+def test_warps_without_a_share(seed):
+    """More programs and warps than there are chunks."""
+    ours = make(TINY, programs=30, warps=4)
+    assert_same_step(ours, make(TINY, tier="graph"), 9, tokens=(3,))
+
+
+def test_draws_are_those_of_the_other_tiers(seed):
+    ours, oracle = make(TINY), make(TINY, tier="graph")
+    got, _ = ours.decode(filled(ours, 5), 4, 3, 5.0, seed=7)
+    want, _ = oracle.decode(filled(oracle, 5), 4, 3, 5.0, seed=7)
+    assert got == want
+
+
+@pytest.mark.parametrize(
+    "changes, kind, message",
+    [
+        ({"vocab_size": 41}, "fp32", "needs an even vocab_size and hidden_size, got 41 and 64"),
+        ({"hidden_size": 72}, "int8", "needs rows of a multiple of 16 bytes, got 72"),
+        ({"head_dim": 24}, "fp32", "needs a head_dim of a power of two, 16 to 512 bytes, got 24"),
+    ],
+)
+def test_models_that_it_does_not_take(changes, kind, message):
+    config = dataclasses.replace(TINY, **changes)
+    with pytest.raises(MobileLLMError, match=message):
+        make(config, kind)
+
+
+def test_blocks_of_several_kinds_are_not_taken():
+    weights = CudaWeights.random(TINY, "fp32", 0, "cpu")
+    mixed = dataclasses.replace(weights, down=CudaWeights.random(TINY, "int8", 0, "cpu").down)
+    assert "one kind of weights, got fp32, fp32, fp32, int8" in ring.obstacle(mixed, "fp32")

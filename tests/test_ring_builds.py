@@ -1,0 +1,67 @@
+"""The kernel of the tier `ring`, compiled by NVRTC for the models, without a GPU."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("cuda.bindings.nvrtc")
+pytest.importorskip("triton")
+
+import triton
+from builds_decode import PROGRAMS
+
+from mobilellm_fast.config import MobileLLMConfig
+from mobilellm_fast.cuda import ring
+from mobilellm_fast.cuda.cuda_source import compile_source
+from mobilellm_fast.errors import MobileLLMError
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# of a multiprocessor, which has one program
+REGISTERS = 65536
+
+
+def constants(model, kind, kv_format="fp16"):
+    config = MobileLLMConfig.preset(f"MobileLLM-{model}")
+    ends = "int8" if kind == "int4_g32" else kind
+    return ring.kernel_constants(config, kind, ends, ends, kv_format, PROGRAMS)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOBILELLM_FAST_CACHE", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "model, kind", [("125M", "bf16"), ("350M", "int8_g32"), ("1.5B", "bf16"), ("1.5B", "int4_g32")]
+)
+def test_nothing_spills_and_weights_are_copied_16_bytes_at_a_time(model, kind, tmp_path):
+    cubin = tmp_path / "decode.cubin"
+    cubin.write_bytes(compile_source(ring.SOURCE, constants(model, kind), "sm_90"))
+
+    def run(*command):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    usage = run(TOOLS / "cuobjdump", "-res-usage", cubin)
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    assert used["REG"] * 32 * ring.WARPS <= REGISTERS
+    assert used["STACK"] == used["LOCAL"] == 0
+    code = run(TOOLS / "nvdisasm", cubin)
+    assert "LDGSTS.E.BYPASS.128" in code
+    # all matrices of a layer go through the same instructions, which a cache holds
+    assert len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)) * 16 < 128 << 10
+
+
+def test_what_does_not_compile_says_why():
+    broken = constants("125M", "bf16") | {"VOCAB": 3}
+    with pytest.raises(MobileLLMError, match="decode.cu does not compile:(.|\n)*computed in pairs"):
+        compile_source(ring.SOURCE, broken, "sm_90")
+
+
+def test_machine_code_is_kept(monkeypatch):
+    from cuda.bindings import nvrtc
+
+    first = compile_source(ring.SOURCE, constants("125M", "bf16"), "sm_90")
+    monkeypatch.setattr(nvrtc, "nvrtcCompileProgram", None)
+    assert compile_source(ring.SOURCE, constants("125M", "bf16"), "sm_90") == first
