@@ -62,7 +62,8 @@ def decoder_block(
         inner, gate, up = swiglu_saving(middle_normed, gate_weight, up_weight)
     else:
         inner = swiglu(middle_normed, gate_weight, up_weight)
-    out = torch.addmm(middle, inner, down_weight.t()).view(x.shape)
+    out = torch.empty_like(x)  # no view, which autograd would not let anybody change in place
+    torch.addmm(middle, inner, down_weight.t(), out=out.view(flat.shape))
     if not save:
         return (out,)
     return out, normed, q, k, v, attended, lse, middle, middle_normed, inner, gate, up

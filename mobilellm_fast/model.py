@@ -407,20 +407,21 @@ class Block(nn.Module):
         They must if they are not what they were made as, or have hooks, or if only some of the
         weights want gradients: the operator computes those of all.
         """
-        own = self._modules
+        own = self.__dict__["_modules"]
         attention, mlp = own["self_attn"], own["mlp"]
         same_eps = own["input_layernorm"].eps == own["post_attention_layernorm"].eps
         if not (same_eps and is_plain(attention, Attention) and is_plain(mlp, FeedForward)):
             return None
-        inner, outer = attention._modules, mlp._modules
+        inner, outer = attention.__dict__["_modules"], mlp.__dict__["_modules"]
         weights = [
             plain_weight(own["input_layernorm"], RMSNorm),
             *[plain_weight(inner[name], Linear) for name in PROJECTIONS],
             plain_weight(own["post_attention_layernorm"], RMSNorm),
             *[plain_weight(outer[name], Linear) for name in ("gate_proj", "up_proj", "down_proj")],
         ]
+        training = torch.is_grad_enabled()
         for weight in weights:
-            if weight is None or (torch.is_grad_enabled() and not weight.requires_grad):
+            if weight is None or (training and not weight.requires_grad):
                 return None
         return weights
 

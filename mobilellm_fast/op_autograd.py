@@ -4,6 +4,7 @@ One node of autograd per call. Seen as an operator, it is what the dispatcher ru
 and goes on to operators below; unwatched (`op_watch`) it goes to their functions.
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -52,8 +53,9 @@ class Derivative:
         self.function, self.once = function, once or function
         self.kernel = self.kernel_op = self.save = self.save_op = None
         self.order: tuple[int, ...] = ()
-        arguments = op._schema.arguments
-        self.defaults = tuple(a.default_value for a in arguments)
+        self.first_saved = 0  # of what `save` returns
+        # not the schema's, which has numbers for dtypes
+        self.defaults = tuple(p.default for p in inspect.signature(function).parameters.values())
         members = {
             "forward": staticmethod(self._forward),
             "backward": staticmethod(self._backward),
@@ -79,9 +81,12 @@ class Derivative:
 
         torch.library.register_fake(op, fake)
 
-    def add_saving(self, save: Callable, op: Any) -> None:
-        """Run this forward, and the operator of it, where the kernel will want what it saves."""
-        self.save, self.save_op = save, op
+    def add_saving(self, save: Callable, op: Any, wants_result: bool) -> None:
+        """Run this forward, and the operator of it, where the kernel will want what it saves.
+
+        A result that the kernel does not want is not kept: it may be changed in place.
+        """
+        self.save, self.save_op, self.first_saved = save, op, 0 if wants_result else 1
 
     def plan(self, run: Callable, args: tuple, by_kernel: bool) -> Plan:
         """Plan calls of the signature of these arguments, of which `run` is the forward."""
@@ -116,7 +121,7 @@ class Derivative:
             saves = self.save_op is not None and self.takes(args)
             with _below_autograd():
                 found = (self.save_op if saves else self.op)(*args)
-        saved = found if saves else ()
+        saved = found[self.first_saved :] if saves else ()
         ctx.save_for_backward(*(a for a in args if isinstance(a, Tensor)), *saved)
         return found[0] if saves else found
 

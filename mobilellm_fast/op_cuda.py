@@ -81,7 +81,6 @@ def swiglu_backward(
     x: Tensor,
     gate_weight: Tensor,
     up_weight: Tensor,
-    out: Tensor,
     gate: Tensor,
     up: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,7 +227,6 @@ def decoder_block_backward(
     sin: Tensor,
     head_dim: int,
     eps: float,
-    out: Tensor,
     normed: Tensor,
     q: Tensor,
     k: Tensor,

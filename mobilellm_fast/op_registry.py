@@ -8,6 +8,7 @@ without torch's dispatcher.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -48,9 +49,10 @@ def register(
             shapes and other values than tensors; a signature that has passed is not checked again.
         cpu: called with contiguous CPU tensors, the floating ones float32.
         cuda: called with contiguous tensors on one GPU, with that the current one.
-        cuda_backward: `(*grads, *arguments)`, with `cuda_saving` `(grad, *arguments, *results)`,
-            -> gradients of the first floating tensors among the arguments; called as `cuda` is.
-            Gradients of gradients, and those of further tensors, come from the reference.
+        cuda_backward: `(*grads, *arguments)`, with `cuda_saving` `(grad, *arguments, *results)`
+            (the first, the op's own, only if there is a parameter `out`), -> gradients of the first
+            floating tensors among the arguments; called as `cuda` is. Gradients of gradients, and
+            those of further tensors, come from the reference.
         cuda_gradients: for each of those tensors, which of the gradients is its own; None: they
             come in order.
         cuda_saving: `cuda` for training, where `cuda_backward` wants more than the arguments:
@@ -103,7 +105,8 @@ def register(
         run = _on_gpu(cuda_saving)
         saving = _gpu_op(f"{stem}_saving", cuda_saving, run, gpu)
         _register_fake(saving, lambda *args: (fake(*args), *fake_saved(*args)))
-        derivative.add_saving(run, saving)
+        wants_result = "out" in inspect.signature(cuda_backward).parameters
+        derivative.add_saving(run, saving, wants_result)
     _LIBRARY.impl(stem, derivative.dispatched, "Autograd")
 
     plans: dict[tuple, Plan] = {}
