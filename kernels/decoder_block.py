@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import gqa_attention as attention
 from .rms_norm import add_rms_norm, rms_norm, rms_norm_backward
-from .rope import rope, rope_backward
+from .rope import rope_
 from .swiglu import swiglu, swiglu_backward, swiglu_saving
 
 
@@ -50,13 +50,14 @@ def decoder_block(
     batch, seq, width = x.shape
     flat = x.view(batch * seq, width)
     normed = rms_norm(flat, input_norm, eps)
-    q, k, v = (
-        torch.mm(normed, weight.t()).view(batch, seq, len(weight) // head_dim, head_dim)
-        for weight in (q_weight, k_weight, v_weight)
-    )
-    q, k = rope(q, cos, sin), rope(k, cos, sin)
+    # one product for all: joining the weights takes less than the two small ones
+    qkv = torch.mm(normed, torch.cat((q_weight, k_weight, v_weight)).t())
+    heads, kv_heads = q_weight.shape[0] // head_dim, k_weight.shape[0] // head_dim
+    per_head = qkv.view(batch, seq, heads + 2 * kv_heads, head_dim)
+    rope_(per_head.narrow(2, 0, heads + kv_heads), cos, sin)
+    q, k, v = per_head.split_with_sizes((heads, kv_heads, kv_heads), 2)
     attended, lse = attention.forward(q, k, v, head_dim**-0.5)
-    projected = torch.mm(attended.view(len(flat), o_weight.shape[1]), o_weight.t())
+    projected = torch.mm(attended.view(batch * seq, o_weight.shape[1]), o_weight.t())
     middle_normed, middle = add_rms_norm(projected, flat, post_norm, eps)
     if save:
         inner, gate, up = swiglu_saving(middle_normed, gate_weight, up_weight)
@@ -66,7 +67,7 @@ def decoder_block(
     torch.addmm(middle, inner, down_weight.t(), out=out.view(flat.shape))
     if not save:
         return (out,)
-    return out, normed, q, k, v, attended, lse, middle, middle_normed, inner, gate, up
+    return out, normed, qkv, attended, lse, middle, middle_normed, inner, gate, up
 
 
 def decoder_block_backward(
@@ -86,9 +87,7 @@ def decoder_block_backward(
     head_dim: int,
     eps: float,
     normed: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     attended: Tensor,
     lse: Tensor,
     middle: Tensor,
@@ -107,7 +106,8 @@ def decoder_block_backward(
     Returns:
         Gradients of `x` and of the nine weights, in the order of the arguments.
     """
-    flat = x.view(x.shape[0] * x.shape[1], x.shape[2])
+    batch, seq, width = x.shape
+    flat = x.view(batch * seq, width)
     grad = grad.view(flat.shape)
     grad_down = torch.mm(grad.t(), inner)
     grad_inner = torch.mm(grad, down_weight)
@@ -115,13 +115,19 @@ def decoder_block_backward(
         grad_inner, middle_normed, gate_weight, up_weight, gate, up
     )
     grad_middle, grad_post = rms_norm_backward(grad_normed, middle, post_norm, eps, grad)
-    grad_o = torch.mm(grad_middle.t(), attended.view(len(flat), o_weight.shape[1]))
+    grad_o = torch.mm(grad_middle.t(), attended.view(batch * seq, o_weight.shape[1]))
     grad_attended = torch.mm(grad_middle, o_weight).view(attended.shape)
-    dq, dk, dv = attention.backward(grad_attended, q, k, v, attended, lse, head_dim**-0.5)
-    dq, dk = rope_backward(dq, q, cos, sin), rope_backward(dk, k, cos, sin)
-    dq, dk, dv = (t.view(len(flat), t.shape[2] * head_dim) for t in (dq, dk, dv))
-    grad_normed = torch.mm(dq, q_weight).addmm_(dk, k_weight).addmm_(dv, v_weight)
-    grad_q, grad_k, grad_v = (torch.mm(t.t(), normed) for t in (dq, dk, dv))
+    heads, kv_heads = q_weight.shape[0] // head_dim, k_weight.shape[0] // head_dim
+    per_head = batch, seq, heads + 2 * kv_heads, head_dim
+    q, k, v = qkv.view(per_head).split_with_sizes((heads, kv_heads, kv_heads), 2)
+    grad_qkv = torch.empty_like(qkv)
+    grad_per_head = grad_qkv.view(per_head)
+    into = grad_per_head.split_with_sizes((heads, kv_heads, kv_heads), 2)
+    attention.backward(grad_attended, q, k, v, attended, lse, head_dim**-0.5, into=into)
+    rope_(grad_per_head.narrow(2, 0, heads + kv_heads), cos, sin, back=True)
+    grad_normed = torch.mm(grad_qkv, torch.cat((q_weight, k_weight, v_weight)))
+    sizes = q_weight.shape[0], k_weight.shape[0], k_weight.shape[0]
+    grad_q, grad_k, grad_v = (torch.mm(t.t(), normed) for t in grad_qkv.split_with_sizes(sizes, 1))
     grad_x, grad_input = rms_norm_backward(grad_normed, flat, input_norm, eps, grad_middle)
     return (
         grad_x.view(x.shape),

@@ -428,6 +428,7 @@ def backward(
     lse: Tensor,
     scale: float,
     tiles: tuple[Tile, Tile] | None = None,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients (dq, dk, dv) of `forward`; the same bits in every run.
 
@@ -436,10 +437,11 @@ def backward(
         q, k, v, scale: as for `forward`.
         out, lse: what `forward` returned.
         tiles: how to cut the work; for queries and for keys; None means `tile_of`.
+        into: the gradients, to be written: heads in one piece, those of keys and values at the same
+            distances; None means new ones.
     """
     grad, q, k, v, out = (_rows(t) for t in (grad, q, k, v, out))
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
+    dq, dk, dv = into or [t.new_empty(t.shape) for t in (q, k, v)]
     if not dq.numel():
         return dq, dk.zero_(), dv.zero_()
     delta = torch.empty_like(lse)
@@ -447,7 +449,7 @@ def backward(
         backend = backend_of(q.device)
         kernels = "backward_queries", "backward_keys"
         tiles = tuple(tile_of(kernel, q.shape[-1], q.dtype, backend) for kernel in kernels)
-    strides = _strides(q, k, v, grad, out)
+    strides = _strides(q, k, v, grad, out, dq, dk)
     launches = _backward_of(q.shape, k.shape, strides, scale, *tiles, q.dtype, q.device)
     launches[0](out, grad, delta)
     launches[1](q, k, v, grad, lse, delta, dq)
@@ -462,8 +464,8 @@ def _backward_of(
     batch, seq, heads, head_dim = q_shape
     kv_seq, kv_heads = k_shape[1:3]
     group = heads // kv_heads
-    read, out_strides = strides[:12], strides[12:]
-    grad_strides = read[9:]
+    read, grad_strides, out_strides = strides[:12], strides[9:12], strides[12:15]
+    dq_strides, dk_strides = strides[15:18], strides[18:]
     sizes = _sizes(q_shape, k_shape, dtype)
     return (
         Launch(
@@ -477,14 +479,14 @@ def _backward_of(
         Launch(
             _backward_queries,
             (batch * kv_heads * triton.cdiv(seq * group, tile.rows),),
-            (scale, *read, *_dense(q_shape), *sizes),
+            (scale, *read, *dq_strides, *sizes),
             GROUP=group,
             **_constants(head_dim, tile),
         ),
         Launch(
             _backward_keys,
             (batch * kv_heads * triton.cdiv(kv_seq, k_tile.keys),),
-            (scale, *read, *_dense(k_shape), *sizes),
+            (scale, *read, *dk_strides, *sizes),
             GROUP=group,
             **_constants(head_dim, k_tile),
         ),
@@ -494,12 +496,6 @@ def _backward_of(
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
     """List what lies between the batches, tokens and heads of each."""
     return tuple([s for t in tensors for s in t.stride()[:3]])
-
-
-def _dense(shape: torch.Size) -> tuple[int, int, int]:
-    """Return the strides of a tensor (batch, seq, heads, head_dim) in one piece."""
-    _, seq, heads, head_dim = shape
-    return seq * heads * head_dim, heads * head_dim, head_dim
 
 
 def _sizes(q_shape: torch.Size, k_shape: torch.Size, dtype: torch.dtype) -> tuple[int, ...]:

@@ -29,15 +29,28 @@ def rope_backward(grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _launch(grad, cos, sin, True)
 
 
+def rope_(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> None:
+    """Rotate in place, `back` by the opposite angle.
+
+    Args:
+        x: as for `rope`; other values may lie between its tokens, not between its heads.
+        cos, sin: as for `rope`.
+    """
+    if x.numel():
+        kinds = x.dtype, cos.dtype, x.device
+        _launch_of(x.shape, x.stride(1), cos.ndim, back, *kinds)(x, cos, sin, x)
+
+
 def _launch(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     out = torch.empty_like(x)
     if x.numel():
-        _launch_of(x.shape, cos.ndim, back, x.dtype, cos.dtype, x.device)(x, cos, sin, out)
+        kinds = x.dtype, cos.dtype, x.device
+        _launch_of(x.shape, x.stride(1), cos.ndim, back, *kinds)(x, cos, sin, out)
     return out
 
 
 @functools.lru_cache(SIZES)
-def _launch_of(shape: torch.Size, axes: int, back: bool, *_kinds: Any) -> Launch:
+def _launch_of(shape: torch.Size, stride: int, axes: int, back: bool, *_kinds: Any) -> Launch:
     batch, seq, heads, head_dim = shape
     half = triton.next_power_of_2(head_dim // 2)
     rows = triton.next_power_of_2(heads)
@@ -45,7 +58,7 @@ def _launch_of(shape: torch.Size, axes: int, back: bool, *_kinds: Any) -> Launch
     return Launch(
         _rope,
         (batch * seq,),
-        (heads, head_dim // 2, positions),
+        (heads, head_dim // 2, positions, stride),
         HEADS=rows,
         HALF=half,
         BACK=back,
@@ -62,6 +75,7 @@ def _rope(
     heads,
     half,
     positions,
+    stride,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     BACK: tl.constexpr,
@@ -74,10 +88,11 @@ def _rope(
     sine = tl.load(sin + angle, mask=inner < half, other=0).to(tl.float32)[None, :]
     if BACK:
         sine = -sine
-    place = (token.to(tl.int64) * heads + head)[:, None] * (2 * half) + inner[None, :]
+    place = token.to(tl.int64) * stride + head[:, None] * (2 * half) + inner[None, :]
     mask = (head < heads)[:, None] & (inner < half)[None, :]
     first = tl.load(x + place, mask=mask, other=0).to(tl.float32)
     second = tl.load(x + place + half, mask=mask, other=0).to(tl.float32)
+    tl.debug_barrier()  # in place, threads of a small tile write what others read, too
     dtype = out.dtype.element_ty
     tl.store(out + place, (first * cosine - second * sine).to(dtype), mask=mask)
     tl.store(out + place + half, (second * cosine + first * sine).to(dtype), mask=mask)

@@ -191,9 +191,7 @@ def decoder_block_saving(
     sin: Tensor,
     head_dim: int,
     eps: float,
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the op's result and what `decoder_block_backward` wants behind the arguments."""
     weights = input_norm, q_weight, k_weight, v_weight, o_weight
     weights += post_norm, gate_weight, up_weight, down_weight
@@ -204,11 +202,14 @@ def decoder_block_saved(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     weights, head_dim = args[:9], args[11]
     batch, seq, width = x.shape
     tokens, inner = batch * seq, len(weights[6])
-    heads, kv_heads = (len(weight) // head_dim for weight in weights[1:3])
-    per_head = [x.new_empty(batch, seq, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
-    lse = x.new_empty(batch, heads, seq, dtype=torch.float32)
-    rows = [x.new_empty(tokens, n) for n in (width, width, width, inner, inner, inner)]
-    return rows[0], *per_head, lse, *rows[1:]
+    queries, keys = len(weights[1]), len(weights[2])
+    heads = queries // head_dim
+    return (
+        *(x.new_empty(tokens, n) for n in (width, queries + 2 * keys)),
+        x.new_empty(batch, seq, heads, head_dim),
+        x.new_empty(batch, heads, seq, dtype=torch.float32),
+        *(x.new_empty(tokens, n) for n in (width, width, inner, inner, inner)),
+    )
 
 
 def decoder_block_backward(
@@ -228,9 +229,7 @@ def decoder_block_backward(
     head_dim: int,
     eps: float,
     normed: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     attended: Tensor,
     lse: Tensor,
     middle: Tensor,
@@ -241,6 +240,6 @@ def decoder_block_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     weights = input_norm, q_weight, k_weight, v_weight, o_weight
     weights += post_norm, gate_weight, up_weight, down_weight
-    saved = normed, q, k, v, attended, lse, middle, middle_normed, inner, gate, up
+    saved = normed, qkv, attended, lse, middle, middle_normed, inner, gate, up
     backward = _kernels("decoder_block").decoder_block_backward
     return backward(grad, x, *weights, cos, sin, head_dim, eps, *saved)

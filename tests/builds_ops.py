@@ -199,6 +199,7 @@ BUILDS = [
                 "heads": "i32",
                 "half": "i32:16",
                 "positions": "i32",
+                "stride": "i32:16",
             },
             {"HEADS": 16, "HALF": 32, "BACK": back},
             warps=2,

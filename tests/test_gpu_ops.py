@@ -115,6 +115,10 @@ def test_rope(sizes, per_batch, dtype):
     x, cos, sin = make.normal(*sizes), angles.cos(), angles.sin()
     want = reference.rope(*exact(x, cos, sin))
     assert_within(run(rope.rope, x, cos, sin), want, gpu_bounds.rope(*exact(x, cos, sin)), dtype)
+    # in place, with other heads behind those of each token
+    both = torch.cat((x, x), 2)
+    rope.rope_(both[:, :, : sizes[2]], cos, sin)
+    assert torch.equal(both, torch.cat((rope.rope(x, cos, sin), x), 2))
     # the transpose of a rotation is the opposite rotation
     want = reference.rope(*exact(x, cos, -sin))
     got = run(rope.rope_backward, x, x, cos, sin)

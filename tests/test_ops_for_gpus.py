@@ -75,6 +75,9 @@ def test_int8_gemm_is_the_rounded_linear(dtype):
     assert torch.equal(ops.int8_gemm(*args), want)
     biased = ops.int8_gemm(*args[:4], bias=torch.ones(20), dtype=torch.float32)
     torch.testing.assert_close(biased, ops.int8_gemm(*args[:4], dtype=torch.float32) + 1)
+    bias = torch.ones(20, requires_grad=True)  # whose gradient runs the reference, by its defaults
+    (grad,) = torch.autograd.grad(ops.int8_gemm(*args[:4], bias).sum(), bias)
+    assert torch.equal(grad, torch.full((20,), 3.0))
     opcheck(torch.ops.mobilellm_fast.int8_gemm.default, args)
 
 
