@@ -251,6 +251,7 @@ Tiles Executor::tiles(const Part& part, int position, const Weight BlockWeights:
   if (ahead.block >= 0) {
     const Weight& there = model_.blocks[ahead.block].*weight;
     tiles.ahead = reinterpret_cast<intptr_t>(there.data) - reinterpret_cast<intptr_t>(here.data);
+    tiles.ahead -= tiles.ahead % kStepBytes;
     tiles.stride = ahead.passes;
     tiles.phase = ahead.pass;
   }

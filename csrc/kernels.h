@@ -75,8 +75,8 @@ struct AttentionState {
 // The part of a weight matrix that one thread multiplies, and what it fetches meanwhile.
 struct Tiles {
   int64_t begin, end;  // tiles [begin, end)
-  int64_t ahead = 0;   // distance in bytes to weights wanted later, 0 for none; every `stride`th
-  int stride = 1;      // tile, those with index `phase`, fetches the same tile there
+  int64_t ahead = 0;   // distance in bytes to weights wanted later, 0 for none: whole lines
+  int stride = 1;      // so many calls, each with its `phase`, fetch all of the same tiles there
   int phase = 0;
 };
 

@@ -12,14 +12,19 @@ constexpr int kBlockRows = kDotRows, kBlockTiles = 1;
 
 // Reads a tile from front to end, a cache line at a time. Besides, each step may fetch the line
 // `ahead` bytes away into the second-level cache: a later layer's weights, or the next page of
-// these; 0 for none.
+// these; 0 for none. `ahead` includes kEvenSteps or kOddSteps or both, which are less than a line:
+// the steps of a group that do.
+constexpr int64_t kEvenSteps = 1, kOddSteps = 2, kEveryStep = kEvenSteps + kOddSteps;
 struct TileReader {
   const uint8_t* line;
   int64_t ahead;
 
-  const uint8_t* next() {
+  MLF_INLINE void fetch(const uint8_t* at, int step) const {
+    if (ahead & (step % 2 ? kOddSteps : kEvenSteps)) __builtin_prefetch(at + ahead, 0, 2);
+  }
+  const uint8_t* next(int step = 0) {
     const uint8_t* at = line;
-    if (ahead) __builtin_prefetch(at + ahead, 0, 2);
+    fetch(at, step);
     line += kStepBytes;
     return at;
   }
@@ -27,7 +32,7 @@ struct TileReader {
   const uint8_t* next_lines(int count) {
     const uint8_t* at = line;
     if (ahead)
-      for (int i = 0; i < count; ++i) __builtin_prefetch(at + ahead + i * kStepBytes, 0, 2);
+      for (int i = 0; i < count; ++i) fetch(at + i * kStepBytes, i);
     line += count * kStepBytes;
     return at;
   }
@@ -157,7 +162,7 @@ inline void group_sums(TileReader* tiles, const CodeRows<R>& rows, DotSum* acc) 
   MLF_UNROLL for (int i = 0; i < R * T; ++i) acc[i] = dot_begin(rows.offset(i / T));
   MLF_UNROLL for (int step = 0; step < kStepsPerGroup; ++step) {
     DotWeights w[T];
-    MLF_UNROLL for (int t = 0; t < T; ++t) w[t] = load_step_int8(tiles[t].next());
+    MLF_UNROLL for (int t = 0; t < T; ++t) w[t] = load_step_int8(tiles[t].next(step));
     MLF_UNROLL for (int r = 0; r < R; ++r) {
       const DotInputs a = load_inputs(rows.row(r) + step * kStep);
       MLF_UNROLL for (int t = 0; t < T; ++t) dot(acc[r * T + t], w[t], a);
@@ -171,7 +176,7 @@ inline void group_sums_int4(TileReader* tiles, const CodeRows<R>& rows, NibbleSu
   MLF_UNROLL for (int i = 0; i < R * T; ++i) acc[i] = nibble_begin();
   MLF_UNROLL for (int step = 0; step < kStepsPerGroup / 2; ++step) {
     NibbleWeights low[T], high[T];
-    MLF_UNROLL for (int t = 0; t < T; ++t) load_steps_int4(tiles[t].next(), low[t], high[t]);
+    MLF_UNROLL for (int t = 0; t < T; ++t) load_steps_int4(tiles[t].next(step), low[t], high[t]);
     MLF_UNROLL for (int r = 0; r < R; ++r) {
       const int8_t* codes = rows.row(r) + step * kStep;
       const auto first = load_nibble_inputs(codes), second = load_nibble_inputs(codes + kGroup / 2);
