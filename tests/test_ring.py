@@ -14,7 +14,7 @@ from emulated_cuda import compile_kernel
 pytest.importorskip("triton")
 
 from mobilellm_fast.config import MobileLLMConfig
-from mobilellm_fast.cuda import ring
+from mobilellm_fast.cuda import executor, ring
 from mobilellm_fast.cuda.executor import CudaExecutor
 from mobilellm_fast.cuda.weights import CudaWeights
 from mobilellm_fast.errors import MobileLLMError
@@ -53,7 +53,7 @@ def make(config, kind="fp32", kv_format="fp32", programs=3, warps=2, tier="ring"
     weights = CudaWeights.random(config, kind, 0, "cpu")
     if tier != "ring":
         return CudaExecutor(config, weights, tier, kv_format)
-    constants |= {"WARPS": warps, "THREADS": 32 * warps}
+    constants |= {"WARPS": warps, "THREADS": 32 * warps, "SHARED_LIMIT": 1 << 18}
     return CudaExecutor(config, weights, tier, kv_format, programs=programs, constants=constants)
 
 
@@ -78,14 +78,29 @@ def assert_same_step(ours, oracle, length, tokens=(3, 5)):
         torch.testing.assert_close(kept, wanted, rtol=relative, atol=relative)
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
-def test_the_same_bits_in_every_order_of_threads(seed, kind):
-    """Late stores, slow programs, warps in any order: any missing barrier would change bits."""
-    config = dataclasses.replace(TINY, num_hidden_layers=2, layer_sharing="immediate")
-    ours = make(config, kind)
+@pytest.mark.parametrize(
+    "kind, length, heads, programs, warps",
+    [
+        ("fp32", 70, 4, 3, 2),  # a program attends with several heads, one after another
+        ("bf16", 70, 3, 5, 2),
+        ("int8", 70, 3, 3, 2),
+        ("int4", 0, 3, 3, 2),
+        ("fp32", 560, 1, 8, 4),  # one program joins the parts of a head
+    ],
+)
+def test_the_same_bits_in_every_order_of_threads(seed, kind, length, heads, programs, warps):
+    """Words that are seen late, slow programs, warps in any order."""
+    config = dataclasses.replace(
+        TINY,
+        num_hidden_layers=2,
+        layer_sharing="immediate",
+        num_attention_heads=heads,
+        num_key_value_heads=2 if heads == 4 else 1,
+    )
+    ours = make(config, kind, programs=programs, warps=warps)
     outputs = []
     for seed[0] in SEEDS:
-        tokens, logprobs = ours.decode(filled(ours, 70), 4, 3)
+        tokens, logprobs = ours.decode(filled(ours, length), 4, 2)
         outputs.append((tokens, logprobs, ours._steps.logits.tolist()))
     assert all(output == outputs[0] for output in outputs)
 
@@ -149,3 +164,17 @@ def test_blocks_of_several_kinds_are_not_taken():
     weights = CudaWeights.random(TINY, "fp32", 0, "cpu")
     mixed = dataclasses.replace(weights, down=CudaWeights.random(TINY, "int8", 0, "cpu").down)
     assert "one kind of weights, got fp32, fp32, fp32, int8" in ring.obstacle(mixed, "fp32")
+
+
+def test_auto_falls_back_where_the_ring_cannot_be(monkeypatch):
+    """A GPU without enough shared memory, no compiler, a model that it does not take."""
+
+    def fails(self, *arguments, **options):
+        raise MobileLLMError("[load] decode.cu does not compile: more shared memory")
+
+    monkeypatch.setattr(executor, "best_tier", lambda *_: "ring")
+    monkeypatch.setattr(ring.RingSteps, "__init__", fails)
+    weights = CudaWeights.random(TINY, "fp32", 0, "cpu")
+    assert CudaExecutor(TINY, weights).tier == "pdl"
+    with pytest.raises(MobileLLMError, match="more shared memory"):
+        CudaExecutor(TINY, weights, "ring")

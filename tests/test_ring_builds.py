@@ -18,14 +18,15 @@ from mobilellm_fast.cuda.cuda_source import compile_source
 from mobilellm_fast.errors import MobileLLMError
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# of a multiprocessor, which has one program
-REGISTERS = 65536
+# of an H100's multiprocessor, which has one program
+REGISTERS, SHARED_LIMIT = 65536, 227 << 10
 
 
 def constants(model, kind, kv_format="fp16"):
     config = MobileLLMConfig.preset(f"MobileLLM-{model}")
     ends = "int8" if kind == "int4_g32" else kind
-    return ring.kernel_constants(config, kind, ends, ends, kv_format, PROGRAMS)
+    sizes = ring.kernel_constants(config, kind, ends, ends, kv_format, PROGRAMS)
+    return sizes | {"SHARED_LIMIT": SHARED_LIMIT}
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +60,21 @@ def test_what_does_not_compile_says_why():
         compile_source(ring.SOURCE, broken, "sm_90")
 
 
-def test_machine_code_is_kept(monkeypatch):
+def test_a_gpu_with_less_shared_memory_is_told_so():
+    small = constants("1.5B", "bf16") | {"SHARED_LIMIT": 99 << 10}
+    with pytest.raises(MobileLLMError, match="more shared memory than a program can have"):
+        compile_source(ring.SOURCE, small, "sm_120")
+
+
+def test_machine_code_is_kept_and_not_trusted(monkeypatch, tmp_path):
     from cuda.bindings import nvrtc
 
-    first = compile_source(ring.SOURCE, constants("125M", "bf16"), "sm_90")
+    def compiled():
+        return compile_source(ring.SOURCE, constants("125M", "bf16"), "sm_90")
+
+    first = compiled()
+    (kept,) = (tmp_path / "cuda").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert compiled() == first
     monkeypatch.setattr(nvrtc, "nvrtcCompileProgram", None)
-    assert compile_source(ring.SOURCE, constants("125M", "bf16"), "sm_90") == first
+    assert compiled() == first

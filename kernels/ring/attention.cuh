@@ -273,7 +273,8 @@ DEVICE void attend(
     sync_program();  // the next task writes to the shared memory
 }
 
-// Publish a head's whole attention, from its parts.
+// Publish a head's whole attention, from its parts. A program does so for one head at most: where
+// there are many parts, there are more programs than heads.
 DEVICE void join_parts(
     const Worker& me, int head, int parts, const uint2* partial, uint2* attended, unsigned epoch,
     AttentionShared& shared) {
@@ -300,7 +301,6 @@ DEVICE void join_parts(
         }
         store_word(attended + head * HEAD_DIM + dim, sum / total, epoch);
     }
-    sync_program();
 }
 
 // Calls `use(i, k, value)`, as `for_mine`, for the elements of all heads' attention that are this thread's,

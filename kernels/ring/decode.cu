@@ -14,8 +14,8 @@
 // all at once, hence the cooperative launch.
 //
 // Constants, given by the compiler's command line: PROGRAMS, WARPS, THREADS, RING_DEPTH, VECTORS,
-// HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CACHE, and the kinds of matrices: BODY_KIND,
-// EMBEDDING_KIND, HEAD_KIND.
+// SHARED_LIMIT, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CACHE, and the kinds of matrices:
+// BODY_KIND, EMBEDDING_KIND, HEAD_KIND.
 #include "next_token.cuh"
 
 // The vectors, one behind the other.
@@ -32,16 +32,6 @@ static_assert(
 static_assert(PARTIAL + HEADS * MOST_PARTS * (HEAD_DIM + 1) <= VECTORS, "vectors overlap");
 constexpr int EPOCHS = 5;  // of a layer
 
-// Where what belongs to a stage begins.
-constexpr int inputs_before(int stage) {
-    return stage == 0 ? 0 : inputs_before(stage - 1) + shape_of(stage - 1).inputs();
-}
-constexpr int parts_before(int stage) {
-    return stage == 0 ? 0
-                      : parts_before(stage - 1) +
-                            shape_of(stage - 1).most_pairs() * shape_of(stage - 1).parts();
-}
-
 static_assert(VOCAB % 2 == 0 && HIDDEN % 2 == 0, "rows are computed in pairs");
 
 struct Shared {
@@ -55,6 +45,7 @@ struct Shared {
     AttentionShared attention;
 };
 
+static_assert(sizeof(Shared) <= SHARED_LIMIT, "more shared memory than a program can have");
 SHARED(decode, Shared)
 
 struct Arguments {
@@ -163,16 +154,8 @@ KERNEL(decode, Arguments) {
             ROLLED for (int stage = QUERY; stage <= DOWN; ++stage) {
                 me.begin_stage();
                 const Layout& layout = shared.layouts[stage];
-                float* const inputs =
-                    reinterpret_cast<float*>(shared.inputs) + (stage == QUERY     ? inputs_before(QUERY)
-                                                 : stage == OUTPUT  ? inputs_before(OUTPUT)
-                                                 : stage == GATE_UP ? inputs_before(GATE_UP)
-                                                                    : inputs_before(DOWN));
-                float2* const parts =
-                    shared.parts + (stage == QUERY     ? parts_before(QUERY)
-                                    : stage == OUTPUT  ? parts_before(OUTPUT)
-                                    : stage == GATE_UP ? parts_before(GATE_UP)
-                                                       : parts_before(DOWN));
+                float* const inputs = reinterpret_cast<float*>(shared.inputs) + layout.inputs;
+                float2* const parts = shared.parts + layout.first_part;
                 const auto take = [&](int, int k, float value) {
                     inputs[input_place<BODY_KIND>(k)] = value;
                 };
@@ -260,12 +243,12 @@ KERNEL(decode, Arguments) {
 
         me.begin_stage();
         const Layout& layout = shared.layouts[HEAD];
-        float* const inputs = reinterpret_cast<float*>(shared.inputs) + inputs_before(HEAD);
+        float* const inputs = reinterpret_cast<float*>(shared.inputs) + layout.inputs;
         take_normed(
             Constant<HEAD_KIND>(), arguments.final_norm, inputs,
             [&](const auto& use) { receive<HIDDEN>(me, vectors + X, epoch, use); });
         sync_program();
-        float2* const parts = shared.parts + parts_before(HEAD);
+        float2* const parts = shared.parts + layout.first_part;
         multiply<HEAD_KIND>(me, layout, source, reinterpret_cast<const float4*>(inputs), parts);
         sync_program();
         Candidate best = no_candidate();

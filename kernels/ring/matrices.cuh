@@ -59,6 +59,16 @@ constexpr Shape shape_of(int stage) {
                               : Shape{VOCAB, HIDDEN, HEAD_KIND};
 }
 
+// Where what belongs to a stage begins, among the inputs and among the parts of all stages.
+constexpr int inputs_before(int stage) {
+    return stage == 0 ? 0 : inputs_before(stage - 1) + shape_of(stage - 1).inputs();
+}
+constexpr int parts_before(int stage) {
+    return stage == 0 ? 0
+                      : parts_before(stage - 1) +
+                            shape_of(stage - 1).most_pairs() * shape_of(stage - 1).parts();
+}
+
 // The first of a pair of rows: those that rotary embeddings turn with each other, a row of the gate
 // and one of up, neighbours elsewhere.
 DEVICE int row_of(int stage, int pair) {
@@ -99,6 +109,7 @@ struct Layout {
     int distance, scales_distance;  // bytes to the other row of a pair
     int next, next_scales;          // bytes from behind a row to the next pair's first row
     int first_pair, pairs;          // of this program
+    int inputs, first_part;         // where they begin
     Share shares[WARPS];
 };
 
@@ -129,6 +140,8 @@ DEVICE void set_layout(const Worker& me, const Codes& codes, Layout& layout) {
         layout.next_scales = step * SCALES - CHUNKS * chunk_scales_nbytes(SHAPE.kind);
         layout.first_pair = first;
         layout.pairs = pairs;
+        layout.inputs = inputs_before(STAGE);
+        layout.first_part = parts_before(STAGE);
     }
     if (me.lane() == 0) {
         const int begin = me.warp() * SHAPE.per_warp();

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,7 @@ from ..cache import cache_directory
 from ..errors import MobileLLMError
 from ..files import whole_file
 
-
-def is_available() -> bool:
-    """Tell whether there is what compiles and launches, `cuda-bindings`."""
-    try:
-        return importlib.util.find_spec("cuda.bindings") is not None
-    except ModuleNotFoundError:  # not even a package `cuda`
-        return False
+DIGEST_NBYTES = 32  # of machine code in the cache, before it
 
 
 def compile_source(source: Path, constants: Mapping[str, int], arch: str) -> bytes:
@@ -51,10 +44,14 @@ def compile_source(source: Path, constants: Mapping[str, int], arch: str) -> byt
     ]
     files = sorted((*source.parent.glob("*.cuh"), source))
     texts = [file.read_bytes() for file in files]
-    key = hashlib.sha256(repr((version, options[0], options[4:], texts)).encode()).hexdigest()
+    chosen = [option for option in options if not option.startswith("--include-path")]
+    key = hashlib.sha256(repr((version, chosen, texts)).encode()).hexdigest()
     cached = cache_directory() / "cuda" / f"{source.stem}-{key[:32]}.cubin"
     with contextlib.suppress(OSError):
-        return cached.read_bytes()
+        stored = cached.read_bytes()
+        digest, code = stored[:DIGEST_NBYTES], stored[DIGEST_NBYTES:]
+        if digest == hashlib.sha256(code).digest():
+            return code
 
     status, program = nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], [])
     _check(status, nvrtc)
@@ -75,7 +72,7 @@ def compile_source(source: Path, constants: Mapping[str, int], arch: str) -> byt
         nvrtc.nvrtcDestroyProgram(program)
     # a cache that cannot be written costs compiling again
     with contextlib.suppress(OSError), whole_file(cached) as file:
-        file.write(code)
+        file.write(hashlib.sha256(code).digest() + code)
     return code
 
 

@@ -62,9 +62,6 @@ class CudaExecutor:
         kv_format: str | None = None,
         **options: Any,
     ) -> None:
-        from . import steps
-        from .ring import RingSteps, obstacle
-
         if kv_format is None:
             kv_format = "fp32" if weights.qkv.kind == "fp32" else "fp16"
         check_options(tier, kv_format)
@@ -75,20 +72,29 @@ class CudaExecutor:
         self.kv_format = kv_format
         self.num_parameters = config.num_parameters
         self.weight_nbytes = weights.nbytes
-        if tier == "auto":
-            tier = best_tier(weights.device, config, obstacle(weights, kv_format) is None)
-        self.tier = tier
-        check_tier(self.tier, weights.device)
         tables = cos_sin(config, np.arange(config.context_length))
         self._rotary = tuple(torch.from_numpy(table).to(weights.device) for table in tables)
-        arguments = (weights, self._rotary, kv_format)
-        if self.tier == "ring":
-            self._steps = RingSteps(*arguments, **options)
-        elif self.tier == "persistent":
-            self._steps = steps.PersistentSteps(*arguments, **options)
-        else:
-            self._steps = steps.StagedSteps(*arguments, pdl=self.tier == "pdl", **options)
+        self.tier = best_tier(weights.device, config) if tier == "auto" else tier
+        try:
+            self._steps = self._make_steps(options)
+        except MobileLLMError:
+            if tier != "auto" or self.tier != "ring":
+                raise
+            self.tier = "pdl"  # another model, GPU or compiler than the ring takes
+            self._steps = self._make_steps(options)
         self._batches: dict[int, Any] = {}
+
+    def _make_steps(self, options: dict[str, Any]) -> Any:
+        from .ring import RingSteps
+        from .steps import PersistentSteps, StagedSteps
+
+        check_tier(self.tier, self.weights.device)
+        arguments = (self.weights, self._rotary, self.kv_format)
+        if self.tier == "ring":
+            return RingSteps(*arguments, **options)
+        if self.tier == "persistent":
+            return PersistentSteps(*arguments, **options)
+        return StagedSteps(*arguments, pdl=self.tier == "pdl", **options)
 
     @property
     def max_steps(self) -> int:
@@ -226,16 +232,11 @@ class CudaExecutor:
         return ids
 
 
-def best_tier(device: torch.device, config: MobileLLMConfig, has_ring: bool = True) -> str:
-    """Choose how to decode: what is fastest of what this GPU and this model can have.
-
-    Args:
-        has_ring: whether the tier `ring` takes the model.
-    """
+def best_tier(device: torch.device, config: MobileLLMConfig) -> str:
+    """Choose how to decode: what is fastest of what this GPU can have."""
     if device.type != "cuda" or torch.version.hip:
         return "graph"
     from ..kernels import grid_sync
-    from .cuda_source import is_available
     from .geometry import vector_size
 
     generation, _ = torch.cuda.get_device_capability(device)
@@ -247,7 +248,7 @@ def best_tier(device: torch.device, config: MobileLLMConfig, has_ring: bool = Tr
         return "graph"
     repeats = config.layer_sharing == "immediate"
     wants_ring = width >= (PDL_WIDTH if repeats else RING_WIDTH)
-    return "ring" if wants_ring and has_ring and is_available() else "pdl"
+    return "ring" if wants_ring else "pdl"
 
 
 def check_tier(tier: str, device: torch.device) -> None:

@@ -12,7 +12,7 @@ from ..config import MobileLLMConfig
 from ..errors import MobileLLMError
 from ..quant import GROUP
 from .cache import FORMATS, CudaCache
-from .cuda_source import kernel
+from .cuda_source import Kernel, kernel
 from .geometry import softmax_scale
 from .steps import Steps
 from .weights import CudaWeights, Matrix
@@ -23,7 +23,7 @@ KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int8_g32": 3, "int4_g32": 4}
 CACHES = {"fp16": 0, "bf16": 1, "fp32": 2}
 WARPS = 16
 RING_DEPTH = 6  # pairs of chunks of a warp on their way; 4 and 8 are no faster (docs/gpu.md)
-MOST_PARTS = 8  # of a head's attention
+ROOM_FOR_PARTS = 8  # of a head's attention, in the vectors
 LOAD_NBYTES = 16  # of a row that a lane reads at a time
 EPOCHS = 5  # of a layer
 CANDIDATE_NBYTES = 20  # of a program
@@ -61,7 +61,8 @@ class RingSteps(Steps):
         constants: macros of the source that differ from `kernel_constants`, for measurements.
 
     Raises:
-        MobileLLMError: the kernel does not take this model, see `obstacle`.
+        MobileLLMError: the kernel does not take this model, see `obstacle`, or this GPU, or there
+            is no NVRTC.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class RingSteps(Steps):
         kinds = (weights.qkv.kind, weights.head.kind, weights.embedding.kind)
         self.constants = kernel_constants(config, *kinds, kv_format, self.programs)
         self.constants |= constants or {}
+        self._kernel = self._load() if device.type == "cuda" else None
         self._vectors = torch.zeros(self.constants["VECTORS"], dtype=torch.int64, device=device)
         self._candidates = torch.zeros(
             self.programs * CANDIDATE_NBYTES, dtype=torch.uint8, device=device
@@ -131,11 +133,16 @@ class RingSteps(Steps):
         arguments.temperature, arguments.seed = temperature, seed
         self._launch(arguments)
 
+    def _load(self) -> Kernel:
+        properties = torch.cuda.get_device_properties(self.weights.device)
+        limit = {"SHARED_LIMIT": properties.shared_memory_per_block_optin}
+        with torch.cuda.device(self.weights.device):
+            constants = tuple(sorted((limit | self.constants).items()))
+            return kernel(SOURCE, constants, torch.cuda.current_device())
+
     def _launch(self, arguments: Arguments) -> None:
-        device = torch.cuda.current_device()  # the weights', as `CudaExecutor` sees to
-        decode = kernel(SOURCE, tuple(sorted(self.constants.items())), device)
         stream = torch.cuda.current_stream().cuda_stream
-        decode.launch(arguments, self.programs, self.constants["THREADS"], stream)
+        self._kernel.launch(arguments, self.programs, self.constants["THREADS"], stream)
 
 
 def obstacle(weights: CudaWeights, kv_format: str) -> str | None:
@@ -148,6 +155,8 @@ def obstacle(weights: CudaWeights, kv_format: str) -> str | None:
         nbytes = matrix.codes.shape[-1] * matrix.codes.element_size()
         if nbytes % LOAD_NBYTES:
             return f"rows of a multiple of {LOAD_NBYTES} bytes, got {nbytes}"
+        if matrix.rows * nbytes >= 1 << 31:
+            return f"matrices of less than 2 GiB, got {matrix.rows * nbytes} bytes"
         if matrix.kind == "int8_g32" and matrix.cols % (2 * GROUP):
             return f"rows of a multiple of {2 * GROUP} inputs, got {matrix.cols}"
     if config.vocab_size % 2 or config.hidden_size % 2:
@@ -171,7 +180,7 @@ def kernel_constants(
     """
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    partial = config.num_attention_heads * MOST_PARTS * (config.head_dim + 1)
+    partial = config.num_attention_heads * ROOM_FOR_PARTS * (config.head_dim + 1)
     vectors = 2 * config.hidden_size + 2 * (queries + keys) + config.intermediate_size + partial
     return {
         "PROGRAMS": programs,

@@ -1,4 +1,4 @@
-// What the kernels of mobilellm_fast/cuda/*.cu use of a GPU, on a CPU: scheduler.h runs the
+// What the kernels of kernels/ring/ use of a GPU, on a CPU: scheduler.h runs the
 // threads.
 //
 // Beside each kernel, KERNEL defines `emulate_<kernel>`, which runs it and returns an
