@@ -16,7 +16,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: (batch, seq, heads, head_dim) float32, bfloat16 or float16, contiguous.
-        cos, sin: (seq, head_dim / 2) or (batch, seq, head_dim / 2), contiguous, of one dtype.
+        cos, sin: (seq, head_dim / 2) or (batch, seq, head_dim / 2), contiguous.
 
     Returns:
         (batch, seq, heads, head_dim), dtype of `x`.
@@ -37,16 +37,18 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> None:
         cos, sin: as for `rope`.
     """
     if x.numel():
-        kinds = x.dtype, cos.dtype, x.device
-        _launch_of(x.shape, x.stride(1), cos.ndim, back, *kinds)(x, cos, sin, x)
+        _launch_of(x.shape, x.stride(1), cos.ndim, back, *_kinds(x, cos, sin))(x, cos, sin, x)
 
 
 def _launch(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     out = torch.empty_like(x)
     if x.numel():
-        kinds = x.dtype, cos.dtype, x.device
-        _launch_of(x.shape, x.stride(1), cos.ndim, back, *kinds)(x, cos, sin, out)
+        _launch_of(x.shape, x.stride(1), cos.ndim, back, *_kinds(x, cos, sin))(x, cos, sin, out)
     return out
+
+
+def _kinds(x: Tensor, cos: Tensor, sin: Tensor) -> tuple:
+    return x.dtype, cos.dtype, sin.dtype, x.device
 
 
 @functools.lru_cache(SIZES)

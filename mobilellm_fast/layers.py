@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from . import ops
 
@@ -27,13 +28,22 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
         or "forward" in state
+        # of all modules
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
     )
 
 
 def plain_weight(layer: nn.Module, kind: type[nn.Module]) -> Tensor | None:
     """Return the weight of a layer whose call is the class's product with it; None for others."""
-    weight = layer.__dict__["_parameters"].get("weight") if is_plain(layer, kind) else None
-    return weight if type(weight) is nn.Parameter else None
+    if not is_plain(layer, kind):
+        return None
+    state = layer.__dict__
+    weight = state["_parameters"].get("weight")
+    biased = state["_parameters"].get("bias") is not None or state.get("bias") is not None
+    return weight if type(weight) is nn.Parameter and not biased else None
 
 
 class Embedding(nn.Embedding):

@@ -39,12 +39,14 @@ def is_plain(values: Iterable[Any]) -> bool:
 def signature(args: Iterable[Any]) -> tuple | None:
     """What checks and the choice of a kernel depend on: dtypes, shapes, devices and other values.
 
-    None stands for arguments of other kinds.
+    None stands for arguments of other kinds, and for tensors without data.
     """
     found = []
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is Parameter:
+            if arg.is_meta:  # the operator computes its shape
+                return None
             found += (arg.dtype, arg.shape, arg.device)
         elif kind in _VALUES:
             found.append(arg)

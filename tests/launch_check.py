@@ -82,6 +82,7 @@ def calls():
         "swiglu_saving": lambda: swiglu.swiglu_saving(x, *matrices),
         "swiglu_backward": lambda: swiglu.swiglu_backward(gate, x, *matrices, gate, gate),
         "unaligned": lambda: rope.rope(odd, angles, angles),
+        "mixed_tables": lambda: rope.rope(q, angles, angles.bfloat16()),
         "gqa_attention": lambda: gqa_attention.forward(q, k, k, 0.125),
         "gqa_attention_backward": lambda: gqa_attention.backward(q, q, k, k, q, lse, 0.125),
     }

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from gpu_cases import Maker
+from helpers import tiny_config
 from interpreted import HAS_GPU
 from torch.library import opcheck
 
@@ -137,14 +138,23 @@ def test_wrong_arguments_are_refused_in_one_line(changes, message):
     assert "\n" not in str(error.value)
 
 
-def test_blocks_that_are_not_plain_call_their_parts(ops_on_gpu, monkeypatch):
-    from helpers import tiny_config
-
+def plain_block(ops_on_gpu, monkeypatch):
+    """A block that one operator computes, and what to call it with."""
+    torch.manual_seed(0)
     config = tiny_config(hidden_size=WIDTH, head_dim=HEAD_DIM)
-    args = arguments()
-    block = model.Block(config).to(args[0].device, HALF)
+    hidden, *_, cos, sin, _, _ = arguments()
+    block = model.Block(config)
+    for layer in block.modules():
+        if isinstance(layer, torch.nn.Linear):
+            torch.nn.init.normal_(layer.weight, std=0.1)
+    block.to(hidden.device, HALF)
     monkeypatch.setattr(model, "ops", ops_on_gpu[0])
     assert block._plain_weights() is not None
+    return block, (hidden.requires_grad_(), cos, sin)
+
+
+def test_blocks_that_are_not_plain_call_their_parts(ops_on_gpu, monkeypatch):
+    block, _ = plain_block(ops_on_gpu, monkeypatch)
     block.mlp.up_proj.weight.requires_grad_(False)
     assert block._plain_weights() is None
     with torch.no_grad():
@@ -158,3 +168,48 @@ def test_blocks_that_are_not_plain_call_their_parts(ops_on_gpu, monkeypatch):
     del block.mlp.forward
     block.self_attn.o_proj = torch.nn.Linear(4, 4)
     assert block._plain_weights() is None
+
+
+ALL_MODULES = torch.nn.modules.module
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        ALL_MODULES.register_module_forward_hook,
+        ALL_MODULES.register_module_forward_pre_hook,
+        ALL_MODULES.register_module_full_backward_hook,
+        ALL_MODULES.register_module_full_backward_pre_hook,
+    ],
+)
+def test_hooks_of_all_modules_see_the_parts(register, ops_on_gpu, monkeypatch):
+    block, args = plain_block(ops_on_gpu, monkeypatch)
+    seen = set()
+    handle = register(lambda module, *rest: seen.add(module))
+    try:
+        block(*args).sum().backward()
+    finally:
+        handle.remove()
+    assert seen >= {block, block.mlp, block.self_attn, *block.mlp.children()}
+
+
+@pytest.mark.parametrize("name", ["self_attn.v_proj", "mlp.gate_proj", "mlp.down_proj"])
+def test_biases_count(name, ops_on_gpu, monkeypatch):
+    block, args = plain_block(ops_on_gpu, monkeypatch)
+    without = block(*args)
+    layer = block.get_submodule(name)
+    layer.bias = torch.nn.Parameter(torch.ones_like(layer.weight[:, 0]))
+    out = block(*args)
+    assert (out - without).abs().max() > 0.01
+    out.sum().backward()
+    assert layer.bias.grad.abs().max() > 0
+
+
+def test_hooks_may_change_a_result_in_place(ops_on_gpu, monkeypatch):
+    block, args = plain_block(ops_on_gpu, monkeypatch)
+    want = block(*args) + 1
+    block.register_forward_hook(lambda module, args, out: out.add_(1))
+    assert block._plain_weights() is not None
+    got = block(*args)
+    got.sum().backward()
+    assert torch.equal(got, want)

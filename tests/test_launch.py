@@ -23,6 +23,7 @@ LAUNCHES = {
     "swiglu_saving": 1,
     "swiglu_backward": 1,
     "unaligned": 1,
+    "mixed_tables": 1,
     "gqa_attention": 1,
     "gqa_attention_backward": 3,
 }
@@ -52,7 +53,15 @@ def test_a_repeated_launch_is_the_same(name, found):
 
 def test_addresses_that_the_compiler_did_not_expect(found):
     """Pointers at odd addresses get a build of their own, though sizes have been seen."""
+    assert_other_build(found["rope"], found["unaligned"])
+
+
+def test_dtypes_that_differ_in_one_tensor_alone(found):
+    assert_other_build(found["rope"], found["mixed_tables"])
+
+
+def assert_other_build(first, second):
     function = 5
-    (((usual, _), _),), (((odd, _), _),) = found["rope"], found["unaligned"]
+    (((usual, _), _),), (((odd, _), _),) = first, second
     assert usual[0] == odd[0] == "_rope"
     assert usual[function] != odd[function]

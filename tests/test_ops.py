@@ -315,3 +315,17 @@ def test_bindings_do_not_write_to_read_only_arrays():
     out.flags.writeable = False
     with pytest.raises(ValueError, match="writeable"):
         _C.rms_norm(np.zeros((2, 3), np.float32), np.zeros(3, np.float32), 1e-5, out)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", *quant.QUANTIZED_KINDS])
+def test_tensors_without_data_give_shapes(kind):
+    x, packed, _, rows, cols, _ = make_args("linear", CASES["linear"][2], kind=kind)
+    ids = torch.tensor([[0, rows - 1]])
+    for stem, first, rest in (
+        ("linear", (x, packed), (kind, rows, cols)),
+        ("embed", (ids, packed), (kind, rows, cols)),
+        ("dequantize", (packed,), (kind, rows, cols)),
+    ):
+        got = getattr(ops, stem)(*(t.to("meta") for t in first), *rest)
+        want = getattr(ops, stem)(*first, *rest)
+        assert got.is_meta and (got.shape, got.dtype) == (want.shape, want.dtype)
