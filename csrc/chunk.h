@@ -21,7 +21,7 @@ struct Sequence {
   int64_t logits;  // how many of the last tokens want logits
 };
 
-constexpr int kAttentionRows = 16;  // tokens of a sequence that attend together
+constexpr int kAttentionRows = 32;  // tokens of a sequence that attend together
 
 // Tokens of one sequence in a chunk, in order.
 struct Span {

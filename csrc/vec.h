@@ -26,10 +26,9 @@ struct Constant {
 // infinite. x = n ln 2 + r, e^r by a polynomial on |r| <= ln 2 / 2 (Cephes' coefficients).
 inline VecF exp(VecF x) {
   x = min(max(x, splat(-87.3f)), splat(88.3f));
-  const VecI n = round_to_int(mul(x, splat(1.44269504088896341f)));
-  const VecF nf = to_float(n);
-  VecF r = fma(nf, splat(-0.693359375f), x);
-  r = fma(nf, splat(2.12194440e-4f), r);
+  const VecF n = nearest(mul(x, splat(1.44269504088896341f)));
+  VecF r = fma(n, splat(-0.693359375f), x);
+  r = fma(n, splat(2.12194440e-4f), r);
   VecF p = splat(1.9875691500e-4f);
   p = fma(p, r, splat(1.3981999507e-3f));
   p = fma(p, r, splat(8.3334519073e-3f));
@@ -37,7 +36,7 @@ inline VecF exp(VecF x) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   p = add(fma(p, mul(r, r), r), splat(1.0f));
-  return mul(p, exp2_int(n));
+  return times_exp2(p, n);
 }
 
 // 2^x for x <= 0, relative error below 3 * 2^-24; at least 2^-126, exact for 0, NaN for NaN.

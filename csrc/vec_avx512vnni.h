@@ -57,6 +57,11 @@ inline VecI round_to_int(VecF a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline VecI add(VecI a, VecI b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline VecI shift_left(VecI a, int bits) { return {_mm512_slli_epi32(a.v, bits)}; }
 inline VecI splat_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline VecI max(VecI a, VecI b) { return {_mm512_max_epi32(a.v, b.v)}; }
+inline int32_t max_lane(VecI a) { return _mm512_reduce_max_epi32(a.v); }
+inline VecI abs_bits(VecF a) {
+  return {_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff))};
+}
 inline int32_t sum(VecI a) { return _mm512_reduce_add_epi32(a.v); }
 inline VecF exp2_int(VecI n) {
   const __m512i biased = _mm512_add_epi32(n.v, _mm512_set1_epi32(127));

@@ -123,6 +123,18 @@ inline VecI splat_int(int32_t x) {
   const int32x4_t v = vdupq_n_s32(x);
   return {{v, v, v, v}};
 }
+inline VecI max(VecI a, VecI b) {
+  MLF_EACH_Q a.q[i] = vmaxq_s32(a.q[i], b.q[i]);
+  return a;
+}
+inline int32_t max_lane(VecI v) {
+  return vmaxvq_s32(vmaxq_s32(vmaxq_s32(v.q[0], v.q[1]), vmaxq_s32(v.q[2], v.q[3])));
+}
+inline VecI abs_bits(VecF v) {
+  VecI r;
+  MLF_EACH_Q r.q[i] = vreinterpretq_s32_f32(vabsq_f32(v.q[i]));
+  return r;
+}
 inline int32_t sum(VecI v) {
   return vaddvq_s32(vaddq_s32(vaddq_s32(v.q[0], v.q[1]), vaddq_s32(v.q[2], v.q[3])));
 }

@@ -160,6 +160,21 @@ inline VecI splat_int(int32_t x) {
   MLF_EACH_LANE r.lane[i] = x;
   return r;
 }
+inline VecI max(VecI a, VecI b) {
+  MLF_EACH_LANE a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+  return a;
+}
+inline int32_t max_lane(VecI v) {
+  for (int i = 1; i < 16; ++i) v.lane[0] = v.lane[i] > v.lane[0] ? v.lane[i] : v.lane[0];
+  return v.lane[0];
+}
+// The bits of |v|, which are in the order of the numbers; infinity and NaN are the largest.
+inline VecI abs_bits(VecF v) {
+  VecI r;
+  memcpy(r.lane, v.lane, sizeof r);
+  MLF_EACH_LANE r.lane[i] &= 0x7fffffff;
+  return r;
+}
 inline int32_t sum(VecI v) {
   int32_t s = 0;
   MLF_EACH_LANE s += v.lane[i];

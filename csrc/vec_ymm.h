@@ -88,6 +88,21 @@ inline VecI shift_left(VecI v, int bits) {
   return {_mm256_slli_epi32(v.lo, bits), _mm256_slli_epi32(v.hi, bits)};
 }
 inline VecI splat_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline VecI max(VecI a, VecI b) {
+  return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)};
+}
+inline int32_t max_lane(VecI v) {
+  const __m256i eight = _mm256_max_epi32(v.lo, v.hi);
+  const __m128i four =
+      _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+}
+inline VecI abs_bits(VecF v) {
+  const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+  return {_mm256_and_si256(_mm256_castps_si256(v.lo), mask),
+          _mm256_and_si256(_mm256_castps_si256(v.hi), mask)};
+}
 inline int32_t sum(VecI v) {
   const __m256i eight = _mm256_add_epi32(v.lo, v.hi);
   const __m128i four =

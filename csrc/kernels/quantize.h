@@ -2,13 +2,13 @@
 
 // The largest |x|, or NaN if any x is not finite.
 inline float max_abs(const float* x, int64_t cols) {
-  VecF largest = splat(0.0f), zero = splat(0.0f);
-  for_each_vec(cols, [&](int64_t i, int n) {
-    const VecF v = load_upto(x + i, n);
-    largest = max(largest, abs(v));
-    zero = add(zero, sub(v, v));  // NaN for infinities too
-  });
-  return max_lane(largest) + sum(zero);
+  VecI largest = splat_int(0);
+  for_each_vec(cols,
+               [&](int64_t i, int n) { largest = max(largest, abs_bits(load_upto(x + i, n))); });
+  const int32_t bits = max_lane(largest);
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value - value == 0.0f ? value : NAN;
 }
 
 // The factor that turns a row into codes, and its scale. A row too small for its reciprocal to be
