@@ -2,6 +2,7 @@
 
 One node of autograd per call. Seen as an operator, it is what the dispatcher runs above autograd,
 and goes on to operators below; unwatched (`op_watch`) it goes to their functions.
+Transforms of functions (`torch.func`) and torch's forward mode see the function of torch instead.
 """
 
 import inspect
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .op_watch import is_plain, is_watched
+from .op_watch import function_transform, has_tangent, is_plain, is_watched
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _any_requires_grad = torch._C._any_requires_grad
@@ -42,26 +43,34 @@ class Derivative:
         stem: its name.
         op: the operator.
         takes: whether the kernels take a call's arguments.
-        function: the function of torch to differentiate.
-        once: a faster one for first derivatives, or None.
+        reference: the op in functions of torch.
+        function: what to differentiate instead, or None.
+        once: what is faster to differentiate once, or None.
     """
 
     def __init__(
-        self, stem: str, op: Any, takes: Callable, function: Callable, once: Callable | None
+        self,
+        stem: str,
+        op: Any,
+        takes: Callable,
+        reference: Callable,
+        function: Callable | None,
+        once: Callable | None,
     ) -> None:
-        self.op, self.takes = op, takes
-        self.function, self.once = function, once or function
+        self.op, self.takes, self.reference = op, takes, reference
+        self.function = function or reference
+        self.once = once or self.function
         self.kernel = self.kernel_op = self.save = self.save_op = None
         self.order: tuple[int, ...] = ()
         self.first_saved = 0  # of what `save` returns
         # not the schema's, which has numbers for dtypes
-        self.defaults = tuple(p.default for p in inspect.signature(function).parameters.values())
+        self.defaults = tuple(p.default for p in inspect.signature(reference).parameters.values())
         members = {
             "forward": staticmethod(self._forward),
             "backward": staticmethod(self._backward),
         }
         node = type(stem, (torch.autograd.Function,), members)
-        # `Function.apply` looks for function transforms first: those call the operator
+        # `Function.apply` looks for function transforms first; `dispatched` has done so
         self.apply = super(torch.autograd.Function, node).apply
 
     def add_kernel(self, kernel: Callable, op: Any, order: tuple[int, ...] | None) -> None:
@@ -102,10 +111,21 @@ class Derivative:
 
     def dispatched(self, *args: Any) -> Any:
         """Compute the op above autograd, as the dispatcher's kernel."""
-        if torch.is_grad_enabled() and _any_requires_grad(*args):
+        wanted = torch.is_grad_enabled() and _any_requires_grad(*args)
+        if (wanted and function_transform() is not None) or has_tangent(args):
+            return self._transparent(args)
+        if wanted:
             return self.apply(None, *self._filled(args))
         with _below_autograd():
             return self.op(*args)
+
+    def _transparent(self, args: tuple) -> Any:
+        """Compute the op of torch's operators alone, which transforms of functions see through."""
+        out = self.function(*args)
+        if self.function is self.reference:
+            return out
+        rounded = self.op(*(a.detach() if isinstance(a, Tensor) else a for a in args))
+        return out + (rounded - out).detach()
 
     def _filled(self, args: tuple) -> tuple:
         return args + self.defaults[len(args) :]  # the dispatcher leaves out what is a default

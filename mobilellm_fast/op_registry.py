@@ -95,7 +95,7 @@ def register(
         kernels[gpu.upper()] = run_cuda
     op = _define(stem, reference, kernels, fake)
 
-    derivative = Derivative(stem, op, takes, differentiable or reference, once_differentiable)
+    derivative = Derivative(stem, op, takes, reference, differentiable, once_differentiable)
     if cuda_backward is not None:
         run = _on_gpu(cuda_backward)
         derivative.add_kernel(

@@ -9,25 +9,36 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
-_function_transform = torch._C._functorch.peek_interpreter_stack
+function_transform = torch._C._functorch.peek_interpreter_stack
 _tracing_state = torch._C._get_tracing_state
 _profiled = torch.autograd._profiler_enabled
 _VALUES = frozenset((type(None), int, float, str, torch.dtype))
 
 
 def is_watched() -> bool:
-    """Tell if anything in this thread follows operators: a mode, a tracer, a profiler."""
+    """Tell if anything follows operators: a mode, a tracer, a profiler, forward derivatives."""
     return bool(
         torch.compiler.is_compiling()
         or _dispatch_modes()
         or _function_modes()
-        or _function_transform() is not None
+        or function_transform() is not None
+        or forward_ad._current_level >= 0
         or _tracing_state() is not None
         or _profiled()
+    )
+
+
+def has_tangent(values: Iterable[Any]) -> bool:
+    """Tell if torch's forward-mode differentiation follows any of these."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(
+        isinstance(v, Tensor) and forward_ad.unpack_dual(v).tangent is not None for v in values
     )
 
 

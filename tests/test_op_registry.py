@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -144,3 +145,18 @@ def test_compiled(ops, stem):
     (got,) = torch.autograd.grad(compiled(x, y).sum(), x)
     assert ran == [stem]
     torch.testing.assert_close(got, 3 * x**2 * y)
+
+
+@pytest.mark.parametrize("stem", ["cube_times", "triple_times"])
+def test_transforms_of_functions_see_through_kernels(ops, stem):
+    x, y = arguments(wanted=(False, False))
+    want = 3 * x**2 * y
+    found = torch.func.grad(lambda t: ops[stem](t, y).sum())(x)
+    torch.testing.assert_close(found, want)
+    _, tangent = torch.func.jvp(lambda t: ops[stem].by_gpu_kernel(t, y), (x,), (x,))
+    torch.testing.assert_close(tangent, want * x)
+    with forward_ad.dual_level():
+        dual = ops[stem].by_gpu_kernel(forward_ad.make_dual(x.requires_grad_(), x.detach()), y)
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, want * x)
+        (gradient,) = torch.autograd.grad(dual.sum(), x)
+        torch.testing.assert_close(forward_ad.unpack_dual(gradient).primal, want)

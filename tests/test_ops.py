@@ -1,9 +1,12 @@
 """The ops as torch operators: registration, gradients, dispatch, messages."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from cases import CASES, LINEAR_KINDS, make_args, run_kernel
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from mobilellm_fast import _C, ops, quant, reference
@@ -329,3 +332,52 @@ def test_tensors_without_data_give_shapes(kind):
         got = getattr(ops, stem)(*(t.to("meta") for t in first), *rest)
         want = getattr(ops, stem)(*first, *rest)
         assert got.is_meta and (got.shape, got.dtype) == (want.shape, want.dtype)
+
+
+LINEARS = [name for name in EXAMPLES if name.startswith("linear")]
+
+
+def of_first(name, dtype=None):
+    """An op as a function of its first argument, and that."""
+    x, *rest = with_gradients(example(name), dtype)
+    rest = [a.detach() if isinstance(a, torch.Tensor) else a for a in rest]
+    return lambda t: op(name)(t, *rest), x.detach()
+
+
+@pytest.mark.parametrize("name", [*DIFFERENTIABLE, *LINEARS])
+def test_transforms_of_functions(name):
+    function, x = of_first(name)
+    leaf = x.clone().requires_grad_()
+    value = function(leaf).square().sum()
+    (want,) = torch.autograd.grad(value, leaf)
+
+    def loss(t):
+        return function(t).square().sum()
+
+    got, loss_value = torch.func.grad_and_value(loss)(x)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=2e-5)
+    close(got, want)
+    close(loss_value, value.detach())
+    close(torch.func.vmap(torch.func.grad(loss))(torch.stack((x, x)))[1], want)
+    jacobian = torch.func.jacrev(function)(x)
+    close(torch.func.jacfwd(function)(x), jacobian)
+    close(torch.func.jvp(function, (x,), (x,))[1], torch.tensordot(jacobian, x, x.ndim))
+    rows = torch.func.hessian(loss)(x).flatten(x.ndim).flatten(0, -2)
+    assert rows.abs().sum() > 0
+    close(rows, rows.T)
+
+
+@pytest.mark.parametrize("name", [*DIFFERENTIABLE, *LINEARS])
+def test_forward_mode_differentiation(name):
+    if name in DIFFERENTIABLE:
+        args = with_gradients(example(name), torch.float64)
+        options = dict(check_forward_ad=True, check_backward_ad=False, fast_mode=True)
+        assert torch.autograd.gradcheck(op(name), args, **options)
+    function, x = of_first(name)
+    along = torch.randn_like(x)
+    with forward_ad.dual_level():
+        value, tangent = forward_ad.unpack_dual(function(forward_ad.make_dual(x, along)))
+        assert forward_ad.unpack_dual(function(x)).tangent is None
+    torch.testing.assert_close(value, function(x), rtol=1e-5, atol=1e-5)
+    _, want = torch.autograd.functional.jvp(function, x, along)  # by differentiating twice
+    torch.testing.assert_close(tangent, want, rtol=1e-5, atol=2e-5)
