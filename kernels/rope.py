@@ -24,7 +24,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _launch(x, cos, sin, False)
 
 
-def rope_backward(grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope_backward(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Differentiate `rope`: the gradient of its result -> that of `x`."""
     return _launch(grad, cos, sin, True)
 

@@ -59,7 +59,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope_backward(grad: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return _kernels("rope").rope_backward(grad, x, cos, sin)
+    return _kernels("rope").rope_backward(grad, cos, sin)
 
 
 def swiglu(x: Tensor, gate_weight: Tensor, up_weight: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def calls():
         "rms_norm_backward": lambda: rms_norm.rms_norm_backward(x, x, weight, 1e-5, x),
         "add_rms_norm": lambda: rms_norm.add_rms_norm(x, x, weight, 1e-5),
         "rope": lambda: rope.rope(q, angles, angles),
-        "rope_backward": lambda: rope.rope_backward(q, q, angles, angles),
+        "rope_backward": lambda: rope.rope_backward(q, angles, angles),
         "swiglu": lambda: swiglu.swiglu(x, *matrices),
         "swiglu_saving": lambda: swiglu.swiglu_saving(x, *matrices),
         "swiglu_backward": lambda: swiglu.swiglu_backward(gate, x, *matrices, gate, gate),

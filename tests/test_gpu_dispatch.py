@@ -73,7 +73,7 @@ def backward_of(stem, args, grads):
         total, weight = rms_norm.add_rms_norm_backward(*grads, *args)
         return total, total, weight
     if stem == "rope":
-        return (rope.rope_backward(*grads, *args),)
+        return (rope.rope_backward(*grads, *args[1:]),)
     return swiglu.swiglu_backward(*grads, *args, *swiglu.swiglu_saving(*args)[1:])
 
 
