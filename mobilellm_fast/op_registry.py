@@ -188,4 +188,10 @@ def _tensors(args: Iterable[Any]) -> Iterable[Tensor]:
 
 def _run_contiguous(function: Callable, *args: Any) -> Any:
     out = function(*args)
-    return tuple(t.contiguous() for t in out) if isinstance(out, tuple) else out.contiguous()
+    return tuple(_own(t) for t in out) if isinstance(out, tuple) else _own(out)
+
+
+def _own(result: Tensor) -> Tensor:
+    """Make a result contiguous, and no view, which autograd would let nobody change in place."""
+    result = result.contiguous()
+    return result.detach() if result._is_view() else result

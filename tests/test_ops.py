@@ -381,3 +381,13 @@ def test_forward_mode_differentiation(name):
     torch.testing.assert_close(value, function(x), rtol=1e-5, atol=1e-5)
     _, want = torch.autograd.functional.jvp(function, x, along)  # by differentiating twice
     torch.testing.assert_close(tangent, want, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ops.FLOATS, ids=str)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_results_may_be_changed_in_place(name, dtype):
+    function, x = of_first(name, dtype)
+    leaf = x.requires_grad_()
+    (want,) = torch.autograd.grad(function(leaf).sum(), leaf)
+    (got,) = torch.autograd.grad(function(leaf).mul_(2).sum(), leaf)
+    assert torch.equal(got, 2 * want)
