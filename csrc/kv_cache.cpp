@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <utility>
 
 namespace mlf {
@@ -55,7 +56,8 @@ void KVCache::reserve(int64_t tokens) {
     else touch(own.get(), 0, page_nbytes());
     pages_[page] = std::move(own);
   }
-  int64_t wanted = ceil_div(tokens, kPageTokens) * page_nbytes();
+  const int64_t needed = ceil_div(tokens, kPageTokens) * page_nbytes();
+  int64_t wanted = needed;
   if (tokens == length_ + 1) {
     const int64_t left = ceil_div(tokens, kPageTokens) * kPageTokens - tokens;
     const int64_t parts = std::max<int64_t>(kTouchingTokens - left, 0);
@@ -64,7 +66,14 @@ void KVCache::reserve(int64_t tokens) {
   while (touched_ < wanted) {
     const int64_t page = touched_ / page_nbytes(), begin = touched_ % page_nbytes();
     const int64_t end = std::min(wanted - page * page_nbytes(), page_nbytes());
-    if (page == static_cast<int64_t>(pages_.size())) pages_.push_back(new_page());
+    if (page == static_cast<int64_t>(pages_.size())) {
+      try {
+        pages_.push_back(new_page());
+      } catch (const std::bad_alloc&) {
+        if (touched_ < needed) throw;
+        return;  // a page for later; then there may be memory again
+      }
+    }
     touch(pages_[page].get(), begin, end);
     touched_ += end - begin;
   }

@@ -98,7 +98,7 @@ def test_greedy_tokens_equal_transformers(load):
 @pytest.mark.parametrize(
     ("format", "ratio", "divergence"),
     [
-        ("int8", 1.008, 0.005),  # measured: 1.0058 and 0.0045; promised: 1.01 and 0.01
+        ("int8", 1.008, 0.005),  # measured: 1.0048 and 0.0046; promised: 1.01 and 0.01
         ("w8a8", 1.06, 0.05),
         ("int4", 1.002, 0.001),
         ("int4_all", 1.08, 0.08),
