@@ -382,6 +382,41 @@ def test_a_system_without_threads_is_an_error_not_a_hang():
     assert done.stdout.split() == ["refused", "refused", "recovered"], done.stdout + done.stderr
 
 
+NO_MEMORY = """
+import resource, sys
+sys.path[:0] = sys.argv[1:]
+from helpers import tiny_config
+from test_executor import make_executor
+executor = make_executor(tiny_config(max_position_embeddings=4096), threads=1)
+cache = executor.new_cache()
+executor.forward([1] * 2015, cache)
+executor.forward([1], cache)  # whatever a step allocates for itself is there
+soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), hard))
+while cache.length < 2048:
+    executor.forward([1], cache)
+print("full")
+try:
+    executor.forward([1], cache)
+except MemoryError:
+    print("refused")
+resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+executor.forward([1], cache)
+print(cache.length)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory")
+def test_a_page_for_later_that_finds_no_memory_fails_no_step():
+    """The next one, of 16 that are allocated together, is touched 32 tokens before it is needed."""
+    tests = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", NO_MEMORY, tests], capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout.split() == ["full", "refused", "2049"], done.stdout + done.stderr
+
+
 ON_ONE_CORE = """
 import os
 import numpy as np
