@@ -6,6 +6,7 @@ take 262 MB, their gradient as much again. Here they exist for one chunk only.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .errors import MobileLLMError
+from .op_watch import function_transform, has_tangent
 
 IGNORED = -100  # a label that does not count, as in transformers
 # Tokens whose logits exist at once: 65 MB of float32 at a vocabulary of 32000, and wide enough a
@@ -48,13 +50,15 @@ def next_token_loss(
         )
     chunk = chunk or (GPU_CHUNK if hidden.is_cuda else CHUNK)
     hidden, labels = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten().long()
-    if isinstance(head, Tensor):
-        total = LinearCrossEntropy.apply(hidden, head, labels, chunk)
+    parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
+    project = functools.partial(F.linear, weight=head) if isinstance(head, Tensor) else head
+    if function_transform() is not None or has_tangent((hidden, head)):
+        # they see through neither nodes of autograd nor checkpoints
+        total = sum(_cross_entropy(project, *part) for part in parts)
+    elif project is head:
+        total = sum(checkpoint(_cross_entropy, head, *part, use_reentrant=False) for part in parts)
     else:
-        total = sum(
-            checkpoint(_cross_entropy, head, *part, use_reentrant=False)
-            for part in zip(hidden.split(chunk), labels.split(chunk), strict=True)
-        )
+        total = LinearCrossEntropy.apply(hidden, head, labels, chunk)
     return total / (labels != IGNORED).sum()
 
 

@@ -1,5 +1,7 @@
 """The loss of a head in chunks: values, gradients, memory."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,6 +50,25 @@ def test_gradcheck(chunk):
     )
 
 
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_functions_of_it_are_transformed(chunk):
+    hidden, weight, labels = (t.detach() for t in example())
+
+    def ours(hidden, weight, labels):
+        return next_token_loss(hidden, weight, labels, chunk)
+
+    close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
+    for transform in (torch.func.grad, torch.func.jacfwd, torch.func.hessian):
+        close(
+            transform(ours, argnums=1)(hidden, weight, labels),
+            transform(plain, argnums=1)(hidden, weight, labels),
+        )
+    each = torch.func.vmap(torch.func.grad(ours), in_dims=(0, None, 0))
+    samples = hidden[:, None], weight, labels[:, None]
+    for got, *sample in zip(each(*samples), samples[0], samples[2], strict=True):
+        close(got, torch.func.grad(plain)(sample[0], weight, sample[1]))
+
+
 @pytest.mark.parametrize("chunk", [5, 100])
 @pytest.mark.parametrize("wanted", ["hidden", "weight"])
 def test_only_wanted_gradients_are_computed(wanted, chunk):
@@ -87,6 +108,21 @@ def test_models_return_the_loss_of_their_logits(kind, tied):
         torch.autograd.grad(got, parameters), torch.autograd.grad(want, parameters), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_a_model_is_a_function_of_its_parameters():
+    torch.manual_seed(0)
+    lm = MobileLLM(tiny_config())
+    ids = torch.tensor(random_ids(lm.config, 2, 12))
+    parameters = {name: p.detach() for name, p in lm.named_parameters()}
+
+    def loss(parameters):
+        return torch.func.functional_call(lm, parameters, (ids, ids))
+
+    got = torch.func.grad(loss)(parameters)
+    lm(ids, ids).backward()
+    for name, parameter in lm.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
 
 class Peak(torch.utils._python_dispatch.TorchDispatchMode):
