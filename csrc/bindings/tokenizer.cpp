@@ -1,12 +1,13 @@
-#include "bindings_tokenizer.h"
+// The tokenizer as a table.
+#include "../tokenizer/tokenizer.h"
 
 #include <pybind11/stl.h>
 
 #include <memory>
 #include <optional>
 
-#include "tokenizer/detokenizer.h"
-#include "tokenizer/tokenizer.h"
+#include "../tokenizer/detokenizer.h"
+#include "bindings.h"
 
 namespace py = pybind11;
 

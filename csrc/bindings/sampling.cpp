@@ -1,0 +1,45 @@
+// Log-probabilities and drawing of tokens.
+#include "../sampling.h"
+
+#include <cmath>
+
+#include "../dispatch.h"
+#include "arguments.h"
+#include "bindings.h"
+
+namespace py = pybind11;
+
+namespace mlf {
+
+void bind_sampling(py::module_& m) {
+  using namespace pybind11::literals;
+  m.def(
+      "logprob",
+      [](const py::array& logits, float max, int64_t token, const std::string& isa) {
+        const float* x = floats(logits, "logits", {-1});
+        const int64_t vocab = logits.shape(0);
+        if (token < 0 || token >= vocab)
+          throw py::value_error("token must be in 0.." + std::to_string(vocab - 1) + ", got " +
+                                std::to_string(token));
+        const KernelTable& kernels = kernel_table(isa);
+        py::gil_scoped_release release;
+        return logprob(kernels, x, vocab, max, token);
+      },
+      "logits"_a, "max"_a, "token"_a, "isa"_a = "");
+  m.def(
+      "draw",
+      [](const py::array& logits, float max, double temperature, int64_t top_k, double top_p,
+         double min_p, double uniform, const std::string& isa) {
+        const float* x = floats(logits, "logits", {-1});
+        if (!(temperature > 0) || top_k < 0 || !(top_p > 0) || !(min_p >= 0) || !(min_p <= 1) ||
+            !(uniform >= 0) || !(uniform < 1) || !std::isfinite(max) || logits.shape(0) < 1)
+          throw py::value_error("draw: an argument is out of range");
+        const KernelTable& kernels = kernel_table(isa);
+        py::gil_scoped_release release;
+        return draw(kernels, x, logits.shape(0), max, {temperature, top_k, top_p, min_p}, uniform);
+      },
+      "logits"_a, "max"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "uniform"_a,
+      "isa"_a = "");
+}
+
+}  // namespace mlf
