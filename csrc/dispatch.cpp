@@ -125,12 +125,16 @@ std::vector<std::string> supported_isas() {
 }
 
 const KernelTable& kernel_table(const std::string& name) {
+  if (name.empty()) {
+    static const KernelTable& best = kernel_table(supported_isas().front());
+    return best;
+  }
   std::string known;
   for (const Entry& entry : kEntries) {
-    const bool wanted = name.empty() || name == entry.table->name;
-    if (wanted && entry.runs() && prepares(entry.table->name)) return *entry.table;
-    if (wanted && !name.empty())
+    if (name == entry.table->name) {
+      if (entry.runs() && prepares(name)) return *entry.table;
       throw std::invalid_argument("isa " + name + " cannot run on this machine");
+    }
     known += std::string(known.empty() ? "" : ", ") + entry.table->name;
   }
   throw std::invalid_argument("isa must be one of " + known + ", got " + name);

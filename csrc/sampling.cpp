@@ -5,7 +5,6 @@
 #include <cstring>
 #include <functional>
 #include <numeric>
-#include <stdexcept>
 #include <vector>
 
 namespace mlf {
@@ -112,8 +111,19 @@ int64_t draw_from(const Candidates& kept, double uniform) {  // by ascending tok
     reached += candidate.weight;
     if (reached >= target) return candidate.token;
   }
-  if (kept.empty()) throw std::invalid_argument("max must be the largest logit");
   return kept.back().token;
+}
+
+// The first of the largest logits; of logits that are no numbers, any.
+int64_t likeliest(const KernelTable& kernels, const float* logits, int64_t vocab) {
+  std::vector<float> maxima(ceil_div(vocab, kSoftmaxBlock));
+  kernels.block_max(logits, maxima.data(), vocab);
+  const auto block = std::max_element(maxima.begin(), maxima.end());
+  const int64_t first = (block - maxima.begin()) * kSoftmaxBlock;
+  const float* begin = logits + first;
+  const float* end = logits + std::min(first + kSoftmaxBlock, vocab);
+  const float* found = std::find(begin, end, *block);
+  return found == end ? first : found - logits;
 }
 
 // Whether all logits are finite or minus infinity.
@@ -125,10 +135,6 @@ bool all_countable(const float* logits, int64_t vocab) {
     others |= (bits & 0x7f800000) == 0x7f800000 && bits != 0xff800000;
   }
   return others == 0;
-}
-
-void check_logits(bool good) {
-  if (!good) throw std::invalid_argument("draw: logits must be finite, or minus infinity");
 }
 
 // The k-th largest logit. The k-th largest of the blocks' maxima is at most that, so only logits
@@ -171,14 +177,8 @@ void keep_top_p(Candidates& candidates, double p, double total) {
             [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
 }
 
-}  // namespace
-
-double logprob(const KernelTable& kernels, const float* logits, int64_t vocab, float max,
-               int64_t token) {
-  const Weights weights(kernels, logits, vocab, max, 1.0);
-  return static_cast<double>(logits[token] - max) - std::log(weights.total());
-}
-
+// The token at which the cumulated probability of what the filters keep reaches 1 - uniform; `max`
+// is the largest logit, finite.
 int64_t draw(const KernelTable& kernels, const float* logits, int64_t vocab, float max,
              const Filters& filters, double uniform) {
   Candidates candidates;
@@ -188,14 +188,12 @@ int64_t draw(const KernelTable& kernels, const float* logits, int64_t vocab, flo
   };
   double total = 0;  // of the weights before top_p
   if (filters.top_k > 0 && filters.top_k < vocab) {
-    check_logits(all_countable(logits, vocab));
     const float least = kth_largest(kernels, logits, vocab, filters.top_k);
     for (int64_t i = 0; i < vocab; ++i)
       if (logits[i] >= least) add(i);
     for (const Candidate& candidate : candidates) total += candidate.weight;
   } else {
     const Weights weights(kernels, logits, vocab, max, filters.temperature);
-    check_logits(std::isfinite(weights.total()));
     if (filters.top_p >= 1 && filters.min_p <= 0) return draw_from_all(weights, uniform);
     total = weights.total();
     const float least =
@@ -209,6 +207,37 @@ int64_t draw(const KernelTable& kernels, const float* logits, int64_t vocab, flo
                                     [&](const Candidate& c) { return c.weight < filters.min_p; }),
                      candidates.end());
   return draw_from(candidates, uniform);
+}
+
+// NaN unless the largest logit is finite and none is no number.
+double log_softmax(const KernelTable& kernels, const float* logits, int64_t vocab, float max,
+                   int64_t token) {
+  const Weights weights(kernels, logits, vocab, max, 1.0);
+  return static_cast<double>(logits[token] - max) - std::log(weights.total());
+}
+
+}  // namespace
+
+double logprob(const KernelTable& kernels, const float* logits, int64_t vocab, int64_t token) {
+  const float max = logits[likeliest(kernels, logits, vocab)];
+  return log_softmax(kernels, logits, vocab, max, token);
+}
+
+Choice choose(const KernelTable& kernels, const float* logits, const float* chosen_from,
+              int64_t vocab, const Filters& filters, double uniform) {
+  const int64_t first = likeliest(kernels, logits, vocab);
+  const double logprob = log_softmax(kernels, logits, vocab, logits[first], first);
+  Choice choice{first, logprob};
+  if (!std::isfinite(logprob)) return choice;
+  if (chosen_from != logits) {
+    choice.token = likeliest(kernels, chosen_from, vocab);
+    if (!all_countable(chosen_from, vocab) || !std::isfinite(chosen_from[choice.token]))
+      return {choice.token, NAN};
+  }
+  if (filters.temperature > 0)
+    choice.token = draw(kernels, chosen_from, vocab, chosen_from[choice.token], filters, uniform);
+  choice.logprob = static_cast<double>(logits[choice.token] - logits[first]) + logprob;
+  return choice;
 }
 
 }  // namespace mlf

@@ -9,18 +9,24 @@ namespace mlf {
 
 // Limits that change nothing: top_k = 0, top_p = 1, min_p = 0.
 struct Filters {
-  double temperature;  // > 0
+  double temperature;  // 0: the likeliest token, the first on ties
   int64_t top_k;
   double top_p, min_p;
 };
 
-// The natural log of a token's probability under softmax(logits); `max` is the largest, finite.
-double logprob(const KernelTable& kernels, const float* logits, int64_t vocab, float max,
-               int64_t token);
+struct Choice {
+  int64_t token;
+  double logprob;
+};
 
-// Draw a token: the first, by id, at which the cumulated probability of what the filters keep
-// reaches 1 - uniform; uniform in [0, 1).
-int64_t draw(const KernelTable& kernels, const float* logits, int64_t vocab, float max,
-             const Filters& filters, double uniform);
+// The natural log of a token's probability under softmax(logits). NaN if a logit is no number or
+// the largest not finite.
+double logprob(const KernelTable& kernels, const float* logits, int64_t vocab, int64_t token);
+
+// Choose a token: the first, by id, at which the cumulated probability of what the filters keep of
+// `chosen_from` (vocab logits, too) reaches 1 - uniform; uniform in [0, 1). With it its `logprob`,
+// of `logits`; NaN if either's are broken as above.
+Choice choose(const KernelTable& kernels, const float* logits, const float* chosen_from,
+              int64_t vocab, const Filters& filters, double uniform);
 
 }  // namespace mlf

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from numbers import Real
 from typing import Any
 
@@ -64,12 +66,12 @@ class Sampler:
     def __init__(self, sampling: Sampling, prompt_ids: list[int], vocab_size: int) -> None:
         self._sampling = sampling
         self._seen = None
-        self._random = None
+        self._uniforms = repeat(0.0)
         if sampling.repetition_penalty != 1:
             self._seen = np.zeros(vocab_size, bool)
             self._seen[prompt_ids] = True
         if sampling.temperature > 0:
-            self._random = np.random.Generator(np.random.PCG64(sampling.seed))
+            self._uniforms = uniforms(sampling.seed)
 
     def choose(self, logits: np.ndarray) -> tuple[int, float]:
         """Choose the next token from float32 logits (vocab,), which are left unchanged.
@@ -80,46 +82,34 @@ class Sampler:
         Raises:
             MobileLLMError: the largest logit is not finite, so the model's numbers are broken.
         """
-        # One pass finds both the place and the value: argmax stops at nan, as max does.
-        token_id = int(logits.argmax())
-        largest = likeliest = float(logits[token_id])
-        chosen_from = logits
+        chosen_from, options = logits, self._sampling
         if self._seen is not None:
-            chosen_from = penalise(logits, self._seen, self._sampling.repetition_penalty)
-            token_id = int(chosen_from.argmax())
-            likeliest = float(chosen_from[token_id])
-        if not (math.isfinite(largest) and math.isfinite(likeliest)):
+            chosen_from = penalise(logits, self._seen, options.repetition_penalty)
+        token_id, token_logprob = _C.choose(
+            logits,
+            chosen_from,
+            options.temperature,
+            min(options.top_k or 0, logits.size),
+            1.0 if options.top_p is None else options.top_p,
+            options.min_p or 0.0,
+            next(self._uniforms),
+        )
+        if math.isnan(token_logprob):
             raise MobileLLMError("[generate] the model's logits must be finite, got nan or inf")
-        if self._random is not None:
-            token_id = draw(chosen_from, likeliest, self._sampling, self._random.random())
         if self._seen is not None:
             self._seen[token_id] = True
-        return token_id, _C.logprob(logits, largest, token_id)
+        return token_id, token_logprob
 
 
-def draw(logits: np.ndarray, largest: float, sampling: Sampling, uniform: float) -> int:
-    """Choose the token at which the cumulated `distribution` reaches 1 - uniform.
-
-    Args:
-        logits: (vocab,) float32.
-        largest: their largest, finite.
-        uniform: in [0, 1).
-    Numerics: candidates are found by float32 exponentials and weighed by float64 ones; without
-        any filter all are weighed in float32.
-    """
-    return _C.draw(
-        logits,
-        largest,
-        sampling.temperature,
-        min(sampling.top_k or 0, logits.size),
-        1.0 if sampling.top_p is None else sampling.top_p,
-        sampling.min_p or 0.0,
-        uniform,
-    )
+def uniforms(seed: int | None) -> Iterator[float]:
+    """Yield random numbers in [0, 1), drawn in blocks: numpy's code is in no cache after a step."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    while True:
+        yield from generator.random(64).tolist()
 
 
 def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """Apply temperature > 0, top_k, top_p and min_p: the specification of `draw`.
+    """Apply temperature > 0, top_k, top_p and min_p: the specification of `_C.choose`.
 
     Args:
         logits: (vocab,), the largest finite.
@@ -148,7 +138,8 @@ def penalise(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray
     """
     penalised, token_ids = logits.copy(), np.flatnonzero(seen)
     values = logits[token_ids]
-    penalised[token_ids] = np.where(values < 0, values * penalty, values / penalty)
+    with np.errstate(over="ignore"):
+        penalised[token_ids] = np.where(values < 0, values * penalty, values / penalty)
     return penalised
 
 
@@ -185,15 +176,14 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def logprob(logits: np.ndarray, token_id: int) -> float:
-    """Return the natural log of a token's probability under softmax(logits).
+    """Return the natural log of a token's probability under softmax(logits), NaN if that is none.
 
     Args:
         logits: (vocab,) float32.
     Numerics: exponentials and their sums of 64 in float32, the sum of those in float64: within
         1e-6 of a float64 log-softmax.
     """
-    largest = float(logits.max())
-    return _C.logprob(logits, largest, token_id) if math.isfinite(largest) else math.nan
+    return _C.logprob(logits, token_id)
 
 
 def check_integer(name: str, value: Any, *, at_least: int) -> int:

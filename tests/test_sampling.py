@@ -6,7 +6,7 @@ import pytest
 from mobilellm_fast import _C
 from mobilellm_fast import sampling as s
 from mobilellm_fast.errors import MobileLLMError
-from mobilellm_fast.sampling import Sampler, Sampling, distribution, draw, logprob
+from mobilellm_fast.sampling import Sampler, Sampling, distribution, logprob
 
 VOCAB = 2000
 
@@ -125,6 +125,13 @@ def test_a_seed_repeats_and_another_differs():
     assert draw(None) != draw(None)
 
 
+def draw(logits, sampling, uniform, isa=""):
+    """Return the token that a number in [0, 1) chooses."""
+    top_p = 1.0 if sampling.top_p is None else sampling.top_p
+    filters = sampling.temperature, sampling.top_k or 0, top_p, sampling.min_p or 0.0
+    return _C.choose(logits, logits, *filters, uniform, isa)[0]
+
+
 @pytest.mark.parametrize("isa", _C.supported_isas())
 @pytest.mark.parametrize("spread", [0.01, 1.0, 4.0, 30.0])
 @pytest.mark.parametrize("size", [1, 5, 64, 65, 1000, 49152])
@@ -144,16 +151,7 @@ def test_draws_are_those_of_the_specification(isa, spread, size):
         sampling, uniform = Sampling(**filters), rng.random()
         token_ids, probabilities = distribution(logits, sampling)
         cumulative = probabilities.cumsum()
-        got = _C.draw(
-            logits,
-            logits.max(),
-            sampling.temperature,
-            sampling.top_k or 0,
-            1.0 if sampling.top_p is None else sampling.top_p,
-            sampling.min_p or 0.0,
-            uniform,
-            isa,
-        )
+        got = draw(logits, sampling, uniform, isa)
         # the same token, unless the number lies within rounding of the step between two
         place = token_ids.tolist().index(got)
         below = cumulative[place - 1] if place else 0.0
@@ -167,9 +165,9 @@ def test_draws_at_the_ends_of_the_range():
     logits = logits.astype(np.float32)
     for options in ({}, {"top_k": 4}, {"top_p": 0.9999}, {"min_p": 0.01}):
         sampling = Sampling(temperature=1.0, **options)
-        assert draw(logits, logits.max(), sampling, 0.0) == 73
-        assert draw(logits, logits.max(), sampling, np.nextafter(1.0, 0.0)) == 70
-        assert draw(logits, logits.max(), sampling, 0.55) == 72
+        assert draw(logits, sampling, 0.0) == 73
+        assert draw(logits, sampling, np.nextafter(1.0, 0.0)) == 70
+        assert draw(logits, sampling, 0.55) == 72
 
 
 def test_impossible_tokens_are_never_drawn():
@@ -188,13 +186,36 @@ def test_extreme_temperatures_neither_warn_nor_fail(temperature, recwarn):
     assert not recwarn
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_broken_logits_are_an_error(temperature, bad):
-    logits = random_logits(0)
-    logits[17] = bad
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 3}])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.nan])
+def test_broken_logits_are_an_error(options, bad):
+    for place in (0, 17, VOCAB - 1):
+        logits = random_logits(0)
+        logits[place] = bad
+        for isa in _C.supported_isas():
+            assert np.isnan(_C.choose(logits, logits, 0.0, 0, 1.0, 0.0, 0.0, isa)[1])
+            assert np.isnan(_C.logprob(logits, 3, isa))
+        with pytest.raises(MobileLLMError, match="must be finite"):
+            Sampler(Sampling(**options), [], VOCAB).choose(logits)
     with pytest.raises(MobileLLMError, match="must be finite"):
-        Sampler(Sampling(temperature=temperature), [], VOCAB).choose(logits)[0]
+        Sampler(Sampling(**options), [], VOCAB).choose(np.full(VOCAB, -np.inf, np.float32))
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 3}])
+def test_a_penalty_that_overflows_is_an_error(options):
+    logits = random_logits(0)
+    logits[17] = 1e30
+    with pytest.raises(MobileLLMError, match="must be finite"):
+        Sampler(Sampling(repetition_penalty=1e-10, **options), [17], VOCAB).choose(logits)
+
+
+@pytest.mark.parametrize("isa", _C.supported_isas())
+def test_the_likeliest_is_the_first_of_the_largest(isa):
+    rng = np.random.default_rng(1)
+    for size in (1, 5, 64, 65, 1000, 49152):
+        for levels in (1, 3, 1000):
+            logits = rng.integers(0, levels, size).astype(np.float32)
+            assert _C.choose(logits, logits, 0.0, 0, 1.0, 0.0, 0.0, isa)[0] == logits.argmax()
 
 
 def test_a_choice_comes_with_its_raw_logprob():
@@ -254,15 +275,11 @@ def test_numpy_numbers_are_numbers():
     assert (options.temperature, options.top_k, options.seed) == (0.5, 3, 4)
 
 
-@pytest.mark.parametrize(
-    ("logits", "largest", "top_k", "min_p"),
-    [
-        (np.zeros(10), 100.0, 0, 0.5),  # not the largest: no token would be left
-        (np.full(6400, np.nan), 0.0, 0, 0.5),
-        (np.full(6400, np.nan), 0.0, 5, 0.0),
-        (np.array([1.0, np.inf]), 1.0, 1, 0.0),
-    ],
-)
-def test_wrong_arguments_of_the_kernel_are_errors(logits, largest, top_k, min_p):
-    with pytest.raises(ValueError, match="draw: logits must be finite|max must be the largest"):
-        _C.draw(logits.astype(np.float32), largest, 1.0, top_k, 1.0, min_p, 0.3)
+def test_wrong_arguments_of_the_kernel_are_errors():
+    logits = np.zeros(10, np.float32)
+    for wrong in ({2: -1.0}, {3: -1}, {4: 0.0}, {5: 1.5}, {6: 1.0}, {6: np.nan}):
+        args = dict(enumerate((logits, logits, 1.0, 0, 1.0, 0.0, 0.3))) | wrong
+        with pytest.raises(ValueError, match="out of range"):
+            _C.choose(*args.values())
+    with pytest.raises(ValueError, match="chosen_from must be"):
+        _C.choose(logits, logits[1:], 1.0, 0, 1.0, 0.0, 0.3)

@@ -163,18 +163,14 @@ int32_t choose(mlf_session& session, const mlf_sampling& sampling) {
   if (!(sampling.top_p >= 0 && sampling.top_p <= 1)) argument("top_p must be in 0..1");
   if (!(sampling.min_p >= 0 && sampling.min_p <= 1)) argument("min_p must be in 0..1");
   const std::vector<float>& logits = session.logits;
-  size_t best = 0;
-  for (size_t i = 0; i < logits.size(); ++i) {
-    if (std::isnan(logits[i])) throw Failure{MLF_ERROR_NUMBERS, "the logits are not finite"};
-    if (logits[i] > logits[best]) best = i;
-  }
-  if (!std::isfinite(logits[best])) throw Failure{MLF_ERROR_NUMBERS, "the logits are not finite"};
-  if (sampling.temperature == 0) return static_cast<int32_t>(best);
   const int64_t vocab = static_cast<int64_t>(logits.size());
   const mlf::Filters filters{sampling.temperature, std::min<int64_t>(sampling.top_k, vocab),
                              sampling.top_p == 0 ? 1.0 : sampling.top_p, sampling.min_p};
-  return static_cast<int32_t>(mlf::draw(*session.model->kernels, logits.data(), vocab, logits[best],
-                                        filters, next_uniform(session.random)));
+  const double uniform = sampling.temperature == 0 ? 0 : next_uniform(session.random);
+  const mlf::Choice choice =
+      mlf::choose(*session.model->kernels, logits.data(), logits.data(), vocab, filters, uniform);
+  if (std::isnan(choice.logprob)) throw Failure{MLF_ERROR_NUMBERS, "the logits are not finite"};
+  return static_cast<int32_t>(choice.token);
 }
 
 void eval(mlf_session& session, const int32_t* ids, size_t count) {
