@@ -3,7 +3,6 @@
 #include <unistd.h>
 
 #include <chrono>
-#include <new>
 
 namespace mlf {
 namespace {
@@ -80,15 +79,13 @@ ThreadPool::~ThreadPool() {
 // detached, so they are left behind, with what they sleep on.
 void ThreadPool::forget_workers() {
   new std::vector<std::thread>(std::move(workers_));
-  started_.release();
+  meeting_.release();
 }
 
 void ThreadPool::start() {
   if (!workers_.empty()) forget_workers();
   workers_.clear();
-  started_.reset(new Start[size_]);
-  new (&passed_) WaitCounter();
-  arrived_.store(0);
+  meeting_.reset(new Meeting(size_));
   try {
     for (int thread = 1; thread < size_; ++thread)
       workers_.emplace_back([this, thread] { work(thread, 0); });
@@ -101,7 +98,7 @@ void ThreadPool::start() {
 
 void ThreadPool::stop_workers() {
   stop_ = true;
-  for (int thread = 1; thread < size_; ++thread) started_[thread].calls.increment();
+  for (int thread = 1; thread < size_; ++thread) meeting_->started[thread].calls.increment();
   for (std::thread& worker : workers_) worker.join();
   workers_.clear();
   stop_ = false;
@@ -109,7 +106,7 @@ void ThreadPool::stop_workers() {
 
 void ThreadPool::work(int thread, uint32_t seen) {
   for (;; ++seen) {
-    started_[thread].calls.wait_while(seen);
+    meeting_->started[thread].calls.wait_while(seen);
     if (stop_) return;
     (*task_)(thread);
     barrier();
@@ -126,7 +123,7 @@ bool ThreadPool::run(int active, const std::function<void(int)>& task) {
   task_ = &task;
   slept_.store(0, std::memory_order_relaxed);
   const int64_t begin = now();
-  for (int thread = 1; thread < active; ++thread) started_[thread].calls.increment();
+  for (int thread = 1; thread < active; ++thread) meeting_->started[thread].calls.increment();
   task(0);
   barrier();
   return slept_.load(std::memory_order_relaxed) > (now() - begin) * (active - 1) / 4;
@@ -134,9 +131,9 @@ bool ThreadPool::run(int active, const std::function<void(int)>& task) {
 
 bool ThreadPool::arrive() {
   const int others = active_ - 1;  // read first: once all have arrived, the next call may change it
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) < others) return false;
-  arrived_.store(0, std::memory_order_relaxed);
-  passed_.increment();
+  if (meeting_->arrived.fetch_add(1, std::memory_order_acq_rel) < others) return false;
+  meeting_->arrived.store(0, std::memory_order_relaxed);
+  meeting_->passed.increment();
   return true;
 }
 

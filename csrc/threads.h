@@ -66,11 +66,12 @@ class ThreadPool {
   template <class Idle>
   void barrier(Idle idle) {
     if (active_ == 1) return;
-    const uint32_t seen = passed_.get();
+    const WaitCounter& passed = meeting_->passed;
+    const uint32_t seen = passed.get();
     if (arrive()) return;
-    while (passed_.get() == seen && idle()) {
+    while (passed.get() == seen && idle()) {
     }
-    if (const int64_t slept = passed_.wait_while(seen))
+    if (const int64_t slept = meeting_->passed.wait_while(seen))
       slept_.fetch_add(slept, std::memory_order_relaxed);
   }
   void barrier() {
@@ -84,8 +85,17 @@ class ThreadPool {
   void work(int thread, uint32_t seen);
   bool arrive();  // the last of them lets the others go, and returns true
 
-  struct alignas(64) Start {
-    WaitCounter calls;
+  // What workers sleep on. Not in the pool itself: a forked child has a copy in which they sleep
+  // forever, and destroying that would wait for them.
+  struct Meeting {
+    struct alignas(64) Start {
+      WaitCounter calls;
+    };
+    explicit Meeting(int threads) : started(new Start[threads]) {}
+
+    std::unique_ptr<Start[]> started;  // of each worker: those that take no part sleep on
+    alignas(64) std::atomic<int> arrived{0};
+    alignas(64) WaitCounter passed;
   };
 
   const int size_;
@@ -94,10 +104,8 @@ class ThreadPool {
   int owner_process_ = 0;
   const std::function<void(int)>* task_ = nullptr;
   bool stop_ = false;
-  std::unique_ptr<Start[]> started_;  // of each worker: those that take no part sleep on
-  std::atomic<int64_t> slept_{0};     // nanoseconds of all threads in this call
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) WaitCounter passed_;
+  std::unique_ptr<Meeting> meeting_;
+  std::atomic<int64_t> slept_{0};  // nanoseconds of all threads in this call
 };
 
 // The part [begin, end) of `count` items that belongs to `thread`: even, in order.
