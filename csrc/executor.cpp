@@ -448,7 +448,9 @@ void Executor::attend_many(int thread, const AttentionTask& task, int position) 
       const int64_t seen = start + i / group() + 1 - page * kPageTokens;
       scratch.visible[i] = static_cast<int>(std::clamp<int64_t>(seen, 0, kPageTokens));
     }
-    const PageView view = span.cache->view(position, page, kv_head);
+    PageView view = span.cache->view(position, page, kv_head);
+    if (page + 1 < pages)
+      view.ahead = span.cache->view(position, page + 1, kv_head).data - view.data;
     kernels_.attend_page(prepared, view, scratch.visible.data(), page ? page_state : state, queries,
                          scale);
     if (page) kernels_.attend_merge(state, page_state, queries, padded_dim());

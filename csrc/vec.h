@@ -13,6 +13,13 @@
 #define MLF_UNROLL _Pragma("GCC unroll 16")
 #endif
 
+// The opposite, where it would only make the code longer.
+#if defined(__clang__)
+#define MLF_ROLL _Pragma("clang loop unroll(disable)")
+#else
+#define MLF_ROLL _Pragma("GCC unroll 1")
+#endif
+
 // A number that templates can take as an argument.
 template <int N>
 struct Constant {

@@ -62,6 +62,8 @@ inline int32_t max_lane(VecI a) { return _mm512_reduce_max_epi32(a.v); }
 inline VecI abs_bits(VecF a) {
   return {_mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff))};
 }
+inline VecI as_int(VecF a) { return {_mm512_castps_si512(a.v)}; }
+inline VecF as_float(VecI a) { return {_mm512_castsi512_ps(a.v)}; }
 inline int32_t sum(VecI a) { return _mm512_reduce_add_epi32(a.v); }
 inline VecF exp2_int(VecI n) {
   const __m512i biased = _mm512_add_epi32(n.v, _mm512_set1_epi32(127));
@@ -80,7 +82,11 @@ struct WordWeights {
 struct WordInputs {
   __m512i two;
 };
-inline WordWeights load_step_int16(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline WordWeights load_step_int16(const uint8_t* p) {
+  __m512i rows = _mm512_loadu_si512(p);
+  asm("" : "+v"(rows));  // or GCC loads anew for each product
+  return {rows};
+}
 inline WordInputs load_word_inputs(const int16_t* codes) {
   int32_t two;
   memcpy(&two, codes, 4);
@@ -91,6 +97,19 @@ inline void dot(VecI& acc, const WordWeights& w, const WordInputs& a) {
 }
 inline void store_words(int16_t* p, VecI a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
+}
+
+// A step of 16 rows x 4 bytes as two of 16 rows x 2 words: worth it for bytes that meet 16-bit
+// codes often, because a product of words does the work of two of bytes.
+#define MLF_WIDEN
+inline void widen_step(const uint8_t* p, int16_t* out) {
+  const __m256i* rows = reinterpret_cast<const __m256i*>(p);
+  const __m512i low = _mm512_cvtepi8_epi16(_mm256_loadu_si256(rows)),
+                high = _mm512_cvtepi8_epi16(_mm256_loadu_si256(rows + 1));
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi32(low, even, high));
+  _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi32(low, odd, high));
 }
 
 // --- integer dot products: VNNI multiplies unsigned by signed bytes ----------------------------

@@ -135,6 +135,16 @@ inline VecI abs_bits(VecF v) {
   MLF_EACH_Q r.q[i] = vreinterpretq_s32_f32(vabsq_f32(v.q[i]));
   return r;
 }
+inline VecI as_int(VecF v) {
+  VecI r;
+  MLF_EACH_Q r.q[i] = vreinterpretq_s32_f32(v.q[i]);
+  return r;
+}
+inline VecF as_float(VecI v) {
+  VecF r;
+  MLF_EACH_Q r.q[i] = vreinterpretq_f32_s32(v.q[i]);
+  return r;
+}
 inline int32_t sum(VecI v) {
   return vaddvq_s32(vaddq_s32(vaddq_s32(v.q[0], v.q[1]), vaddq_s32(v.q[2], v.q[3])));
 }

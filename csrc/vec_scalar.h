@@ -175,6 +175,17 @@ inline VecI abs_bits(VecF v) {
   MLF_EACH_LANE r.lane[i] &= 0x7fffffff;
   return r;
 }
+// The same bits.
+inline VecI as_int(VecF v) {
+  VecI r;
+  memcpy(r.lane, v.lane, sizeof r);
+  return r;
+}
+inline VecF as_float(VecI v) {
+  VecF r;
+  memcpy(r.lane, v.lane, sizeof r);
+  return r;
+}
 inline int32_t sum(VecI v) {
   int32_t s = 0;
   MLF_EACH_LANE s += v.lane[i];

@@ -103,6 +103,8 @@ inline VecI abs_bits(VecF v) {
   return {_mm256_and_si256(_mm256_castps_si256(v.lo), mask),
           _mm256_and_si256(_mm256_castps_si256(v.hi), mask)};
 }
+inline VecI as_int(VecF v) { return {_mm256_castps_si256(v.lo), _mm256_castps_si256(v.hi)}; }
+inline VecF as_float(VecI v) { return {_mm256_castsi256_ps(v.lo), _mm256_castsi256_ps(v.hi)}; }
 inline int32_t sum(VecI v) {
   const __m256i eight = _mm256_add_epi32(v.lo, v.hi);
   const __m128i four =
@@ -160,4 +162,21 @@ inline void dot(VecI& acc, const WordWeights& w, const WordInputs& a) {
 inline void store_words(int16_t* p, VecI v) {
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.lo, v.hi), 0xd8);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), words);
+}
+
+// A step of 16 rows x 4 bytes as two of 16 rows x 2 words, for bytes that meet 16-bit codes often.
+#define MLF_WIDEN
+inline void widen_step(const uint8_t* p, int16_t* out) {
+  const __m128i* rows = reinterpret_cast<const __m128i*>(p);
+  MLF_UNROLL for (int i = 0; i < 2; ++i) {
+    const __m256 a = _mm256_castsi256_ps(_mm256_cvtepi8_epi16(_mm_loadu_si128(rows + 2 * i))),
+                 b = _mm256_castsi256_ps(_mm256_cvtepi8_epi16(_mm_loadu_si128(rows + 2 * i + 1)));
+    // within halves of the registers, which are put in order behind
+    const auto put = [](__m256 v, int16_t* at) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(at),
+                          _mm256_permute4x64_epi64(_mm256_castps_si256(v), 0xd8));
+    };
+    put(_mm256_shuffle_ps(a, b, 0x88), out + 16 * i);
+    put(_mm256_shuffle_ps(a, b, 0xdd), out + 32 + 16 * i);
+  }
 }

@@ -93,6 +93,17 @@ void attend_page(const Queries& q, const PageView& page, const int* tokens,
   const int64_t codes_nbytes = padded * page.element_nbytes();
   const float scale_log2 = scale * 1.44269504088896341f;  // e^x = 2^(x log2(e))
   with_page(page, [&](auto stored) {
+    if constexpr (decltype(stored)::kHasTogether) {
+      if (queries >= kTogetherFrom) {
+        for (int64_t i = 0; i < queries; i += kTogether)
+          stored.attend_together(
+              {q.values + i * dim, q.codes + i * codes_nbytes, q.scales + i, q.offsets + i},
+              tokens + i, {out.values + i * padded, out.max + i, out.sum + i},
+              queries - i < kTogether ? queries - i : kTogether, scale_log2);
+        while (stored.next.at < stored.next.end) stored.next.template fetch<4>();
+        return;
+      }
+    }
     for_each_whole_block<decltype(stored)::kQueries>(queries, [&](auto count, int64_t i) {
       const Queries some{q.values + i * dim, q.codes + i * codes_nbytes, q.scales + i,
                          q.offsets + i};

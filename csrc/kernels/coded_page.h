@@ -113,8 +113,8 @@ MLF_INLINE void coded_step(const uint8_t* tile, int64_t tile_nbytes,
 // y[m * T + t] (16 outputs) = inputs[m] . tile t, exactly; tiles lie `tile_nbytes` apart; inputs
 // (M, Halves, padded), offsets (M, Halves). Both halves of the inputs at once, if registers hold
 // their sums. Fetches Lines of the next page beside 8 lines of this one.
-template <class Codes, int M, int T, int Halves, int Lines>
-MLF_INLINE void coded_tiles(const uint8_t* tile, int64_t tile_nbytes, int64_t steps, NextPage& next,
+template <class Codes, int M, int T, int Halves, int Lines, class Next>
+MLF_INLINE void coded_tiles(const uint8_t* tile, int64_t tile_nbytes, int64_t steps, Next& next,
                             const typename Codes::Code* inputs, int64_t padded,
                             const int32_t* offsets, VecI* y) {
   constexpr int H = Halves * M * T <= 16 ? Halves : 1, kSteps = 4;
@@ -127,7 +127,7 @@ MLF_INLINE void coded_tiles(const uint8_t* tile, int64_t tile_nbytes, int64_t st
     int64_t step = 0;
     for (; step + kSteps <= steps;
          step += kSteps, in += kSteps * Codes::kStep, at += kSteps * kStepBytes) {
-      next.fetch<(Lines * kSteps * T + 7) / 8>();
+      next.template fetch<(Lines * kSteps * T + 7) / 8>();
       MLF_UNROLL for (int i = 0; i < kSteps; ++i) coded_step<Codes, M, T, H, Halves>(
           at + i * kStepBytes, tile_nbytes, in + i * Codes::kStep, padded, acc);
     }
@@ -142,6 +142,10 @@ MLF_INLINE void coded_tiles(const uint8_t* tile, int64_t tile_nbytes, int64_t st
     }
   }
 }
+
+// From so many queries on, they attend together; a lone token has fewer. And so many do at most: a
+// multiple of 32 tokens of 3 heads. (24 and 48 were slower: 6% and 3%, int8.)
+constexpr int kTogetherFrom = 9, kTogether = 96;
 
 template <class Codes>
 struct CodedPage {
@@ -195,18 +199,25 @@ struct CodedPage {
   // p[i] = scale * q[i] . keys: the exact sum of codes, times the scales of query and key.
   template <int Q>
   void scores(const Queries& q, int tokens, float scale, float (*p)[kPageTokens]) const {
-    if (page.head_dim == 64) scores_of<Q>(q, tokens, scale, p, 64);  // sizes in instructions
-    else scores_of<Q>(q, tokens, scale, p, page.head_dim);
+    scores_beside<Q>(q, tokens, scale, p, next);
   }
-  template <int Q>
+  template <int Q, class Next>
+  MLF_INLINE void scores_beside(const Queries& q, int tokens, float scale, float (*p)[kPageTokens],
+                                Next& following) const {
+    if (page.head_dim == 64) scores_of<Q, 64>(q, tokens, scale, p, following);
+    else scores_of<Q, 0>(q, tokens, scale, p, following);
+  }
+  // Dim, if not 0, is head_dim, so that sizes are in the instructions.
+  template <int Q, int Dim, class Next>
   MLF_INLINE void scores_of(const Queries& q, int tokens, float scale, float (*p)[kPageTokens],
-                            int head_dim) const {
-    const int64_t steps = ceil_div(head_dim, Codes::kStep), nbytes = kStepBytes * steps;
+                            Next& following) const {
     for_each_whole_block<kTiles>(ceil_div(tokens, 16), [&](auto count, int64_t first) {
       constexpr int T = decltype(count)::value;
+      const int head_dim = Dim ? Dim : page.head_dim;
+      const int64_t steps = ceil_div(head_dim, Codes::kStep), nbytes = kStepBytes * steps;
       VecI dots[Q * T];
       coded_tiles<Codes, Q, T, 1, Codes::kKeyLines>(page.keys() + first * nbytes, nbytes, steps,
-                                                    next, codes_of(q), round_up(head_dim, 16),
+                                                    following, codes_of(q), round_up(head_dim, 16),
                                                     q.offsets, dots);
       MLF_UNROLL for (int i = 0; i < Q * T; ++i) {
         const int64_t t = 16 * (first + i % T);
@@ -241,6 +252,80 @@ struct CodedPage {
       MLF_UNROLL for (int i = 0; i < Q * T; ++i)
           store(out + i / T * padded + 16 * (first + i % T),
                 mul(to_float(dots[i]), splat(scales[i / T].scale)));
+    });
+  }
+
+  // Attend to the first tokens[i] tokens, per query, for up to kTogether queries: they take turns
+  // with the keys, then with each tile of the values, whose bytes become words before. A product of
+  // words does the work of two of bytes.
+#if defined(MLF_WIDEN)
+  static constexpr bool kHasTogether = true;
+#else
+  static constexpr bool kHasTogether = sizeof(Code) == sizeof(int16_t);
+#endif
+  void attend_together(const Queries& q, const int* tokens, const AttentionState& out,
+                       int64_t queries, float scale) const {
+    const int64_t dim = page.head_dim, padded = page.padded_dim();
+    WordWeightsOf<kTogether> weights;
+    // the next page block by block
+    const int64_t lines = (next.end - next.at) / kStepBytes * kQueries / queries;
+    for_each_block<kQueries>(queries, [&](auto count, int64_t i) {
+      constexpr int Q = decltype(count)::value;
+      for (int64_t line = 0; line < lines; line += 4) next.template fetch<4>();
+      const Queries some{q.values + i * dim, q.codes + i * padded * sizeof(Code), q.scales + i,
+                         q.offsets + i};
+      weigh<Q>(some, tokens + i, {nullptr, out.max + i, out.sum + i}, scale, weights, i);
+    });
+    for_each_block<WordCodes::kTiles>(padded / 16, [&](auto count, int64_t first) {
+      mix_together<decltype(count)::value>(weights, tokens, queries, first, out.values);
+    });
+  }
+
+  template <int Q>
+  MLF_INLINE void weigh(const Queries& q, const int* tokens, const AttentionState& out, float scale,
+                        WordWeightsOf<kTogether>& weights, int64_t first) const {
+    alignas(64) float p[Q][kPageTokens];
+    NoNextPage none;
+    int longest = 0, shortest = kPageTokens;
+    for (int i = 0; i < Q; ++i) {
+      longest = tokens[i] > longest ? tokens[i] : longest;
+      shortest = tokens[i] < shortest ? tokens[i] : shortest;
+    }
+    scores_beside<Q>(q, longest, scale, p, none);
+    const float limit = Codes::weight_limit();
+    if (shortest == kPageTokens)
+      PageSoftmax<true>{p, tokens, factors()}(Q, out, limit, weights, first);
+    else PageSoftmax<false>{p, tokens, factors()}(Q, out, limit, weights, first);
+  }
+
+  // The outputs of T tiles of values.
+  template <int T>
+  MLF_INLINE void mix_together(const WordWeightsOf<kTogether>& weights, const int* tokens,
+                               int64_t queries, int64_t first, float* out) const {
+    constexpr int64_t kLength = 16 * kPageTokens;  // codes of a tile
+    const int64_t padded = page.padded_dim();
+    const uint8_t* tiles = page.values() + first * kLength * sizeof(Code);
+#if defined(MLF_WIDEN)
+    constexpr bool kWiden = sizeof(Code) == 1;
+    alignas(64) int16_t wide[kWiden ? T * kLength : 1];
+    if constexpr (kWiden) {
+      for (int64_t at = 0; at < T * kLength; at += kStepBytes) widen_step(tiles + at, wide + at);
+      tiles = reinterpret_cast<const uint8_t*>(wide);
+    }
+#endif
+    NoNextPage none;
+    const int32_t offsets[WordCodes::kQueries] = {};
+    for_each_block<WordCodes::kQueries>(queries, [&](auto count, int64_t i) {
+      constexpr int Q = decltype(count)::value;
+      int longest = 0;
+      for (int64_t at = i; at < i + Q; ++at) longest = tokens[at] > longest ? tokens[at] : longest;
+      VecI dots[Q * T];
+      coded_tiles<WordCodes, Q, T, 1, 0>(tiles, kLength * sizeof(int16_t),
+                                         ceil_div(longest, WordCodes::kStep), none,
+                                         weights.codes[i], kPageTokens, offsets, dots);
+      MLF_UNROLL for (int at = 0; at < Q * T; ++at)
+          store(out + (i + at / T) * padded + 16 * (first + at % T),
+                mul(to_float(dots[at]), splat(weights.scales[i + at / T])));
     });
   }
 };

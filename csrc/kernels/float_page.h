@@ -25,6 +25,12 @@ struct NextPage {
   }
 };
 
+// For loops that fetch nothing.
+struct NoNextPage {
+  template <int>
+  MLF_INLINE void fetch() {}
+};
+
 inline VecF load_kv(const float* p) { return load(p); }
 inline VecF load_kv(const uint16_t* p) { return load_half(p); }
 inline void store_kv(float* p, VecF v) { store(p, v); }
@@ -35,6 +41,7 @@ inline void store_kv(uint16_t* p, VecF v) {
 
 template <class T>
 struct FloatPage {
+  static constexpr bool kHasTogether = false;
   // Queries x kSpan tiles of 16 tokens fill the accumulator registers; likewise queries x kSpan
   // vectors of outputs.
   static constexpr int kSpan = kVecRegisters >= 16 ? 4 : kVecRegisters >= 6 ? 1 : 2;

@@ -16,8 +16,9 @@ inline float max_abs(const float* x, int64_t cols) {
 struct CodeScale {
   float inverse, scale;
 };
+constexpr float kLeastLargest = 0x1p-100f;
 inline CodeScale code_scale(float largest, float max_code = kMaxCode) {
-  if (!(largest >= 0x1p-100f)) return {0.0f, largest < 0x1p-100f ? 0.0f : NAN};
+  if (!(largest >= kLeastLargest)) return {0.0f, largest < kLeastLargest ? 0.0f : NAN};
   return {max_code / largest, largest / max_code};
 }
 

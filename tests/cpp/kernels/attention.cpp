@@ -186,6 +186,59 @@ struct Attention {
   std::vector<int> tokens;  // that each query sees
 };
 
+// Many queries take another way through a page than a few, to the same bits.
+void check_together(Check& check) {
+  Random random(6);
+  for (const KVKind kind : kKinds)
+    for (const int dim : {18, 64})
+      for (const int64_t n : {8, 9, 96, 103})
+        for (const bool whole : {true, false}) {
+          const int64_t padded = round_up(dim, 16);
+          std::vector<float> keys = random.vector(kPageTokens * dim, 2.0f),
+                             values = random.vector(kPageTokens * dim, 3.0f),
+                             q = random.vector(n * dim, 4.0f);
+          std::vector<int> tokens(n, kPageTokens);
+          if (!whole) {
+            for (int& seen : tokens) seen = random.integer(0, kPageTokens);
+            keys[90 * dim] = values[100 * dim] = NAN;  // of a key, of a value, and of a query
+            q[7 * dim] = NAN;
+          }
+          for (int64_t d = 0; d < dim; ++d) keys[40 * dim + d] *= 9;  // far apart scores
+          Page page(kind, dim);
+          page.store(check.table(), keys, values);
+          const auto attend = [&](const KernelTable& table, float* out, int64_t first,
+                                  int64_t count) {
+            const QueryRows rows(table,
+                                 {q.begin() + first * dim, q.begin() + (first + count) * dim},
+                                 count, dim, kind);
+            table.attend_page(rows.view, page.view, tokens.data() + first,
+                              {out, out + count * padded, out + count * (padded + 1)}, count, 0.2f);
+          };
+          const std::string name = std::string(name_of(kind)) + " " +
+                                   sizes({{"head_dim", dim}, {"queries", n}}) +
+                                   (whole ? " whole" : "");
+          std::vector<float> together(n * (padded + 2));
+          attend(check.table(), together.data(), 0, n);
+          const auto number = [](float x) { return std::isnan(x) ? NAN : x; };  // NaN is NaN
+          for (float& x : together) x = number(x);
+          std::vector<float> alone(together.size());
+          for (int64_t i = 0; i < n; ++i) {
+            std::vector<float> one(padded + 2);
+            attend(check.table(), one.data(), i, 1);
+            for (int64_t d = 0; d < padded; ++d) alone[i * padded + d] = number(one[d]);
+            for (int part = 0; part < 2; ++part)
+              alone[n * (padded + part) + i] = number(one[padded + part]);
+          }
+          // where the sum is NaN, nothing else matters
+          for (int64_t i = 0; i < n; ++i)
+            if (std::isnan(alone[n * (padded + 1) + i])) {
+              std::fill_n(together.begin() + i * padded, padded, 0.0f);
+              std::fill_n(alone.begin() + i * padded, padded, 0.0f);
+            }
+          check.same(name + ", beside each alone", together, alone);
+        }
+}
+
 MLF_TEST(attend_page) {
   Random random(3);
   std::vector<Attention> cases;
@@ -271,6 +324,7 @@ MLF_TEST(attend_page) {
     check.close(name, {got.begin(), got.begin() + n * padded}, want, bound);
     check.close(name + ", sums", {got.begin() + n * (padded + 1), got.end()}, sums, sum_bound);
   }
+  check_together(check);
 }
 
 MLF_TEST(attend_merge) {
