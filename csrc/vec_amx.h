@@ -9,8 +9,12 @@
 #include "vec_avx512vnni.h"
 
 #define MLF_MATRIX
+#define MLF_AMX
 constexpr int kMatrixRows = 16;  // rows of codes at once
 constexpr int kMatrixSums = 4;   // products at once, to hide their latency
+constexpr int64_t kPanelRows = kMatrixRows;
+constexpr int64_t kBlockGroups = 32;  // 16 KB of codes, 4 KB of scales
+constexpr int64_t kPackedGroupBytes = kGroup * kTileRows;
 
 using MatrixSums = int32_t[kMatrixRows][kTileRows];
 
@@ -34,10 +38,17 @@ struct alignas(64) MatrixShapes {
 
 // A thread's tile registers have their shapes while one of these lives: 0 to 3 are sums, 4 and 5
 // are rows of codes, 6 and 7 groups of weights.
-class MatrixScope {
+class PanelInputs {
  public:
-  explicit MatrixScope(bool wanted) : wanted_(wanted) {
-    if (!wanted) return;
+  PanelInputs() = default;
+  PanelInputs(const PanelInputs&) = delete;
+  ~PanelInputs() {
+    if (shaped_) _tile_release();
+  }
+  static bool fits(int64_t, int64_t) { return true; }
+  void take(const Activations& x, int64_t rows) {
+    if (rows < kPanelRows || x.kind == ActivationKind::floating) return;
+    shaped_ = true;
     MatrixShapes shapes;
     for (int i = 0; i < 8; ++i) {
       shapes.row_nbytes[i] = i == 4 || i == 5 ? kGroup : kStepBytes;
@@ -46,13 +57,9 @@ class MatrixScope {
     asm volatile("" : : "r"(&shapes) : "memory");  // the next line shows compilers 8 of 64 bytes
     _tile_loadconfig(&shapes);
   }
-  MatrixScope(const MatrixScope&) = delete;
-  ~MatrixScope() {
-    if (wanted_) _tile_release();
-  }
 
  private:
-  const bool wanted_;
+  bool shaped_ = false;
 };
 
 // out[i] = the sum over groups i, i + 4, i + 8 ... of 16 rows of codes . group, exactly;
@@ -86,9 +93,9 @@ inline void matrix_products(const uint8_t* const* groups, int64_t count, const i
 
 #else
 
-class MatrixScope {
- public:
-  explicit MatrixScope(bool) {}
+struct PanelInputs {
+  static bool fits(int64_t, int64_t) { return true; }
+  void take(const Activations&, int64_t) {}
 };
 
 inline void matrix_products(const uint8_t* const* groups, int64_t count, const int8_t* codes,

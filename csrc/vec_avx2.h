@@ -83,6 +83,91 @@ inline VecI dot_result(const NibbleSum& acc) {
   return {_mm256_madd_epi16(acc.pairs[0], ones), _mm256_madd_epi16(acc.pairs[1], ones)};
 }
 
+// --- many rows: weights and codes as words, rearranged once for a panel -------------------------
+// A register holds 8 rows x 2 inputs, so 4 rows of codes have their 8 sums in registers, and
+// nothing is widened between products: one multiplication and one addition for 16 products, all
+// that is left.
+
+#define MLF_MATRIX
+#define MLF_PACKED_INT8
+constexpr int kMatrixRows = 4;       // rows of codes at once
+constexpr int64_t kPanelRows = 12;   // from so many rows on; fewer do not pay for rearranging
+constexpr int64_t kBlockGroups = 8;  // 8 KB of weights, which stay in the first-level cache
+constexpr int64_t kPackedGroupBytes = sizeof(int16_t) * kGroup * kTileRows;
+
+// The codes of a panel's rows as words.
+struct PanelInputs {
+  static constexpr int64_t kRoom = 3072;  // rows x groups: 192 KB of a thread's stack
+  alignas(32) int16_t words[kRoom * kGroup];
+
+  static bool fits(int64_t rows, int64_t groups) {
+    return rows < kPanelRows || rows * groups <= kRoom;
+  }
+  void take(const Activations& x, int64_t rows) {
+    if (rows < kPanelRows || x.kind == ActivationKind::floating) return;
+    for (int64_t i = 0; i < rows * x.padded_cols(); i += 16) {
+      const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x.codes + i));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(words + i), _mm256_cvtepi8_epi16(codes));
+    }
+  }
+};
+
+// Rows 0 to 7 and 8 to 15 of inputs 0 and 1, then of inputs 2 and 3, and so on.
+inline void panel_pack(const uint8_t* lines, uint8_t* out) {
+  const __m128i halves = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+  for (int step = 0; step < kStepsPerGroup; ++step) {
+    __m256i rows[4];  // 4 rows of inputs 0 and 1, and of inputs 2 and 3
+    MLF_UNROLL for (int i = 0; i < 4; ++i) {
+      const __m128i codes =
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(lines + step * kStepBytes + 16 * i));
+      rows[i] = _mm256_cvtepi8_epi16(_mm_shuffle_epi8(codes, halves));
+    }
+    __m256i* to = reinterpret_cast<__m256i*>(out) + 4 * step;
+    MLF_UNROLL for (int i = 0; i < 2; ++i) {
+      _mm256_store_si256(to + i, _mm256_permute2x128_si256(rows[2 * i], rows[2 * i + 1], 0x20));
+      _mm256_store_si256(to + 2 + i, _mm256_permute2x128_si256(rows[2 * i], rows[2 * i + 1], 0x31));
+    }
+  }
+}
+inline void panel_pack_int4(const uint8_t* lines, uint8_t* out) {
+  for (int i = 0; i < kStepsPerGroup / 2; ++i) {
+    NibbleWeights low, high;
+    load_steps_int4(lines + i * kStepBytes, low, high);
+    __m256i* to = reinterpret_cast<__m256i*>(out);
+    MLF_UNROLL for (int j = 0; j < 2; ++j) {
+      _mm256_store_si256(to + 2 * i + j, low.rows[j]);
+      _mm256_store_si256(to + 2 * i + j + kStepsPerGroup, high.rows[j]);
+    }
+  }
+}
+
+// sums[r] += row r of words . one group of weights, exactly; rows are `stride` words apart.
+template <int M>
+MLF_INLINE void panel_products(const uint8_t* group, const int16_t* words, int64_t stride,
+                               VecI* sums) {
+  const __m256i* weights = reinterpret_cast<const __m256i*>(group);
+  MLF_UNROLL for (int i = 0; i < kGroup / 2; ++i) {
+    const WordWeights w{_mm256_load_si256(weights + 2 * i), _mm256_load_si256(weights + 2 * i + 1)};
+    MLF_UNROLL for (int r = 0; r < M; ++r)
+        dot(sums[r], w, load_word_inputs(words + r * stride + 2 * i));
+  }
+}
+// sums[r] = row r of codes . one group of 4-bit weights.
+template <int M>
+MLF_INLINE void panel_products_int4(const uint8_t* group, const int8_t* codes, int64_t stride,
+                                    VecI* sums) {
+  const __m256i* weights = reinterpret_cast<const __m256i*>(group);
+  NibbleSum acc[M];
+  MLF_UNROLL for (int r = 0; r < M; ++r) acc[r] = nibble_begin();
+  MLF_UNROLL for (int i = 0; i < kStepsPerGroup; ++i) {
+    const NibbleWeights w{
+        {_mm256_load_si256(weights + 2 * i), _mm256_load_si256(weights + 2 * i + 1)}};
+    MLF_UNROLL for (int r = 0; r < M; ++r)
+        dot(acc[r], w, load_nibble_inputs(codes + r * stride + kStep * i));
+  }
+  MLF_UNROLL for (int r = 0; r < M; ++r) sums[r] = dot_result(acc[r]);
+}
+
 // --- the fastest dot product there is, for kernels/peak.h: bytes in pairs, pairs in pairs ------
 
 #define MLF_PEAK_DOT

@@ -6,6 +6,7 @@
 // A pair of activation rows has its sums in registers of 2 x 2, outputs 0..7 of both rows in the
 // first DotSum or VecF, outputs 8..15 in the second.
 #define MLF_PAIRED_PANELS
+#define MLF_PACKED_INT8
 #include "vec_dotprod.h"
 
 constexpr int kPanelRows = 8;

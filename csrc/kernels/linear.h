@@ -42,24 +42,15 @@ struct Panel {
   int64_t rows;
   WideGroup wide[kMaxWide];
   int64_t wide_count = 0;
-#if defined(MLF_MATRIX)
-  MatrixScope scope;
-#endif
-#if defined(MLF_OWN_GROUP_DOT)
+#if defined(MLF_OWN_GROUP_DOT) || defined(MLF_MATRIX)
   PanelInputs inputs;
 #endif
 
   Panel(const Activations& all, int64_t first_row, int64_t left)
-      : x(all.from_row(first_row)),
-        rows(left < kMaxRows ? left : kMaxRows)
-#if defined(MLF_MATRIX)
-        ,
-        scope(x.kind != ActivationKind::floating && rows >= kMatrixRows)
-#endif
-  {
+      : x(all.from_row(first_row)), rows(left < kMaxRows ? left : kMaxRows) {
     const int64_t groups = x.groups();
     while (lists_wide_groups() && count_wide() > kMaxWide) rows /= 2;
-#if defined(MLF_OWN_GROUP_DOT)
+#if defined(MLF_OWN_GROUP_DOT) || defined(MLF_MATRIX)
     while (!PanelInputs::fits(rows, groups)) rows /= 2;
     inputs.take(x, rows);
 #endif
@@ -112,10 +103,11 @@ struct Panel {
     int64_t done = 0;
 #if defined(MLF_MATRIX)
     if constexpr (T <= kBlockTiles) {
-      if (rows >= kMatrixRows && is_quantized(tiles[0].weight->kind)) {
+      if (rows >= kPanelRows && is_quantized(tiles[0].weight->kind)) {
         VecF y[kMaxRows * T];
         done = matrix_rows(rows);
-        for (int t = 0; t < T; ++t) matrix_dot<kMaxRows>(x, low + t, done, T, tiles[t], y + t);
+        for (int t = 0; t < T; ++t)
+          matrix_dot<kMaxRows>(x, inputs, low + t, done, T, tiles[t], y + t);
         for (int64_t row = 0; row < done; ++row) use(y + row * T, row, Constant<1>());
       }
     }

@@ -46,10 +46,13 @@ struct PanelInputs {
 };
 #endif
 
+#if !defined(MLF_MATRIX)
 constexpr int64_t kBlockGroups = 32;  // 16 KB of codes, 4 to 8 KB of scales
+constexpr int64_t kPackedGroupBytes = kGroup * kTileRows;
+#endif
 
 struct PanelBlock {
-  alignas(64) uint8_t codes[kBlockGroups][kGroup * kTileRows];
+  alignas(64) uint8_t codes[kBlockGroups][kPackedGroupBytes];
   const uint8_t* groups[kBlockGroups];  // there, or in the tile itself
   float scales[kBlockGroups][kPanelStep * kTileRows];
   float mins[kBlockGroups][kPanelStep * kTileRows];
@@ -70,7 +73,7 @@ inline void prepare_block(TileReader& tile, typename Format::template Header<1>&
       panel_pack_int4(tile.next_lines(kStepsPerGroup / 2), block.codes[at]);
     } else {
       const uint8_t* lines = tile.next_lines(kStepsPerGroup);
-#if defined(MLF_PAIRED_PANELS)
+#if defined(MLF_PACKED_INT8)
       panel_pack(lines, block.codes[at]);
 #else
       block.groups[at] = lines;
