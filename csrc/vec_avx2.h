@@ -90,9 +90,9 @@ inline VecI dot_result(const NibbleSum& acc) {
 
 #define MLF_MATRIX
 #define MLF_PACKED_INT8
-constexpr int kMatrixRows = 4;       // rows of codes at once
-constexpr int64_t kPanelRows = 12;   // from so many rows on; fewer do not pay for rearranging
-constexpr int64_t kBlockGroups = 8;  // 8 KB of weights, which stay in the first-level cache
+constexpr int kMatrixRows = 4;               // rows of codes at once
+constexpr int64_t kPanelRows = kMatrixRows;  // from so many rows on
+constexpr int64_t kBlockGroups = 8;          // 8 KB of weights, which stay in the first-level cache
 constexpr int64_t kPackedGroupBytes = sizeof(int16_t) * kGroup * kTileRows;
 
 // The codes of a panel's rows as words.
