@@ -93,6 +93,30 @@ std::shared_ptr<uint8_t[]> KVCache::new_page() {
   return {page, [slab = slab_, nbytes](uint8_t* dead) { release_memory(dead, nbytes); }};
 }
 
+bool KVCache::is_sound(int64_t page) const {
+  if (!is_coded(kind_)) return true;
+  const auto scales = [](const float* begin) {  // NaN where a key or value was not finite
+    return std::none_of(begin, begin + kPageTokens,
+                        [](float scale) { return scale < 0 || scale > 3.4e38f; });
+  };
+  const auto words = [this](const uint8_t* begin, int64_t nbytes, int64_t products) {
+    const auto* codes = reinterpret_cast<const int16_t*>(begin);
+    return kind_ == KVKind::int8 ||
+           std::all_of(codes, codes + nbytes / 2, [products](int64_t code) {
+             return code * code <= ((int64_t{1} << 31) - 1) / products;
+           });
+  };
+  for (int position = 0; position < positions_; ++position)
+    for (int kv_head = 0; kv_head < kv_heads_; ++kv_head) {
+      const PageView all = view(position, page, kv_head);
+      if (!scales(all.key_scales()) || !scales(all.value_scales()) ||
+          !words(all.keys(), all.value_part() - all.keys(), head_dim_) ||
+          !words(all.values(), all.data + all.nbytes() - all.values(), kPageTokens))
+        return false;
+    }
+  return true;
+}
+
 PageView KVCache::view(int position, int64_t page, int kv_head) const {
   const int64_t index = static_cast<int64_t>(position) * kv_heads_ + kv_head;
   return {pages_[page].get() + index * head_nbytes(), kind_, head_dim_};

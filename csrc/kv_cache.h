@@ -37,6 +37,9 @@ class KVCache {
   const char* format() const { return name_of(kind_); }
 
   PageView view(int position, int64_t page, int kv_head) const;
+  // Could kv_store have written these codes and scales? Kernels rely on it: sums of products of
+  // larger codes would not fit int32.
+  bool is_sound(int64_t page) const;
 
   // Was this cache made for a model of these sizes?
   bool fits(int positions, int kv_heads, int head_dim, KVKind kind) const {

@@ -115,7 +115,10 @@ def _parse(data: memoryview, engine) -> tuple[Context, list[dict[str, Any]]]:
     pages = [data[at : at + cache.page_nbytes] for at in range(tokens_end, end, cache.page_nbytes)]
     for index, (page, page_sum) in enumerate(zip(pages, sums, strict=True)):
         _check_sum(f"page {index}", page, page_sum)
-    cache.restore(count, pages)
+    try:
+        cache.restore(count, pages)
+    except ValueError as error:
+        raise MobileLLMError(str(error)) from None
     return Context(engine, cache, tokens.tolist()), _messages(fields["messages"])
 
 

@@ -1,6 +1,7 @@
 """Sessions: the engine's answers, without computing again; as files; what is refused."""
 
 import json
+import math
 import os
 import struct
 from pathlib import Path
@@ -12,6 +13,7 @@ from helpers import random_ids, tiny_engine
 
 from mobilellm_fast import _C
 from mobilellm_fast.errors import CheckpointError, MobileLLMError
+from mobilellm_fast.executor import Executor
 from mobilellm_fast.generate import chat, generate
 from mobilellm_fast.session import Session
 
@@ -268,6 +270,36 @@ def test_sessions_of_other_models_are_refused(saved, tmp_path):
     assert len(tiny_engine("int8", threads=1).restore_session(path).token_ids) > 140
 
 
+@pytest.mark.parametrize("kv_format", ["int16", "int8"])
+def test_codes_and_scales_out_of_range_are_refused(kv_format):
+    engine = tiny_engine("int8")
+    made = Executor(engine.config, engine.weights, "int8", threads=1, kv_format=kv_format)
+    cache, dim = made.new_cache(), engine.config.head_dim
+    size = 2 if kv_format == "int16" else 1
+    good = np.zeros(cache.page_nbytes, np.uint8)
+    values = 4 * 128 + 128 * dim * size  # of one KV head: scales and keys, then the same of values
+
+    def wild(at, number):
+        page = good.copy()
+        page[at : at + number.nbytes] = np.frombuffer(number.tobytes(), np.uint8)
+        return page
+
+    for at in (0, values):
+        for scale in (np.float32(-1), np.float32(np.inf)):
+            with pytest.raises(ValueError, match=f"page 1 must have {kv_format} codes and scales"):
+                cache.restore(140, [good, wild(at, scale)])
+        cache.restore(140, [good, wild(at, np.float32(np.nan))])  # what was not finite
+    if kv_format == "int8":
+        return  # any byte may be a code
+    of_keys = math.isqrt((2**31 - 1) // dim)  # as many products
+    for at, largest in ((512, of_keys), (values + 512, 4095), (values + 550, 4095)):
+        for code in (largest + 1, -largest - 1, -32768):
+            with pytest.raises(ValueError, match="page 0 must have int16 codes and scales"):
+                cache.restore(140, [wild(at, np.int16(code)), good])
+        cache.restore(140, [wild(at, np.int16(-largest)), good])
+    assert cache.length == 140
+
+
 def test_versions_and_what_checksums_do_not_catch_are_refused(saved, tmp_path):
     engine, data = saved
     version = data[:8] + struct.pack("<I", 7) + data[12:]
@@ -291,5 +323,11 @@ def test_versions_and_what_checksums_do_not_catch_are_refused(saved, tmp_path):
     rest = wild + data[header_end + len(wild) :]
     message = refused(engine, tmp_path, forged(tokens_checksum=_C.checksum(wild)))
     assert "tokens must be in 0..96" in message
+    first = header_end + len(wild)
+    page = np.float32(-1).tobytes() + data[first + 4 : first + engine.new_cache().page_nbytes]
+    rest = data[header_end:first] + page + data[first + len(page) :]
+    sums = [_C.checksum(page), *fields["page_checksums"][1:]]
+    message = refused(engine, tmp_path, forged(page_checksums=sums))
+    assert "page 0 must have int16 codes and scales in their range, got others" in message
     with pytest.raises(CheckpointError, match="not readable"):
         engine.restore_session(tmp_path / "missing")

@@ -138,9 +138,13 @@ void restore(KVCache& cache, int64_t length, const std::vector<py::buffer>& page
   KVCache fresh = cache;  // so that a failure leaves the cache as it was
   fresh.set_length(0);
   fresh.reserve(length);
-  for (size_t i = 0; i < pages.size(); ++i)
+  for (size_t i = 0; i < pages.size(); ++i) {
     std::copy_n(static_cast<const uint8_t*>(pages[i].request().ptr), cache.page_nbytes(),
                 fresh.page(i));
+    if (!fresh.is_sound(i))
+      throw py::value_error("page " + std::to_string(i) + " must have " + cache.format() +
+                            " codes and scales in their range, got others");
+  }
   fresh.set_length(length);
   cache = std::move(fresh);
 }
