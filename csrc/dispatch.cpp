@@ -126,7 +126,11 @@ std::vector<std::string> supported_isas() {
 
 const KernelTable& kernel_table(const std::string& name) {
   if (name.empty()) {
-    static const KernelTable& best = kernel_table(supported_isas().front());
+    static const KernelTable& best = []() -> const KernelTable& {
+      for (const Entry& entry : kEntries)
+        if (entry.runs() && prepares(entry.table->name)) return *entry.table;
+      throw std::runtime_error("this machine runs no table of this build");
+    }();
     return best;
   }
   std::string known;

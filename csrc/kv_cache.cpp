@@ -1,6 +1,8 @@
 #include "kv_cache.h"
 
 #include <algorithm>
+#include <cfloat>
+#include <cmath>
 #include <cstring>
 #include <new>
 #include <utility>
@@ -95,9 +97,12 @@ std::shared_ptr<uint8_t[]> KVCache::new_page() {
 
 bool KVCache::is_sound(int64_t page) const {
   if (!is_coded(kind_)) return true;
-  const auto scales = [](const float* begin) {  // NaN where a key or value was not finite
-    return std::none_of(begin, begin + kPageTokens,
-                        [](float scale) { return scale < 0 || scale > 3.4e38f; });
+  const auto scales = [](const float* begin) {
+    return std::all_of(begin, begin + kPageTokens, [](float scale) {
+      // where a key or value was not finite, and no other NaN: the softmax takes it by its bits
+      const float broken = NAN;
+      return (scale >= 0 && scale <= FLT_MAX) || std::memcmp(&scale, &broken, sizeof scale) == 0;
+    });
   };
   const auto words = [this](const uint8_t* begin, int64_t nbytes, int64_t products) {
     const auto* codes = reinterpret_cast<const int16_t*>(begin);

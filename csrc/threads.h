@@ -66,12 +66,12 @@ class ThreadPool {
   template <class Idle>
   void barrier(Idle idle) {
     if (active_ == 1) return;
-    const WaitCounter& passed = meeting_->passed;
+    WaitCounter& passed = meeting_->passed;
     const uint32_t seen = passed.get();
     if (arrive()) return;
     while (passed.get() == seen && idle()) {
     }
-    if (const int64_t slept = meeting_->passed.wait_while(seen))
+    if (const int64_t slept = passed.wait_while(seen))
       slept_.fetch_add(slept, std::memory_order_relaxed);
   }
   void barrier() {

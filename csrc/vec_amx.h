@@ -45,7 +45,7 @@ class PanelInputs {
   ~PanelInputs() {
     if (shaped_) _tile_release();
   }
-  static bool fits(int64_t, int64_t) { return true; }
+  static int64_t most_rows(int64_t) { return INT64_MAX; }
   void take(const Activations& x, int64_t rows) {
     if (rows < kPanelRows || x.kind == ActivationKind::floating) return;
     shaped_ = true;
@@ -94,7 +94,7 @@ inline void matrix_products(const uint8_t* const* groups, int64_t count, const i
 #else
 
 struct PanelInputs {
-  static bool fits(int64_t, int64_t) { return true; }
+  static int64_t most_rows(int64_t) { return INT64_MAX; }
   void take(const Activations&, int64_t) {}
 };
 

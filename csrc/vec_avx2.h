@@ -100,9 +100,7 @@ struct PanelInputs {
   static constexpr int64_t kRoom = 3072;  // rows x groups: 192 KB of a thread's stack
   alignas(32) int16_t words[kRoom * kGroup];
 
-  static bool fits(int64_t rows, int64_t groups) {
-    return rows < kPanelRows || rows * groups <= kRoom;
-  }
+  static int64_t most_rows(int64_t groups) { return kRoom / groups / kMatrixRows * kMatrixRows; }
   void take(const Activations& x, int64_t rows) {
     if (rows < kPanelRows || x.kind == ActivationKind::floating) return;
     for (int64_t i = 0; i < rows * x.padded_cols(); i += 16) {

@@ -130,9 +130,7 @@ struct PanelInputs {
   alignas(64) int8_t codes[kRoom * 2 * kGroup];
   float scales[kRoom * kFloats], group_sums[kRoom * kFloats];
 
-  static bool fits(int64_t rows, int64_t groups) {
-    return rows < kPanelRows || ceil_div(rows, 2) * groups <= kRoom;
-  }
+  static int64_t most_rows(int64_t groups) { return kRoom / groups * 2; }
   void take(const Activations& x, int64_t rows) {
     groups = x.groups();
     if (rows < kPanelRows || x.kind == ActivationKind::floating) return;

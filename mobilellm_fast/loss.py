@@ -50,16 +50,24 @@ def next_token_loss(
         )
     chunk = chunk or (GPU_CHUNK if hidden.is_cuda else CHUNK)
     hidden, labels = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten().long()
-    parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
-    project = functools.partial(F.linear, weight=head) if isinstance(head, Tensor) else head
-    if function_transform() is not None or has_tangent((hidden, head)):
-        # they see through neither nodes of autograd nor checkpoints
-        total = sum(_cross_entropy(project, *part) for part in parts)
-    elif project is head:
-        total = sum(checkpoint(_cross_entropy, head, *part, use_reentrant=False) for part in parts)
-    else:
+    transformed = _is_transformed((hidden, head))
+    if isinstance(head, Tensor) and not transformed:
         total = LinearCrossEntropy.apply(hidden, head, labels, chunk)
+    else:
+        project = functools.partial(F.linear, weight=head) if isinstance(head, Tensor) else head
+        sum_of = functools.partial(checkpoint, _cross_entropy, use_reentrant=False)
+        if transformed:
+            sum_of = _cross_entropy
+        parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
+        total = sum(sum_of(project, *part) for part in parts)
     return total / (labels != IGNORED).sum()
+
+
+def _is_transformed(values: tuple) -> bool:
+    """Tell if transforms of functions are at work, which see neither nodes nor checkpoints."""
+    if torch.compiler.is_compiling():  # torch 2.11 would compile what follows to True
+        return False
+    return function_transform() is not None or has_tangent(values)
 
 
 def _cross_entropy(head: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class Sampler:
             Its id, and its `logprob`: in the model's own distribution, not the one drawn from.
 
         Raises:
-            MobileLLMError: the largest logit is not finite, so the model's numbers are broken.
+            MobileLLMError: a logit is no number or the largest not finite, also after the penalty.
         """
         chosen_from, options = logits, self._sampling
         if self._seen is not None:

@@ -106,6 +106,17 @@ def test_linear_is_exact(isa, kind, activation, shape):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", quant.QUANTIZED_KINDS)
+@pytest.mark.parametrize("cols", [3584, 24640, 66000])
+def test_rows_are_what_they_are_alone(isa, kind, cols):
+    """Of inputs so wide that a panel holds few rows of them, or none."""
+    weight = quant.pack(quant.quantize(matrix(17, cols, 0), kind))
+    x = matrix(64 if cols < 4096 else 9, cols, 1)
+    alone = np.concatenate([linear(row[None], weight, "int8_g32", isa) for row in x])
+    assert np.array_equal(linear(x, weight, "int8_g32", isa), alone)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("activation", ["int8_g32", "int8_g32_plain", "int8"])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_linear_does_not_saturate(isa, activation, sign):

@@ -110,6 +110,13 @@ def test_models_return_the_loss_of_their_logits(kind, tied):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+def test_compiled_losses_are_computed_in_chunks(monkeypatch):
+    monkeypatch.setattr(loss_module, "_cross_entropy", None)  # of the form for transforms
+    hidden, weight, labels = example(torch.float32)
+    compiled = torch.compile(next_token_loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(hidden, weight, labels, 5), plain(hidden, weight, labels))
+
+
 def test_a_model_is_a_function_of_its_parameters():
     torch.manual_seed(0)
     lm = MobileLLM(tiny_config())

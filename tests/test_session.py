@@ -289,6 +289,9 @@ def test_codes_and_scales_out_of_range_are_refused(kv_format):
             with pytest.raises(ValueError, match=f"page 1 must have {kv_format} codes and scales"):
                 cache.restore(140, [good, wild(at, scale)])
         cache.restore(140, [good, wild(at, np.float32(np.nan))])  # what was not finite
+        for bits in (0xFFC00000, 0x7FC00001):  # NaN that no kernel writes
+            with pytest.raises(ValueError, match="in their range"):
+                cache.restore(140, [good, wild(at, np.uint32(bits))])
     if kv_format == "int8":
         return  # any byte may be a code
     of_keys = math.isqrt((2**31 - 1) // dim)  # as many products

@@ -3,7 +3,8 @@
  * Every function that can fail returns a status and leaves its outputs alone when it does;
  * mlf_last_error() then tells the calling thread why, in one line. No exception leaves a function.
  * A model may be shared by threads: its calls take turns. A session belongs to one thread at a
- * time. A calling thread needs 512 KB of stack: musl gives its threads less unless they ask.
+ * time. A calling thread and those that the library starts need 512 KB of stack: musl gives
+ * threads less unless the program asks for more (-Wl,-z,stack-size=1048576).
  * Structures begin with their size in bytes, so that later versions can add fields to them. */
 #ifndef MOBILELLM_H
 #define MOBILELLM_H

@@ -143,8 +143,9 @@ MLF_INLINE void coded_tiles(const uint8_t* tile, int64_t tile_nbytes, int64_t st
   }
 }
 
-// From so many queries on, they attend together; a lone token has fewer. And so many do at most: a
-// multiple of 32 tokens of 3 heads. (24 and 48 were slower: 6% and 3%, int8.)
+// From so many queries on, they attend together; a lone token has fewer, but for more than 8 heads
+// of a KV head. And so many do at most: a multiple of 32 tokens of 3 heads. (24 and 48 were slower:
+// 6% and 3%, int8.)
 constexpr int kTogetherFrom = 9, kTogether = 96;
 
 template <class Codes>

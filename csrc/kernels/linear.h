@@ -51,7 +51,10 @@ struct Panel {
     const int64_t groups = x.groups();
     while (lists_wide_groups() && count_wide() > kMaxWide) rows /= 2;
 #if defined(MLF_OWN_GROUP_DOT) || defined(MLF_MATRIX)
-    while (!PanelInputs::fits(rows, groups)) rows /= 2;
+    if (x.kind != ActivationKind::floating && rows > PanelInputs::most_rows(groups)) {
+      const int64_t most = PanelInputs::most_rows(groups), few = kPanelRows - 1;
+      rows = most > few ? most : rows < few ? rows : few;
+    }
     inputs.take(x, rows);
 #endif
     if (!lists_wide_groups()) return;

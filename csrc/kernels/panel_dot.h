@@ -36,7 +36,7 @@ struct PanelInputs {
   const int8_t* codes;
   const float *scales, *group_sums;
 
-  static bool fits(int64_t, int64_t) { return true; }
+  static int64_t most_rows(int64_t) { return INT64_MAX; }
   void take(const Activations& x, int64_t) {
     groups = x.groups();
     codes = x.codes;

@@ -36,7 +36,7 @@ int status_of(pid_t child) {
 }
 
 void expect_end(const char* what, pid_t child) {
-  const int status = status_of(child);
+  const int status = child > 0 ? status_of(child) : -1;
   if (status == 0) return;
   std::fprintf(stderr, "%s: %d, not 0\n", what, status);
   ++failures;
@@ -48,9 +48,14 @@ template <class Use>
 pid_t fork_while_a_worker_sleeps(Use use) {
   auto pool = std::make_unique<ThreadPool>(2);
   pid_t child = -1;
+  std::atomic<bool> ended{false};
   pool->run([&](int thread) {
-    if (thread != 0) return;
-    rest(100);
+    if (thread != 0) {
+      ended = true;
+      return;
+    }
+    while (!ended) rest(1);
+    rest(200);
     child = fork();
   });
   if (child != 0) return child;

@@ -190,7 +190,7 @@ struct Attention {
 void check_together(Check& check) {
   Random random(6);
   for (const KVKind kind : kKinds)
-    for (const int dim : {18, 64})
+    for (const int dim : {18, 33, 64})
       for (const int64_t n : {8, 9, 96, 103})
         for (const bool whole : {true, false}) {
           const int64_t padded = round_up(dim, 16);
