@@ -19,6 +19,7 @@ namespace {
 
 #include "kernels/rms_norm.h"
 #include "kernels/quantize.h"
+#include "kernels/group_dot.h"
 #include "kernels/tile_dot.h"
 #include "kernels/panel_dot.h"
 #include "kernels/matrix_dot.h"
