@@ -6,15 +6,19 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstring>
+#include <ctime>
 #include <new>
 #include <system_error>
 
+#include "page_cache.h"
 #include "quant.h"
 
 namespace mlf {
 namespace {
 
 constexpr int64_t kHugePage = int64_t{2} << 20;
+constexpr int64_t kFreshSeconds = 24 * 3600;  // after which few files are cached as written
 
 void ask_for_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t nbytes) {
 #ifdef MADV_HUGEPAGE
@@ -47,7 +51,7 @@ void release_memory(uint8_t* memory, int64_t nbytes) {
   if (whole > 0) madvise(memory + before, whole, MADV_DONTNEED);
 }
 
-Pages map_file(const char* path, int64_t& nbytes) {
+Pages map_file(const char* path, std::string_view magic, int64_t& nbytes) {
   const int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // do not wait for a pipe
   if (file < 0) throw std::system_error(errno, std::generic_category());
   struct stat status;
@@ -63,7 +67,13 @@ Pages map_file(const char* path, int64_t& nbytes) {
     if (!error && mmap(pages.get(), status.st_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED,
                        file, 0) == MAP_FAILED)
       error = errno;
-    if (!error) ask_for_huge_pages(pages.get(), status.st_size);
+    if (!error) {
+      ask_for_huge_pages(pages.get(), status.st_size);
+      const auto length = static_cast<int64_t>(magic.size());
+      if (status.st_size >= length && std::memcmp(pages.get(), magic.data(), length) == 0)
+        read_in_huge_pages(pages.get(), status.st_size, file,
+                           std::time(nullptr) - status.st_ctime < kFreshSeconds);
+    }
   }
   close(file);
   if (error) throw std::system_error(error, std::generic_category());

@@ -42,12 +42,11 @@ def read_bytes(path: Path) -> bytes:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, evict: bool = False) -> Iterator[BinaryIO]:
+def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file to write that appears complete under its name, or not at all.
 
     Args:
         path: a file there is replaced.
-        evict: drop it from the page cache: only what is read back can lie in huge pages.
 
     Raises:
         OSError: it cannot be written.
@@ -59,8 +58,6 @@ def whole_file(path: Path, evict: bool = False) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            if evict and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -87,7 +87,7 @@ class Image:
         prefix = PREFIX.pack(MAGIC, VERSION, len(header), _C.checksum(header))
         start = _weights_start(len(header), len(tokenizer))
         try:
-            with whole_file(path, evict=True) as file:
+            with whole_file(path) as file:
                 file.write(prefix + header)
                 file.seek(_tokenizer_start(len(header)))
                 file.write(tokenizer)
@@ -118,7 +118,7 @@ def check_output(path: Path) -> None:
 
 
 def open_image(path: Path, source: str | None = None, threads: int = 1) -> Image:
-    """Map an image and check it.
+    """Map an image and check it. What is cached of it in small pages is read again, in huge ones.
 
     Args:
         path: a file that `Image.save` wrote.
@@ -129,7 +129,7 @@ def open_image(path: Path, source: str | None = None, threads: int = 1) -> Image
         CheckpointError: it is not an image of this version, from this source, or not whole.
     """
     try:
-        data = _C.map_file(os.fsencode(path))
+        data = _C.map_file(os.fsencode(path), MAGIC)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({brief(error)})") from None
 

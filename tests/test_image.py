@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,6 +88,35 @@ def test_writing_to_a_mapped_image_does_not_reach_the_file(checkpoint, tmp_path)
     before = path.read_bytes()
     open_image(path).buffer[:] = 0
     assert path.read_bytes() == before
+
+
+def huge_nbytes(array):
+    """How much of the mapping that holds an array is mapped in huge pages of the page cache."""
+    here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if span := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            here = int(span[1], 16) <= array.ctypes.data < int(span[2], 16)
+        elif here and line.startswith("FilePmdMapped:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what it mapped")
+def test_an_image_cached_in_small_pages_comes_in_huge_ones(tmp_path):
+    """As it does when nothing was cached; some file systems have none in either case."""
+    path = tmp_path / "tiny.mlf"
+    packed = pack_checkpoint(write_checkpoint(tmp_path / "model", vocab_size=80000))
+    packed.save(path)
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        most = huge_nbytes(open_image(path).buffer)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        for place in range(0, path.stat().st_size, 4096):
+            os.pread(file.fileno(), 1, place)
+    image = open_image(path)
+    assert huge_nbytes(image.buffer) == most
+    assert np.array_equal(image.buffer, packed.buffer)
 
 
 def test_every_flipped_byte_is_noticed(checkpoint, tmp_path):

@@ -72,18 +72,23 @@ void bind_machine(py::module_& m) {
       "nbytes"_a, "A zeroed uint8 array in huge pages where the system gives them.");
   m.def(
       "map_file",
-      [](const py::bytes& path) {
+      [](const std::string& path, const std::string& magic) {
         int64_t nbytes = 0;
         try {
-          Pages pages = map_file(std::string(path).c_str(), nbytes);
+          Pages pages = [&] {
+            py::gil_scoped_release release;
+            return map_file(path.c_str(), magic, nbytes);
+          }();
           return as_array(std::move(pages), nbytes);
         } catch (const std::system_error& error) {
           errno = error.code().value();
-          PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, path.ptr());
+          PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, py::bytes(path).ptr());
           throw py::error_already_set();
         }
       },
-      "path"_a, "A file as uint8 array, in huge pages likewise; changes stay in this process.");
+      "path"_a, "magic"_a,
+      "A file as uint8 array, in huge pages likewise; changes stay in this process. One that "
+      "begins with `magic` is read at once, so that it comes in huge pages.");
   m.def(
       "checksum",
       [](const py::buffer& data, int threads) {

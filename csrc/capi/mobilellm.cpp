@@ -119,7 +119,7 @@ std::unique_ptr<mlf_model> open_model(const char* path, const mlf_options& optio
   kv_kind_of(options.kv_format, mlf::KVKind::int16);
   try {
     int64_t nbytes = 0;
-    model->memory = mlf::map_file(path, nbytes);
+    model->memory = mlf::map_file(path, mlf::image::kMagic, nbytes);
     model->image = mlf::image::read_image(model->memory.get(), nbytes, threads);
   } catch (const std::system_error& error) {
     throw Failure{MLF_ERROR_FILE,

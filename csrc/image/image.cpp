@@ -12,7 +12,6 @@
 namespace mlf::image {
 namespace {
 
-constexpr std::string_view kMagic = "MLFIMAGE";
 constexpr uint32_t kVersion = 3;  // VERSION in image.py
 constexpr int64_t kPrefixBytes = 24, kLine = 64, kPage = 1 << 16;
 constexpr int64_t kMaxInteger = (int64_t{1} << 31) - 1;

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "../executor.h"
@@ -14,6 +15,8 @@
 #include "rope.h"
 
 namespace mlf::image {
+
+constexpr std::string_view kMagic = "MLFIMAGE";  // its first bytes
 
 struct Image {
   Model model;  // points into the bytes of the image

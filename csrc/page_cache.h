@@ -1,0 +1,18 @@
+// The page cache of a mapped file, in huge pages.
+#pragma once
+
+#include <cstdint>
+
+namespace mlf {
+
+// Reads a mapping of a file, which begins at a multiple of 2 MB, such that what can lies in huge
+// pages. Linux fills gaps of a cached file in small pages, a few MB around each page that it has
+// already, and never makes small ones large: a cache that was read in part, or lost a part, stays
+// small. So what is found in small pages is dropped from the cache and read again, until that does
+// not help: file systems may have no huge pages, memory no room for one, and nothing is dropped
+// that another process has mapped. Where there is none in the whole file, only a `fresh` one is
+// tried: writing takes small pages, too, but reading it again at every load would be in vain.
+// Returns how many parts of 2 MB it read again. Call it before the mapping is used.
+int64_t read_in_huge_pages(uint8_t* begin, int64_t nbytes, int file, bool fresh);
+
+}  // namespace mlf
