@@ -13,8 +13,8 @@
 // barrier per token, which makes the new keys and values safe to read. The grid must be on the GPU
 // all at once, hence the cooperative launch.
 //
-// Constants, given by the compiler's command line: PROGRAMS, WARPS, THREADS, RING_DEPTH, VECTORS,
-// SHARED_LIMIT, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CACHE, and the kinds of matrices:
+// Constants, given by the compiler's command line: PROGRAMS, WARPS, THREADS, RING_DEPTH, RING_TILES,
+// VECTORS, SHARED_LIMIT, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CACHE, and the kinds of matrices:
 // BODY_KIND, EMBEDDING_KIND, HEAD_KIND.
 #include "next_token.cuh"
 
@@ -141,7 +141,7 @@ KERNEL(decode, Arguments) {
         receive_all([&](int i, int k, float value) {
             square = fma_(value, value, square);
             shared.residual[k] = value;
-            inputs[input_place<decltype(kind)::VALUE>(k)] = value * norm.weights[i];
+            store_input<decltype(kind)::VALUE>(inputs, k, value * norm.weights[i]);
         });
         store_squares(me, shared.squares, square);
     };
@@ -157,7 +157,7 @@ KERNEL(decode, Arguments) {
                 float* const inputs = reinterpret_cast<float*>(shared.inputs) + layout.inputs;
                 float2* const parts = shared.parts + layout.first_part;
                 const auto take = [&](int, int k, float value) {
-                    inputs[input_place<BODY_KIND>(k)] = value;
+                    store_input<BODY_KIND>(inputs, k, value);
                 };
                 if (stage == QUERY || stage == GATE_UP) {
                     const float* norms =
@@ -209,8 +209,7 @@ KERNEL(decode, Arguments) {
                         sin = arguments.sin[place];
                     }
                 }
-                multiply<BODY_KIND>(
-                    me, layout, source, reinterpret_cast<const float4*>(inputs), parts);
+                multiply<BODY_KIND>(me, layout, source, inputs, parts);
                 if (finishes && (stage == QUERY || stage == GATE_UP)) {
                     const float factor = norm_factor(shared.squares, arguments.eps);
                     scales[0] *= factor;
@@ -249,7 +248,7 @@ KERNEL(decode, Arguments) {
             [&](const auto& use) { receive<HIDDEN>(me, vectors + X, epoch, use); });
         sync_program();
         float2* const parts = shared.parts + layout.first_part;
-        multiply<HEAD_KIND>(me, layout, source, reinterpret_cast<const float4*>(inputs), parts);
+        multiply<HEAD_KIND>(me, layout, source, inputs, parts);
         sync_program();
         Candidate best = no_candidate();
         ROLLED for (int pair = me.thread; pair < layout.pairs; pair += THREADS) {

@@ -8,7 +8,11 @@
 // A vector is overwritten only when everyone has read it: the stage that writes it again waits for
 // others that read it before. A residual is kept in the program, not read again.
 #pragma once
-#include "matrices.cuh"
+#if RING_TILES
+#include "tiles.cuh"
+#else
+#include "pairs.cuh"
+#endif
 
 // Calls `use(i, k)` for all k < SIZE that are this thread's, the i-th of them.
 template <int SIZE, class Use>

@@ -187,6 +187,7 @@ def kernel_constants(
         "WARPS": WARPS,
         "THREADS": 32 * WARPS,
         "RING_DEPTH": RING_DEPTH,
+        "RING_TILES": 0,
         "VECTORS": vectors,
         "HIDDEN": config.hidden_size,
         "INNER": config.intermediate_size,

@@ -1,0 +1,150 @@
+// Products of pairs of rows with a vector, by fused multiply-adds. A chunk is 16 bytes of each of two
+// rows per lane.
+//
+// A warp's chunks, of all matrices in the order of their use, pass through a ring of its own in
+// shared memory: they are requested while the programs still wait for each other. A lane reads what
+// it requested itself, so nothing but its own copies is waited for.
+//
+// All matrices go through the same few instructions, whatever their sizes: those of a whole layer,
+// each with its own, would not fit into the cache of instructions.
+#pragma once
+#include "matrices.cuh"
+
+// What a matrix multiplies, as its lanes read it.
+template <int KIND>
+DEVICE void store_input(float* inputs, int k, float value) {
+    inputs[input_place<KIND>(k)] = value;
+}
+
+constexpr int DEPTH = RING_DEPTH;
+
+struct Ring {  // of a warp
+    Codes16 codes[DEPTH][2][LANES];
+    unsigned scales[has_scales(BODY_KIND) || has_scales(HEAD_KIND) ? DEPTH : 1][2][LANES];
+};
+
+// Requests a warp's chunks, DEPTH ahead of their use: of all stages, layers and steps.
+struct Source {
+    const Layout* layouts;
+    const int* schedule;
+    Ring* ring;
+    int length;     // of the schedule
+    bool is_idle;   // this warp has no share of anything
+    int stage, position;  // in the schedule
+    int left;       // chunks in this stage
+    int chunk, pairs_of_head;
+    int slot;       // of the ring, to read and then to fill again
+    const unsigned char* codes;   // of the next chunk, this lane's part
+    const unsigned char* scales;  // of the next chunk
+
+    DEVICE Source(
+        const Worker& me, const Layout* layouts, const int* schedule, int length, Ring* ring)
+        : layouts(layouts), schedule(schedule), ring(ring), length(length), is_idle(true),
+          stage(QUERY), position(0), slot(0) {
+        for (int i = 0; i < STAGES; ++i)
+            if (layouts[i].shares[me.warp()].total > 0) is_idle = false;
+        enter(me);
+        ROLLED for (int i = 0; i < DEPTH; ++i) request(me);
+    }
+
+    DEVICE void enter(const Worker& me) {
+        const Layout& layout = layouts[stage];
+        const Share& share = layout.shares[me.warp()];
+        left = share.total;
+        chunk = share.chunk;
+        pairs_of_head = share.pairs_of_head;
+        const long long block = stage == HEAD ? 0 : schedule[position];
+        codes = layout.codes.codes + block * layout.block_nbytes + share.start + me.lane() * 16;
+        scales = layout.codes.scales + block * layout.block_scales_nbytes + share.scales;
+    }
+
+    // The next chunk, into the slot that was read just now.
+    DEVICE void request(const Worker& me) {
+        if (is_idle) return;
+        while (left == 0) {
+            if (stage == HEAD) {
+                stage = QUERY;
+                position = 0;
+            } else if (stage < DOWN) {
+                ++stage;
+            } else if (++position == length) {
+                stage = HEAD;
+            } else {
+                stage = QUERY;
+            }
+            enter(me);
+        }
+        const Layout& layout = layouts[stage];
+        const int lane_chunk = chunk * LANES + me.lane();
+        const bool live = lane_chunk * 16 < layout.row_nbytes;
+        copy_16_later(&ring->codes[slot][0][me.lane()], codes, live);
+        copy_16_later(&ring->codes[slot][1][me.lane()], codes + layout.distance, live);
+        codes += LANES * 16;
+        if constexpr (has_scales(BODY_KIND) || has_scales(HEAD_KIND)) {
+            const int kind = stage == HEAD ? HEAD_KIND : BODY_KIND;
+            if (has_scales(kind)) {
+                // of one group, or of two neighbours
+                const unsigned char* from =
+                    scales + (kind == INT4_G32 ? me.lane() * 4 : me.lane() / 4 * 4);
+                copy_4_later(&ring->scales[slot][0][me.lane()], from, live);
+                copy_4_later(
+                    &ring->scales[slot][1][me.lane()], from + layout.scales_distance, live);
+                scales += chunk_scales_nbytes(kind);
+            }
+        }
+        close_copies();
+        slot = slot + 1 == DEPTH ? 0 : slot + 1;
+        --left;
+        if (++chunk == layout.chunks) {
+            chunk = 0;
+            codes += layout.next;
+            scales += layout.next_scales;
+            if (--pairs_of_head == 0) {  // behind the other half of the head
+                pairs_of_head = HEAD_DIM / 2;
+                codes += layout.distance;
+                scales += layout.scales_distance;
+            }
+        }
+    }
+};
+
+// Store the sums of a warp over its part of a pair of rows.
+DEVICE void store_part(const Worker& me, float2* part, const float (&sums)[2]) {
+    // each half of the warp keeps one row
+    const bool upper = me.lane() >= LANES / 2;
+    float sum = upper ? sums[1] : sums[0];
+    sum += shuffle_xor(upper ? sums[0] : sums[1], LANES / 2);
+    UNROLL for (int mask = LANES / 4; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    if (me.lane() % (LANES / 2) == 0) reinterpret_cast<float*>(part)[upper] = sum;
+}
+
+// Multiply this warp's share of a stage; `parts` (pairs, parts of a pair) gets the sums. Parts that
+// no warp has are never written, and stay zero.
+template <int KIND>
+DEVICE void multiply(
+    const Worker& me, const Layout& layout, Source& source, const float* inputs, float2* parts) {
+    const Share share = layout.shares[me.warp()];
+    const int chunks = layout.chunks, parts_of_pair = layout.parts;
+    int chunk = share.chunk, part = share.part, next_part = share.next_part;
+    const float4* const places = reinterpret_cast<const float4*>(inputs);
+    float sums[2] = {0, 0};
+    ROLLED for (int left = share.total; left > 0; --left) {
+        wait_for_copies<DEPTH - 1>();
+        Piece pieces[2];
+        UNROLL for (int row = 0; row < 2; ++row) {
+            pieces[row].codes = source.ring->codes[source.slot][row][me.lane()];
+            if constexpr (has_scales(KIND))
+                pieces[row].scales = source.ring->scales[source.slot][row][me.lane()];
+            if constexpr (KIND == INT8_G32) pieces[row].scales >>= me.lane() / 2 % 2 * 16;
+        }
+        multiply_pieces<KIND>(pieces, places, chunk, me.lane(), sums);
+        source.request(me);
+        if (++chunk == chunks || left == 1) {
+            store_part(me, parts + part, sums);
+            sums[0] = sums[1] = 0;
+            chunk = 0;
+            part = next_part;
+            next_part += parts_of_pair;
+        }
+    }
+}
