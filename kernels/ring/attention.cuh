@@ -58,12 +58,6 @@ struct CacheSlot {  // of one position of the schedule
     }
 };
 
-DEVICE unsigned short float_to_bf16(float value) {
-    const unsigned bits = as_bits(value);
-    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return 0x7FFF;
-    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-}
-
 DEVICE unsigned short clamped_half(float value) {
     // not by minima, which lose NaN
     value = value > BIGGEST_HALF ? BIGGEST_HALF : value < -BIGGEST_HALF ? -BIGGEST_HALF : value;

@@ -58,8 +58,9 @@ constexpr Shape shape_of(int stage) {
 }
 
 // Where what belongs to a stage begins, among the inputs and among the parts of all stages.
+constexpr int NO_INPUTS = RING_TILES ? 256 : 0;  // zeros before those of the first stage
 constexpr int inputs_before(int stage) {
-    return stage == 0 ? 0 : inputs_before(stage - 1) + shape_of(stage - 1).inputs();
+    return stage == 0 ? NO_INPUTS : inputs_before(stage - 1) + shape_of(stage - 1).inputs();
 }
 constexpr int parts_before(int stage) {
     return stage == 0 ? 0
@@ -105,7 +106,7 @@ struct Share {
 struct Layout {
     Codes codes;  // of block 0
     long long block_nbytes, block_scales_nbytes;
-    int chunks, parts, row_nbytes;
+    int chunks, parts, row_nbytes, row_scales_nbytes;
     int distance, scales_distance;  // bytes to the other row of a pair
     int next, next_scales;          // bytes from behind a row to the next pair's first row
     int first_pair, pairs;          // of this program
@@ -133,6 +134,7 @@ DEVICE void set_layout(const Worker& me, const Codes& codes, Layout& layout) {
         layout.chunks = CHUNKS;
         layout.parts = SHAPE.parts();
         layout.row_nbytes = ROW;
+        layout.row_scales_nbytes = SCALES;
         layout.distance = row_distance(STAGE) * ROW;
         layout.scales_distance = row_distance(STAGE) * SCALES;
         const int step = row_of(STAGE, 1);

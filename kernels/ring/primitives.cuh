@@ -82,6 +82,15 @@ DEVICE unsigned byte_perm(unsigned a, unsigned b, unsigned selector) {
     return __byte_perm(a, b, selector);
 }
 
+// (a & mask) | bits as one instruction; it takes one constant only, which the compiler heeds not.
+DEVICE unsigned masked_or(unsigned a, unsigned mask, unsigned bits) {
+    unsigned result;
+    asm("{.reg .b32 m; mov.b32 m, %2; lop3.b32 %0, %1, m, %3, 0xEA;}"
+        : "=r"(result)
+        : "r"(a), "r"(mask), "r"(bits));
+    return result;
+}
+
 DEVICE float half_to_float(unsigned short bits) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
@@ -91,6 +100,28 @@ DEVICE unsigned short float_to_half(float value) {
     unsigned short bits;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     return bits;
+}
+
+DEVICE unsigned short float_to_bf16(float value) {
+    unsigned short bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+DEVICE unsigned add_bf16_pairs(unsigned a, unsigned b) {
+    unsigned sums;
+    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sums) : "r"(a), "r"(b));
+    return sums;
+}
+
+// Add to `sums` (16, 8) the product of (16, 16) and (16, 8) in bf16. Lane 4 r + q has, of the sums,
+// columns 2 q and 2 q + 1 of rows r and r + 8; of what is multiplied, pairs of inputs q and q + 4 for
+// rows r and r + 8 (a0 and a2, a1 and a3) and for column r (b0 and b1).
+DEVICE void multiply_tile(
+    float (&sums)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 DEVICE float fma_(float a, float b, float c) { return __fmaf_rn(a, b, c); }

@@ -69,6 +69,8 @@ DEVICE unsigned byte_perm(unsigned a, unsigned b, unsigned selector) {
   return result;
 }
 
+DEVICE unsigned masked_or(unsigned a, unsigned mask, unsigned bits) { return (a & mask) | bits; }
+
 DEVICE float half_to_float(unsigned short half) {
   unsigned sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, fraction = half & 1023u;
   if (exponent == 31) return as_float(sign | 0x7f800000u | fraction << 13);
@@ -91,6 +93,22 @@ DEVICE unsigned short float_to_half(float value) {  // to nearest, ties to even
     half -= 112u << 10;
   }
   return static_cast<unsigned short>(sign | half);
+}
+
+DEVICE unsigned short float_to_bf16(float value) {  // to nearest, ties to even
+  unsigned bits = as_bits(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+  return static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// The lower or the upper half of a word.
+DEVICE float bf16_of(unsigned word, int half) {
+  return as_float(half ? word & 0xffff0000u : word << 16);
+}
+
+DEVICE unsigned add_bf16_pairs(unsigned a, unsigned b) {
+  unsigned low = float_to_bf16(bf16_of(a, 0) + bf16_of(b, 0));
+  return low | static_cast<unsigned>(float_to_bf16(bf16_of(a, 1) + bf16_of(b, 1))) << 16;
 }
 
 DEVICE float fma_(float a, float b, float c) { return std::fma(a, b, c); }
@@ -122,6 +140,35 @@ DEVICE unsigned shuffle_xor(unsigned v, int mask, emulator::Site site = emulator
 
 DEVICE float shuffle_xor(float v, int mask, emulator::Site site = emulator::Site::here()) {
   return as_float(emulator::scheduler->shuffle(as_bits(v), mask, site));
+}
+
+// A product of matrices by a warp, as primitives.cuh of the kernels says.
+struct TileOperands {
+  float* sums;
+  unsigned a[4], b[2];
+};
+
+DEVICE void multiply_tile_of_warp(void* const* lanes) {
+  auto of = [&](int lane) { return static_cast<const TileOperands*>(lanes[lane]); };
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+      float sum = of(lane)->sums[i];
+      for (int k = 0; k < 16; ++k) {
+        const TileOperands* left = of(row % 8 * 4 + k % 8 / 2);
+        const TileOperands* right = of(column * 4 + k % 8 / 2);
+        sum += bf16_of(left->a[row / 8 + k / 8 * 2], k % 2) * bf16_of(right->b[k / 8], k % 2);
+      }
+      of(lane)->sums[i] = sum;
+    }
+  }
+}
+
+DEVICE void multiply_tile(float (&sums)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+                          unsigned b0, unsigned b1,
+                          emulator::Site site = emulator::Site::here()) {
+  TileOperands operands = {sums, {a0, a1, a2, a3}, {b0, b1}};
+  emulator::scheduler->together(&operands, multiply_tile_of_warp, site);
 }
 
 // Memory

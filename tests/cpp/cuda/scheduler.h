@@ -85,6 +85,7 @@ struct Fiber {
   Site site{"its start", 0};  // where it blocked or yielded
   unsigned value = 0;         // what it brings to a shuffle, then what it takes
   int mask = 0;               // of that shuffle
+  void* brought = nullptr;    // to `together`
   uint64_t seen = 0;          // the changes when it passed the last scheduling point
   int points = 0;             // that it passed since the last change
   char* stack = nullptr;      // grows down to here
@@ -233,6 +234,19 @@ class Scheduler {
     }
     suspend();
     return fiber.value;
+  }
+
+  // Wait for all lanes of the warp; the last one calls `work` with what each brings.
+  void together(void* mine, void (*work)(void* const* of_lanes), Site site) {
+    Fiber& fiber = *current_;
+    Warp& warp = warp_of(fiber);
+    fiber.brought = mine;
+    if (warp.at_shuffle == kLanes - 1 && warp.first->site == site) {
+      void* brought[kLanes];
+      for (int i = 0; i < kLanes; ++i) brought[i] = warp.fibers[i].brought;
+      work(brought);
+    }
+    shuffle(0, 0, site);
   }
 
   void store(uint2* address, uint2 word, Site site) {
