@@ -186,6 +186,22 @@ DEVICE void store_warp(const Worker& me, Softmax softmax, AttentionShared& share
 // the base-2 logarithms of their sums of weights if not.
 constexpr int MOST_PARTS = most(FEW_PARTS, MANY_PARTS);
 
+// The first keys and values of this program's first task, which `attend` will load.
+DEVICE void prefetch_cache(
+    const Worker& me, const Plan& plan, const CacheSlot& cache, int position) {
+    constexpr int ROWS = most(1, LINE_NBYTES / (HEAD_DIM * ELEMENT_NBYTES));  // of a line
+    constexpr int LINES = up_to(HEAD_DIM * ELEMENT_NBYTES, LINE_NBYTES);      // of a row
+    if (me.program >= HEADS * plan.parts) return;
+    const int kv_head = me.program % HEADS / GROUP_HEADS, part = me.program / HEADS;
+    const int first = part * plan.tiles * TILE;
+    const int end = least(first + least(plan.tiles, 2) * TILE, position);
+    const int token = first + me.thread / LINES * ROWS;
+    if (token >= end) return;
+    UNROLL for (int is_value = 0; is_value < 2; ++is_value)
+        prefetch_line(
+            cache.place(is_value, kv_head, token) + me.thread % LINES * LINE_NBYTES);
+}
+
 DEVICE void attend(
     const Worker& me, int task, const Plan& plan, const uint2* qkv, const CacheSlot& cache,
     int position, float scale, uint2* partial, uint2* attended, unsigned epoch,

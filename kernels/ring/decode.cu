@@ -14,7 +14,7 @@
 // all at once, hence the cooperative launch.
 //
 // Constants, given by the compiler's command line: PROGRAMS, WARPS, THREADS, RING_DEPTH, RING_TILES,
-// VECTORS, SHARED_LIMIT, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CACHE, and the kinds of matrices:
+// RING_EARLY, VECTORS, SHARED_LIMIT, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CACHE, and the kinds of matrices:
 // BODY_KIND, EMBEDDING_KIND, HEAD_KIND.
 #include "next_token.cuh"
 
@@ -79,6 +79,15 @@ template <int VALUE_>
 struct Constant {
     static constexpr int VALUE = VALUE_;
 };
+
+// The norms of a block that comes next: one program brings them for all.
+DEVICE void prefetch_norms(const Worker& me, const Arguments& arguments, int slot, int block) {
+    constexpr int LINES = up_to(HIDDEN * 4, LINE_NBYTES);
+    if (me.program != slot % PROGRAMS || me.thread >= 2 * LINES) return;
+    const float* norms =
+        me.thread < LINES ? arguments.attention_norms : arguments.ffn_norms;
+    prefetch_line(norms + block * HIDDEN + me.thread % LINES * (LINE_NBYTES / 4));
+}
 
 // Turn a pair of a new query, key or value; publish it, and keep keys and values.
 DEVICE void finish_query(
@@ -153,6 +162,11 @@ KERNEL(decode, Arguments) {
             const CacheSlot cache = {arguments.cache + slot * slot_nbytes, arguments.capacity};
             ROLLED for (int stage = QUERY; stage <= DOWN; ++stage) {
                 me.begin_stage();
+                if (RING_EARLY && stage == QUERY) {
+                    const int next = slot + 1 == arguments.length ? slot : slot + 1;
+                    prefetch_norms(me, arguments, slot, arguments.schedule[next]);
+                    prefetch_cache(me, plan, cache, position);
+                }
                 const Layout& layout = shared.layouts[stage];
                 float* const inputs = reinterpret_cast<float*>(shared.inputs) + layout.inputs;
                 float2* const parts = shared.parts + layout.first_part;

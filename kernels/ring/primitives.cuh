@@ -51,6 +51,12 @@ DEVICE void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
+// Bring the line of an address to the L2 cache.
+DEVICE void prefetch_line(const void* place) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(place));
+}
+constexpr int LINE_NBYTES = 128;
+
 // A value (x) and its epoch (y), which another program may be storing. Both halves come together:
 // PTX promises that of 64 bits.
 DEVICE uint2 load_word(const uint2* place) {

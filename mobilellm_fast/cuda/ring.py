@@ -188,6 +188,7 @@ def kernel_constants(
         "THREADS": 32 * WARPS,
         "RING_DEPTH": RING_DEPTH,
         "RING_TILES": 0,
+        "RING_EARLY": 0,
         "VECTORS": vectors,
         "HIDDEN": config.hidden_size,
         "INNER": config.intermediate_size,

@@ -222,6 +222,9 @@ DEVICE void wait_for_copies() {
   }
 }
 
+DEVICE void prefetch_line(const void*) {}
+constexpr int LINE_NBYTES = 128;
+
 DEVICE uint2 load_word(const uint2* address, emulator::Site site = emulator::Site::here()) {
   return emulator::scheduler->load(address, site);
 }
