@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from mobilellm_fast.config import MobileLLMConfig
 from mobilellm_fast.cuda import executor, ring
 from mobilellm_fast.cuda.executor import CudaExecutor
-from mobilellm_fast.cuda.weights import CudaWeights
+from mobilellm_fast.cuda.weights import CudaWeights, Matrix
 from mobilellm_fast.errors import MobileLLMError
 
 TINY = MobileLLMConfig(
@@ -32,6 +32,9 @@ TINY = MobileLLMConfig(
 )
 U = 2.0**-24
 SEEDS = range(12)
+# constants of the source that `kernel_constants` leaves at 0: variants to be timed
+TILES = {"RING_TILES": 1, "RING_DEPTH": 4}
+WAITS = {"RING_EARLY": 1, "RING_WIDE_WORDS": 1, "RING_PAUSE": 20, "RING_LAST_LATER": 1}
 
 pytestmark = pytest.mark.skipif(interpreted.HAS_GPU, reason="for machines without a GPU")
 
@@ -49,8 +52,10 @@ def seed(monkeypatch):
     return chosen
 
 
-def make(config, kind="fp32", kv_format="fp32", programs=3, warps=2, tier="ring", **constants):
-    weights = CudaWeights.random(config, kind, 0, "cpu")
+def make(
+    config, kind="fp32", kv_format="fp32", programs=3, warps=2, tier="ring", weights=None, **constants
+):
+    weights = weights or CudaWeights.random(config, kind, 0, "cpu")
     if tier != "ring":
         return CudaExecutor(config, weights, tier, kv_format)
     constants |= {"WARPS": warps, "THREADS": 32 * warps, "SHARED_LIMIT": 1 << 18}
@@ -111,6 +116,35 @@ def test_kinds_of_weights(seed, kind):
     config = dataclasses.replace(TINY, intermediate_size=1056)
     ours = make(config, kind, "fp16", programs=9, warps=4)
     assert_same_step(ours, make(config, kind, "fp16", tier="graph"), 20, tokens=(3,))
+
+
+@pytest.mark.parametrize("constants", [TILES | WAITS], ids=["tiles"])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int8_g32", "int4"])
+def test_variants(seed, kind, constants):
+    """Several tiles per program and part of one, rows that several warps share, tails."""
+    config = dataclasses.replace(TINY, intermediate_size=1088, num_attention_heads=4)
+    weights = CudaWeights.random(config, "int8" if kind == "int8_g32" else kind, 0, "cpu")
+    if kind == "int8_g32":
+        generator = torch.Generator().manual_seed(0)
+        body = {
+            name: Matrix.random(kind, (1, matrix.rows, matrix.cols), 0.3, generator)
+            for name in ("qkv", "output", "gate_up", "down")
+            for matrix in [getattr(weights, name)]
+        }
+        weights = dataclasses.replace(weights, **body)
+    ours = make(config, kind, "fp32", 9, 4, weights=weights, **constants)
+    assert_same_step(ours, make(config, tier="graph", weights=weights, kv_format="fp32"), 20, (3,))
+
+
+@pytest.mark.parametrize("kind, constants", [("bf16", WAITS), ("int4", TILES | WAITS)])
+def test_variants_in_every_order_of_threads(seed, kind, constants):
+    config = dataclasses.replace(TINY, num_hidden_layers=2, layer_sharing="immediate")
+    ours = make(config, kind, **constants)
+    outputs = []
+    for seed[0] in SEEDS[:6]:
+        tokens, logprobs = ours.decode(filled(ours, 70), 4, 2)
+        outputs.append((tokens, logprobs, ours._steps.logits.tolist()))
+    assert all(output == outputs[0] for output in outputs)
 
 
 @pytest.mark.parametrize(

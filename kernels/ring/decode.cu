@@ -14,7 +14,7 @@
 // all at once, hence the cooperative launch.
 //
 // Constants, given by the compiler's command line: PROGRAMS, WARPS, THREADS, RING_DEPTH, RING_TILES,
-// RING_EARLY, VECTORS, SHARED_LIMIT, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CACHE, and the kinds of matrices:
+// RING_EARLY, RING_WIDE_WORDS, RING_PAUSE, RING_LAST_LATER, VECTORS, SHARED_LIMIT, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CACHE, and the kinds of matrices:
 // BODY_KIND, EMBEDDING_KIND, HEAD_KIND.
 #include "next_token.cuh"
 
@@ -249,6 +249,7 @@ KERNEL(decode, Arguments) {
                         store_word(out + other, sums.y + shared.residual[other], written);
                     }
                 }
+                if (RING_LAST_LATER && layout.shares[me.warp()].total > 0) source.request(me);
                 MARK();
             }
             epoch += EPOCHS;
@@ -278,6 +279,7 @@ KERNEL(decode, Arguments) {
                               row + i, logit, arguments.temperature, arguments.seed, position));
             }
         }
+        if (RING_LAST_LATER && layout.shares[me.warp()].total > 0) source.request(me);
         best = best_of_program(me, best, shared.candidates);
         if (me.thread == 0) {
             arguments.candidates[me.program] = best;

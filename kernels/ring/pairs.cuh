@@ -138,7 +138,8 @@ DEVICE void multiply(
             if constexpr (KIND == INT8_G32) pieces[row].scales >>= me.lane() / 2 % 2 * 16;
         }
         multiply_pieces<KIND>(pieces, places, chunk, me.lane(), sums);
-        source.request(me);
+        // the last one, if later, when the results are out
+        if (!RING_LAST_LATER || left > 1) source.request(me);
         if (++chunk == chunks || left == 1) {
             store_part(me, parts + part, sums);
             sums[0] = sums[1] = 0;

@@ -65,6 +65,19 @@ DEVICE uint2 load_word(const uint2* place) {
     return make_uint2(static_cast<unsigned>(word), static_cast<unsigned>(word >> 32));
 }
 
+// Two neighbours, each of which comes together, aligned to 16 bytes.
+DEVICE void load_words(const uint2* place, uint2& first, uint2& second) {
+    unsigned long long a, b;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
+                 : "=l"(a), "=l"(b)
+                 : "l"(place)
+                 : "memory");
+    first = make_uint2(static_cast<unsigned>(a), static_cast<unsigned>(a >> 32));
+    second = make_uint2(static_cast<unsigned>(b), static_cast<unsigned>(b >> 32));
+}
+
+DEVICE void pause_ns(unsigned nanoseconds) { __nanosleep(nanoseconds); }
+
 DEVICE void store_word(uint2* place, float value, unsigned epoch) {
     const unsigned long long word =
         __float_as_uint(value) | static_cast<unsigned long long>(epoch) << 32;

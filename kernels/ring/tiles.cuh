@@ -255,7 +255,8 @@ DEVICE void multiply(
                 multiply_piece<KIND>(codes, mine, products);
             }
         }
-        source.request(me);
+        // the last one, if later, when the results are out
+        if (!RING_LAST_LATER || left > 1) source.request(me);
         if (++chunk == chunks || left == 1) {
             UNROLL for (int row = 0; row < 2; ++row) {
                 if constexpr (!has_scales(KIND)) {

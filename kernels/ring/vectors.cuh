@@ -14,11 +14,17 @@
 #include "pairs.cuh"
 #endif
 
+// Neighbours that a thread has: as many words as it loads at once.
+constexpr int AT_ONCE = RING_WIDE_WORDS ? 2 : 1;
+
+// How many elements of a vector a thread has, at most.
+constexpr int mine_of(int size) { return up_to(size, THREADS * AT_ONCE) * AT_ONCE; }
+
 // Calls `use(i, k)` for all k < SIZE that are this thread's, the i-th of them.
 template <int SIZE, class Use>
 DEVICE void for_mine(const Worker& me, const Use& use) {
-    UNROLL for (int i = 0; i < up_to(SIZE, THREADS); ++i) {
-        const int k = me.thread + i * THREADS;
+    UNROLL for (int i = 0; i < mine_of(SIZE); ++i) {
+        const int k = (me.thread + i / AT_ONCE * THREADS) * AT_ONCE + i % AT_ONCE;
         if (k < SIZE) use(i, k);
     }
 }
@@ -27,26 +33,36 @@ DEVICE void for_mine(const Worker& me, const Use& use) {
 template <int SIZE, class Use>
 DEVICE void receive(
     const Worker& me, const uint2* vector, unsigned epoch, const Use& use) {
-    constexpr int EACH = up_to(SIZE, THREADS);
+    static_assert(SIZE % AT_ONCE == 0, "words are loaded in pairs");
+    constexpr int EACH = mine_of(SIZE);
     uint2 words[EACH];
-    for_mine<SIZE>(me, [&](int i, int k) { words[i] = load_word(vector + k); });
+    const auto load = [&](int i, int k) {
+        if constexpr (AT_ONCE == 2)
+            load_words(vector + k, words[i], words[i + 1]);
+        else
+            words[i] = load_word(vector + k);
+    };
+    for_mine<SIZE>(me, [&](int i, int k) {
+        if (i % AT_ONCE == 0) load(i, k);
+    });
     bool late = true;
     while (late) {
         late = false;
         // what is there is not asked for again
         for_mine<SIZE>(me, [&](int i, int k) {
-            if (words[i].y != epoch) {
+            if (i % AT_ONCE == 0 && (words[i].y != epoch || words[i + AT_ONCE - 1].y != epoch)) {
                 late = true;
-                words[i] = load_word(vector + k);
+                load(i, k);
             }
         });
+        if (RING_PAUSE && late) pause_ns(RING_PAUSE);
     }
     for_mine<SIZE>(me, [&](int i, int k) { use(i, k, as_float(words[i].x)); });
 }
 
 // Inputs of a matrix, times the weight of a norm; the sum of squares is joined later.
 struct Norm {
-    float weights[up_to(HIDDEN, THREADS)];
+    float weights[mine_of(HIDDEN)];
 
     // Before the inputs are there.
     DEVICE Norm(const Worker& me, const float* norm) {

@@ -229,6 +229,17 @@ DEVICE uint2 load_word(const uint2* address, emulator::Site site = emulator::Sit
   return emulator::scheduler->load(address, site);
 }
 
+DEVICE void load_words(const uint2* address, uint2& first, uint2& second,
+                       emulator::Site site = emulator::Site::here()) {
+  if (reinterpret_cast<uintptr_t>(address) % 16) {
+    emulator::scheduler->fail(site, "loads two words from an address that is no multiple of 16");
+  }
+  first = emulator::scheduler->load(address, site);
+  second = emulator::scheduler->load(address + 1, site);
+}
+
+DEVICE void pause_ns(unsigned) {}
+
 DEVICE void store_word(uint2* address, float value, unsigned epoch,
                        emulator::Site site = emulator::Site::here()) {
   emulator::scheduler->store(address, {as_bits(value), epoch}, site);
