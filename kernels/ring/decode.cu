@@ -14,7 +14,8 @@
 // all at once, hence the cooperative launch.
 //
 // Constants, given by the compiler's command line: PROGRAMS, WARPS, THREADS, RING_DEPTH, RING_TILES,
-// RING_EARLY, RING_WIDE_WORDS, RING_PAUSE, RING_LAST_LATER, VECTORS, SHARED_LIMIT, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CACHE, and the kinds of matrices:
+// RING_BULK, RING_CHUNKS, RING_EARLY, RING_WIDE_WORDS, RING_PAUSE, RING_LAST_LATER, VECTORS,
+// SHARED_LIMIT, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CACHE, and the kinds of matrices:
 // BODY_KIND, EMBEDDING_KIND, HEAD_KIND.
 #include "next_token.cuh"
 
@@ -122,6 +123,7 @@ KERNEL(decode, Arguments) {
     float* everything = reinterpret_cast<float*>(&shared);
     ROLLED for (int i = me.thread; i < static_cast<int>(sizeof(Shared) / 4); i += THREADS)
         everything[i] = 0;
+    if (RING_BULK) before_bulk_copies();
     sync_program();
     set_layout<QUERY>(me, arguments.matrices[QUERY], shared.layouts[QUERY]);
     set_layout<OUTPUT>(me, arguments.matrices[OUTPUT], shared.layouts[OUTPUT]);
@@ -300,5 +302,5 @@ KERNEL(decode, Arguments) {
         ++position;
         ++epoch;
     }
-    wait_for_copies<0>();  // requested for a step that does not come
+    source.finish();  // requested for a step that does not come
 }

@@ -125,6 +125,9 @@ template <int STAGE>
 DEVICE void set_layout(const Worker& me, const Codes& codes, Layout& layout) {
     constexpr Shape SHAPE = shape_of(STAGE);
     constexpr int CHUNKS = SHAPE.chunks(), ROW = SHAPE.row_nbytes(), SCALES = SHAPE.scales_nbytes();
+    static_assert(
+        !RING_BULK || !has_scales(SHAPE.kind) || SHAPE.rows * SCALES % 16 == 0,
+        "scales of a matrix are copied in multiples of 16 bytes");
     const int first = first_pair(SHAPE.pairs(), me.program);
     const int pairs = first_pair(SHAPE.pairs(), me.program + 1) - first;
     if (me.thread == 0) {

@@ -18,9 +18,16 @@ DEVICE void store_input(float* inputs, int k, float value) {
 
 constexpr int DEPTH = RING_DEPTH;
 
+constexpr bool ANY_SCALES = has_scales(BODY_KIND) || has_scales(HEAD_KIND);
+// A bulk copy, by one lane, is of multiples of 16 bytes at multiples of 16: scales come with some
+// that are before and behind them.
+constexpr int SPARE_SCALES = RING_BULK ? 4 : 0;
+
 struct Ring {  // of a warp
     Codes16 codes[DEPTH][2][LANES];
-    unsigned scales[has_scales(BODY_KIND) || has_scales(HEAD_KIND) ? DEPTH : 1][2][LANES];
+    unsigned scales[ANY_SCALES ? DEPTH : 1][2][LANES + SPARE_SCALES];
+    int spare_nbytes[DEPTH][2];  // before the scales of the two rows, with RING_BULK
+    Arrival arrivals[DEPTH];     // of the copies of a chunk, with RING_BULK
 };
 
 // Requests a warp's chunks, DEPTH ahead of their use: of all stages, layers and steps.
@@ -34,17 +41,80 @@ struct Source {
     int left;       // chunks in this stage
     int chunk, pairs_of_head;
     int slot;       // of the ring, to read and then to fill again
+    int round;      // even or odd: how often the ring went round
     const unsigned char* codes;   // of the next chunk, this lane's part
     const unsigned char* scales;  // of the next chunk
 
     DEVICE Source(
         const Worker& me, const Layout* layouts, const int* schedule, int length, Ring* ring)
         : layouts(layouts), schedule(schedule), ring(ring), length(length), is_idle(true),
-          stage(QUERY), position(0), slot(0) {
+          stage(QUERY), position(0), slot(0), round(0) {
+        if (RING_BULK && me.lane() == 0)
+            ROLLED for (int i = 0; i < DEPTH; ++i) expect_nothing(&ring->arrivals[i]);
+        if (RING_BULK) sync_warp();
         for (int i = 0; i < STAGES; ++i)
             if (layouts[i].shares[me.warp()].total > 0) is_idle = false;
         enter(me);
         ROLLED for (int i = 0; i < DEPTH; ++i) request(me);
+        round = 0;
+    }
+
+    // Until the next chunk is there.
+    DEVICE void wait() const {
+        if constexpr (RING_BULK)
+            wait_for_arrival(&ring->arrivals[slot], round);
+        else
+            wait_for_copies<DEPTH - 1>();
+    }
+
+    // Until nothing is on its way.
+    DEVICE void finish() {
+        if constexpr (!RING_BULK) {
+            wait_for_copies<0>();
+        } else if (!is_idle) {
+            ROLLED for (int i = 0; i < DEPTH; ++i) {
+                wait();
+                advance();
+            }
+        }
+    }
+
+    DEVICE void advance() {
+        if (++slot == DEPTH) {
+            slot = 0;
+            round ^= 1;
+        }
+    }
+
+    // A chunk by bulk copies; what is there of rows that end before stays: weights of another kind
+    // would be no numbers.
+    static_assert(
+        !RING_BULK || BODY_KIND == HEAD_KIND || (BODY_KIND > BF16 && HEAD_KIND > BF16),
+        "bulk copies are for weights of one kind, or for integers");
+    DEVICE void copy_in_bulk(const Layout& layout) {
+        const int kind = stage == HEAD ? HEAD_KIND : BODY_KIND;
+        const int left_nbytes = layout.row_nbytes - chunk * CHUNK_NBYTES;
+        const int nbytes = left_nbytes < CHUNK_NBYTES ? left_nbytes : CHUNK_NBYTES;
+        Arrival* const arrival = &ring->arrivals[slot];
+        int expected = 2 * nbytes;
+        const unsigned char* first[2];
+        int scales_nbytes[2];
+        if (ANY_SCALES && has_scales(kind)) {
+            UNROLL for (int row = 0; row < 2; ++row) {
+                const unsigned char* from = scales + row * layout.scales_distance;
+                const int spare = static_cast<int>(reinterpret_cast<unsigned long long>(from) & 15);
+                ring->spare_nbytes[slot][row] = spare;
+                first[row] = from - spare;
+                scales_nbytes[row] = up_to(spare + nbytes / 16 * (kind == INT4_G32 ? 4 : 1), 16) * 16;
+                expected += scales_nbytes[row];
+            }
+        }
+        expect_copies(arrival, expected);
+        copy_bulk_later(ring->codes[slot][0], codes, nbytes, arrival);
+        copy_bulk_later(ring->codes[slot][1], codes + layout.distance, nbytes, arrival);
+        if (ANY_SCALES && has_scales(kind))
+            UNROLL for (int row = 0; row < 2; ++row)
+                copy_bulk_later(ring->scales[slot][row], first[row], scales_nbytes[row], arrival);
     }
 
     DEVICE void enter(const Worker& me) {
@@ -56,6 +126,44 @@ struct Source {
         const long long block = stage == HEAD ? 0 : schedule[position];
         codes = layout.codes.codes + block * layout.block_nbytes + share.start + me.lane() * 16;
         scales = layout.codes.scales + block * layout.block_scales_nbytes + share.scales;
+    }
+
+    // A chunk by each lane's own copies.
+    DEVICE void copy(const Worker& me, const Layout& layout) {
+        const int lane_chunk = chunk * LANES + me.lane();
+        const bool live = lane_chunk * 16 < layout.row_nbytes;
+        copy_16_later(&ring->codes[slot][0][me.lane()], codes, live);
+        copy_16_later(&ring->codes[slot][1][me.lane()], codes + layout.distance, live);
+        if constexpr (ANY_SCALES) {
+            const int kind = stage == HEAD ? HEAD_KIND : BODY_KIND;
+            if (has_scales(kind)) {
+                // of one group, or of two neighbours
+                const unsigned char* from =
+                    scales + (kind == INT4_G32 ? me.lane() * 4 : me.lane() / 4 * 4);
+                copy_4_later(&ring->scales[slot][0][me.lane()], from, live);
+                copy_4_later(
+                    &ring->scales[slot][1][me.lane()], from + layout.scales_distance, live);
+            }
+        }
+        close_copies();
+    }
+
+    // The scales of a lane's part of a row, where it has some.
+    template <int KIND>
+    DEVICE unsigned scales_of(const Worker& me, int row) const {
+        if constexpr (!RING_BULK) {
+            unsigned found = ring->scales[slot][row][me.lane()];
+            if constexpr (KIND == INT8_G32) found >>= me.lane() / 2 % 2 * 16;
+            return found;
+        } else {
+            const unsigned char* from = reinterpret_cast<const unsigned char*>(
+                                            ring->scales[slot][row]) +
+                                        ring->spare_nbytes[slot][row];
+            if constexpr (KIND == INT4_G32)
+                return reinterpret_cast<const unsigned*>(from)[me.lane()];
+            else
+                return reinterpret_cast<const unsigned short*>(from)[me.lane() / 2];
+        }
     }
 
     // The next chunk, into the slot that was read just now.
@@ -75,25 +183,15 @@ struct Source {
             enter(me);
         }
         const Layout& layout = layouts[stage];
-        const int lane_chunk = chunk * LANES + me.lane();
-        const bool live = lane_chunk * 16 < layout.row_nbytes;
-        copy_16_later(&ring->codes[slot][0][me.lane()], codes, live);
-        copy_16_later(&ring->codes[slot][1][me.lane()], codes + layout.distance, live);
-        codes += LANES * 16;
-        if constexpr (has_scales(BODY_KIND) || has_scales(HEAD_KIND)) {
-            const int kind = stage == HEAD ? HEAD_KIND : BODY_KIND;
-            if (has_scales(kind)) {
-                // of one group, or of two neighbours
-                const unsigned char* from =
-                    scales + (kind == INT4_G32 ? me.lane() * 4 : me.lane() / 4 * 4);
-                copy_4_later(&ring->scales[slot][0][me.lane()], from, live);
-                copy_4_later(
-                    &ring->scales[slot][1][me.lane()], from + layout.scales_distance, live);
-                scales += chunk_scales_nbytes(kind);
-            }
+        if constexpr (RING_BULK) {
+            sync_warp();  // all lanes have read what is there
+            if (me.lane() == 0) copy_in_bulk(layout);
+        } else {
+            copy(me, layout);
         }
-        close_copies();
-        slot = slot + 1 == DEPTH ? 0 : slot + 1;
+        codes += CHUNK_NBYTES;
+        if (ANY_SCALES) scales += chunk_scales_nbytes(stage == HEAD ? HEAD_KIND : BODY_KIND);
+        advance();
         --left;
         if (++chunk == layout.chunks) {
             chunk = 0;
@@ -129,13 +227,12 @@ DEVICE void multiply(
     const float4* const places = reinterpret_cast<const float4*>(inputs);
     float sums[2] = {0, 0};
     ROLLED for (int left = share.total; left > 0; --left) {
-        wait_for_copies<DEPTH - 1>();
+        source.wait();
         Piece pieces[2];
         UNROLL for (int row = 0; row < 2; ++row) {
             pieces[row].codes = source.ring->codes[source.slot][row][me.lane()];
             if constexpr (has_scales(KIND))
-                pieces[row].scales = source.ring->scales[source.slot][row][me.lane()];
-            if constexpr (KIND == INT8_G32) pieces[row].scales >>= me.lane() / 2 % 2 * 16;
+                pieces[row].scales = source.scales_of<KIND>(me, row);
         }
         multiply_pieces<KIND>(pieces, places, chunk, me.lane(), sums);
         // the last one, if later, when the results are out

@@ -99,6 +99,9 @@ struct Source {
         ROLLED for (int i = 0; i < DEPTH; ++i) request(me);
     }
 
+    // Until nothing is on its way.
+    DEVICE void finish() { wait_for_copies<0>(); }
+
     DEVICE void enter(const Worker& me) {
         const Layout& layout = layouts[stage];
         const Share& share = layout.shares[me.warp()];

@@ -188,6 +188,8 @@ def kernel_constants(
         "THREADS": 32 * WARPS,
         "RING_DEPTH": RING_DEPTH,
         "RING_TILES": 0,
+        "RING_BULK": 0,
+        "RING_CHUNKS": 1,
         "RING_EARLY": 0,
         "RING_WIDE_WORDS": 0,
         "RING_PAUSE": 0,
