@@ -42,7 +42,7 @@ struct Source {
     int chunk, pairs_of_head;
     int slot;       // of the ring, to read and then to fill again
     int round;      // even or odd: how often the ring went round
-    const unsigned char* codes;   // of the next chunk, this lane's part
+    const unsigned char* codes;   // of the next chunk, this lane's part if it copies that itself
     const unsigned char* scales;  // of the next chunk
 
     DEVICE Source(
@@ -124,7 +124,8 @@ struct Source {
         chunk = share.chunk;
         pairs_of_head = share.pairs_of_head;
         const long long block = stage == HEAD ? 0 : schedule[position];
-        codes = layout.codes.codes + block * layout.block_nbytes + share.start + me.lane() * 16;
+        codes = layout.codes.codes + block * layout.block_nbytes + share.start;
+        if (!RING_BULK) codes += me.lane() * 16;
         scales = layout.codes.scales + block * layout.block_scales_nbytes + share.scales;
     }
 
@@ -185,7 +186,7 @@ struct Source {
         const Layout& layout = layouts[stage];
         if constexpr (RING_BULK) {
             sync_warp();  // all lanes have read what is there
-            if (me.lane() == 0) copy_in_bulk(layout);
+            if (is_elected()) copy_in_bulk(layout);
         } else {
             copy(me, layout);
         }

@@ -89,6 +89,12 @@ DEVICE void wait_for_arrival(Arrival* arrival, int parity) {
             : "memory");
     } while (!done);
 }
+// For one lane of the warp.
+DEVICE bool is_elected() {
+    unsigned elected;
+    asm volatile("{.reg .pred p; elect.sync _|p, 0xFFFFFFFF; selp.u32 %0, 1, 0, p;}" : "=r"(elected));
+    return elected;
+}
 DEVICE void sync_warp() { __syncwarp(); }
 
 // Bring the line of an address to the L2 cache.

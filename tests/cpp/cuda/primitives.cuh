@@ -278,6 +278,8 @@ DEVICE void wait_for_arrival(Arrival* arrival, int parity,
   }
 }
 
+DEVICE bool is_elected() { return thread_id() % 32 == 0; }
+
 DEVICE void sync_warp(emulator::Site site = emulator::Site::here()) {
   emulator::scheduler->shuffle(0, 0, site);
 }
