@@ -34,6 +34,7 @@ U = 2.0**-24
 SEEDS = range(12)
 # constants of the source that `kernel_constants` leaves at 0: variants to be timed
 TILES = {"RING_TILES": 1, "RING_DEPTH": 4}
+PAIRS = {"RING_BULK": 1, "RING_CHUNKS": 2, "RING_MASKED_OR": 1}
 WAITS = {"RING_EARLY": 1, "RING_WIDE_WORDS": 1, "RING_PAUSE": 20, "RING_LAST_LATER": 1}
 
 pytestmark = pytest.mark.skipif(interpreted.HAS_GPU, reason="for machines without a GPU")
@@ -118,7 +119,7 @@ def test_kinds_of_weights(seed, kind):
     assert_same_step(ours, make(config, kind, "fp16", tier="graph"), 20, tokens=(3,))
 
 
-@pytest.mark.parametrize("constants", [TILES | WAITS], ids=["tiles"])
+@pytest.mark.parametrize("constants", [TILES | WAITS, PAIRS], ids=["tiles", "pairs"])
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int8_g32", "int4"])
 def test_variants(seed, kind, constants):
     """Several tiles per program and part of one, rows that several warps share, tails."""
@@ -136,7 +137,7 @@ def test_variants(seed, kind, constants):
     assert_same_step(ours, make(config, tier="graph", weights=weights, kv_format="fp32"), 20, (3,))
 
 
-@pytest.mark.parametrize("kind, constants", [("bf16", WAITS), ("int4", TILES | WAITS)])
+@pytest.mark.parametrize("kind, constants", [("int4", PAIRS | WAITS), ("int4", TILES | WAITS)])
 def test_variants_in_every_order_of_threads(seed, kind, constants):
     config = dataclasses.replace(TINY, num_hidden_layers=2, layer_sharing="immediate")
     ours = make(config, kind, **constants)

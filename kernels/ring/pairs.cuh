@@ -59,12 +59,31 @@ struct Source {
         round = 0;
     }
 
-    // Until the next chunk is there.
+    // The slot of the next chunk, or of the one after it.
+    DEVICE int slot_of(int next) const {
+        return next == 0 ? slot : slot + 1 == DEPTH ? 0 : slot + 1;
+    }
+
+    // Until the next COUNT chunks, one or two, are there.
+    template <int COUNT>
     DEVICE void wait() const {
-        if constexpr (RING_BULK)
+        if constexpr (RING_BULK) {
             wait_for_arrival(&ring->arrivals[slot], round);
-        else
-            wait_for_copies<DEPTH - 1>();
+            if (COUNT == 2)
+                wait_for_arrival(&ring->arrivals[slot_of(1)], slot_of(1) == 0 ? round ^ 1 : round);
+        } else {
+            wait_for_copies<DEPTH - COUNT>();
+        }
+    }
+
+    // What this lane has of the next chunk, or of the one after it.
+    template <int KIND>
+    DEVICE void load(const Worker& me, int next, Piece (&pieces)[2]) const {
+        const int from = slot_of(next);
+        UNROLL for (int row = 0; row < 2; ++row) {
+            pieces[row].codes = ring->codes[from][row][me.lane()];
+            if constexpr (has_scales(KIND)) pieces[row].scales = scales_of<KIND>(me, from, row);
+        }
     }
 
     // Until nothing is on its way.
@@ -73,7 +92,7 @@ struct Source {
             wait_for_copies<0>();
         } else if (!is_idle) {
             ROLLED for (int i = 0; i < DEPTH; ++i) {
-                wait();
+                wait<1>();
                 advance();
             }
         }
@@ -151,19 +170,19 @@ struct Source {
 
     // The scales of a lane's part of a row, where it has some.
     template <int KIND>
-    DEVICE unsigned scales_of(const Worker& me, int row) const {
+    DEVICE unsigned scales_of(const Worker& me, int from, int row) const {
         if constexpr (!RING_BULK) {
-            unsigned found = ring->scales[slot][row][me.lane()];
+            unsigned found = ring->scales[from][row][me.lane()];
             if constexpr (KIND == INT8_G32) found >>= me.lane() / 2 % 2 * 16;
             return found;
         } else {
-            const unsigned char* from = reinterpret_cast<const unsigned char*>(
-                                            ring->scales[slot][row]) +
-                                        ring->spare_nbytes[slot][row];
+            const unsigned char* first =
+                reinterpret_cast<const unsigned char*>(ring->scales[from][row]) +
+                ring->spare_nbytes[from][row];
             if constexpr (KIND == INT4_G32)
-                return reinterpret_cast<const unsigned*>(from)[me.lane()];
+                return reinterpret_cast<const unsigned*>(first)[me.lane()];
             else
-                return reinterpret_cast<const unsigned short*>(from)[me.lane() / 2];
+                return reinterpret_cast<const unsigned short*>(first)[me.lane() / 2];
         }
     }
 
@@ -227,23 +246,42 @@ DEVICE void multiply(
     int chunk = share.chunk, part = share.part, next_part = share.next_part;
     const float4* const places = reinterpret_cast<const float4*>(inputs);
     float sums[2] = {0, 0};
-    ROLLED for (int left = share.total; left > 0; --left) {
-        source.wait();
-        Piece pieces[2];
-        UNROLL for (int row = 0; row < 2; ++row) {
-            pieces[row].codes = source.ring->codes[source.slot][row][me.lane()];
-            if constexpr (has_scales(KIND))
-                pieces[row].scales = source.scales_of<KIND>(me, row);
+    const auto end_pair = [&] {
+        store_part(me, parts + part, sums);
+        sums[0] = sums[1] = 0;
+        chunk = 0;
+        part = next_part;
+        next_part += parts_of_pair;
+    };
+    int left = share.total;
+    if constexpr (RING_CHUNKS == 2) {
+        // two at a time: one wait, and two chains of additions side by side
+        ROLLED for (; left > 1; left -= 2) {
+            source.wait<2>();
+            Piece first[2], second[2];
+            source.load<KIND>(me, 0, first);
+            source.load<KIND>(me, 1, second);
+            const bool ends = chunk + 1 == chunks;
+            float more[2] = {0, 0};
+            multiply_pieces<KIND>(first, places, chunk, me.lane(), sums);
+            multiply_pieces<KIND>(second, places, ends ? 0 : chunk + 1, me.lane(), more);
+            const int count = RING_LAST_LATER && left == 2 ? 1 : 2;
+            ROLLED for (int i = 0; i < count; ++i) source.request(me);
+            if (ends)
+                end_pair();
+            else
+                ++chunk;
+            UNROLL for (int row = 0; row < 2; ++row) sums[row] += more[row];
+            if (++chunk == chunks || left == 2) end_pair();
         }
+    }
+    ROLLED for (; left > 0; --left) {
+        source.wait<1>();
+        Piece pieces[2];
+        source.load<KIND>(me, 0, pieces);
         multiply_pieces<KIND>(pieces, places, chunk, me.lane(), sums);
         // the last one, if later, when the results are out
         if (!RING_LAST_LATER || left > 1) source.request(me);
-        if (++chunk == chunks || left == 1) {
-            store_part(me, parts + part, sums);
-            sums[0] = sums[1] = 0;
-            chunk = 0;
-            part = next_part;
-            next_part += parts_of_pair;
-        }
+        if (++chunk == chunks || left == 1) end_pair();
     }
 }

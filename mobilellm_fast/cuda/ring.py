@@ -190,6 +190,7 @@ def kernel_constants(
         "RING_TILES": 0,
         "RING_BULK": 0,
         "RING_CHUNKS": 1,
+        "RING_MASKED_OR": 0,
         "RING_EARLY": 0,
         "RING_WIDE_WORDS": 0,
         "RING_PAUSE": 0,
