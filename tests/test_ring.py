@@ -54,7 +54,14 @@ def seed(monkeypatch):
 
 
 def make(
-    config, kind="fp32", kv_format="fp32", programs=3, warps=2, tier="ring", weights=None, **constants
+    config,
+    kind="fp32",
+    kv_format="fp32",
+    programs=3,
+    warps=2,
+    tier="ring",
+    weights=None,
+    **constants,
 ):
     weights = weights or CudaWeights.random(config, kind, 0, "cpu")
     if tier != "ring":

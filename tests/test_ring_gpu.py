@@ -1,4 +1,5 @@
-"""The tier `ring` on a GPU against `pdl`, of a real width: kinds of weights, plans of attention."""
+"""The tier `ring` on a GPU against `pdl`: shapes of a real width, every kind of weights and plan of
+attention, and the variants of its kernel that are still to be timed."""
 
 import dataclasses
 
@@ -14,6 +15,18 @@ from mobilellm_fast.cuda.weights import CudaWeights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")]
 
+TILES = {"RING_TILES": 1, "RING_DEPTH": 4}
+WAITS = {"RING_EARLY": 1, "RING_WIDE_WORDS": 1, "RING_PAUSE": 40}
+VARIANTS = {
+    "base": {},
+    "tiles": TILES,
+    "tiles-waits": TILES | WAITS,
+    "tiles-waits-later": TILES | WAITS | {"RING_LAST_LATER": 1},
+    "tiles-8-warps": TILES | {"WARPS": 8, "THREADS": 256, "RING_DEPTH": 8},
+    "bulk": {"RING_BULK": 1},
+    "chunks": {"RING_CHUNKS": 2, "RING_MASKED_OR": 1},
+    "waits": WAITS | {"RING_LAST_LATER": 1},
+}
 CONFIG = dataclasses.replace(
     MobileLLMConfig.preset("MobileLLM-600M"),
     num_hidden_layers=3,
@@ -40,15 +53,16 @@ def decoded(executor, context):
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
-def test_steps_equal_those_of_pdl(kind):
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_equal_pdl(name, kind):
     weights = CudaWeights.random(CONFIG, kind)
     oracle = CudaExecutor(CONFIG, weights, "pdl", "fp16")
-    ours = CudaExecutor(CONFIG, weights, "ring", "fp16")
+    ours = CudaExecutor(CONFIG, weights, "ring", "fp16", constants=VARIANTS[name])
     for context in (0, 100, 700, 2500):
         (want, expected, wanted), _ = decoded(oracle, context)
         (tokens, logits, kept), again = decoded(ours, context)
         assert again[0] == tokens and torch.equal(again[1], logits)
-        assert tokens == want, context
+        assert tokens == want, f"{context} tokens of context"
         # as measured of `ring` on an H100; halves of keys may be rounded to the other side
         assert (logits - expected).norm() <= 1.5e-4 * expected.norm(), (
             f"{context} tokens of context"
