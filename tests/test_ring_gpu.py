@@ -62,7 +62,7 @@ def test_variants_equal_pdl(name, kind):
         (want, expected, wanted), _ = decoded(oracle, context)
         (tokens, logits, kept), again = decoded(ours, context)
         assert again[0] == tokens and torch.equal(again[1], logits)
-        assert tokens == want, f"{context} tokens of context"
+        assert tokens == want, context
         # as measured of `ring` on an H100; halves of keys may be rounded to the other side
         assert (logits - expected).norm() <= 1.5e-4 * expected.norm(), (
             f"{context} tokens of context"
