@@ -33,7 +33,7 @@ TINY = MobileLLMConfig(
 U = 2.0**-24
 SEEDS = range(12)
 # constants of the source that `kernel_constants` leaves at 0: variants to be timed
-TILES = {"RING_TILES": 1, "RING_DEPTH": 4}
+TILES = {"RING_TILES": 128, "RING_DEPTH": 4}
 PAIRS = {"RING_BULK": 1, "RING_CHUNKS": 2, "RING_MASKED_OR": 1}
 WAITS = {"RING_EARLY": 1, "RING_WIDE_WORDS": 1, "RING_PAUSE": 20, "RING_LAST_LATER": 1}
 

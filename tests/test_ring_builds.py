@@ -58,7 +58,7 @@ def test_nothing_spills_and_weights_are_copied_16_bytes_at_a_time(model, kind, t
 @pytest.mark.parametrize("model, kind", [("1.5B", "bf16"), ("1.5B", "int8"), ("1.5B", "int4_g32")])
 def test_products_by_tensor_cores_fit(model, kind, tmp_path):
     """A variant that is not timed yet: of its registers, those of four norms may spill."""
-    made = constants(model, kind) | {"RING_TILES": 1, "RING_DEPTH": 4, "RING_EARLY": 1}
+    made = constants(model, kind) | {"RING_TILES": 128, "RING_DEPTH": 4, "RING_EARLY": 1}
     cubin = tmp_path / "decode.cubin"
     cubin.write_bytes(compile_source(ring.SOURCE, made, "sm_90"))
     run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)

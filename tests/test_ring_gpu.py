@@ -15,13 +15,14 @@ from mobilellm_fast.cuda.weights import CudaWeights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")]
 
-TILES = {"RING_TILES": 1, "RING_DEPTH": 4}
+TILES = {"RING_TILES": 128, "RING_DEPTH": 4}
 WAITS = {"RING_EARLY": 1, "RING_WIDE_WORDS": 1, "RING_PAUSE": 40}
 VARIANTS = {
     "base": {},
     "tiles": TILES,
     "tiles-waits": TILES | WAITS,
     "tiles-waits-later": TILES | WAITS | {"RING_LAST_LATER": 1},
+    "tiles-256": TILES | {"RING_TILES": 256, "RING_DEPTH": 2},
     "tiles-8-warps": TILES | {"WARPS": 8, "THREADS": 256, "RING_DEPTH": 8},
     "bulk": {"RING_BULK": 1},
     "chunks": {"RING_CHUNKS": 2, "RING_MASKED_OR": 1},

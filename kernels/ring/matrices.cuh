@@ -7,7 +7,7 @@
 static_assert(THREADS == WARPS * LANES, "a warp has 32 threads");
 
 constexpr int TILE_PAIRS = RING_TILES ? 8 : 1;       // of rows, that a chunk has a piece of
-constexpr int CHUNK_NBYTES = RING_TILES ? 128 : 512;  // of a row
+constexpr int CHUNK_NBYTES = RING_TILES ? RING_TILES : 512;  // of a row
 
 enum Stage { QUERY, OUTPUT, GATE_UP, DOWN, HEAD, STAGES };
 
@@ -58,7 +58,7 @@ constexpr Shape shape_of(int stage) {
 }
 
 // Where what belongs to a stage begins, among the inputs and among the parts of all stages.
-constexpr int NO_INPUTS = RING_TILES ? 256 : 0;  // zeros before those of the first stage
+constexpr int NO_INPUTS = RING_TILES * 2;  // zeros before those of the first stage
 constexpr int inputs_before(int stage) {
     return stage == 0 ? NO_INPUTS : inputs_before(stage - 1) + shape_of(stage - 1).inputs();
 }

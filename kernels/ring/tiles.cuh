@@ -1,7 +1,7 @@
 // Products of tiles of 16 rows with a vector, by tensor cores, which take bf16: weights are exact in
-// it, an input is the sum of two. A chunk is 128 bytes of each row of eight pairs: lane 4 r + q has
-// 16 bytes, and 64 bytes further again, of both rows of pair r, so that what it multiplies is what it
-// requested itself.
+// it, an input is the sum of two. A chunk is RING_TILES bytes of each row of eight pairs: lane 4 r + q
+// has 16 of every 64 bytes of both rows of pair r, so that what it multiplies is what it requested
+// itself.
 //
 // An instruction multiplies a matrix A of 16 rows with a matrix B of 8 columns; of A, a lane has its
 // own weights. Were B the inputs alone, the products of the four lanes of a pair would be summed up,
@@ -14,6 +14,7 @@
 #include "matrices.cuh"
 
 constexpr int PIECES = CHUNK_NBYTES / 64;  // of a lane and row, 16 bytes each
+static_assert(CHUNK_NBYTES % 64 == 0, "four lanes have 64 bytes of a row");
 constexpr int DEPTH = RING_DEPTH;
 static_assert(BODY_KIND != FP32 && HEAD_KIND != FP32, "float32 weights are not exact in bf16");
 
