@@ -13,10 +13,19 @@
 // barrier per token, which makes the new keys and values safe to read. The grid must be on the GPU
 // all at once, hence the cooperative launch.
 //
-// Constants, given by the compiler's command line: PROGRAMS, WARPS, THREADS, RING_DEPTH, RING_TILES,
-// RING_BULK, RING_CHUNKS, RING_MASKED_OR, RING_EARLY, RING_WIDE_WORDS, RING_PAUSE, RING_LAST_LATER, VECTORS,
+// Constants, given by the compiler's command line: PROGRAMS, WARPS, THREADS, RING_DEPTH, VECTORS,
 // SHARED_LIMIT, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CACHE, and the kinds of matrices:
-// BODY_KIND, EMBEDDING_KIND, HEAD_KIND.
+// BODY_KIND, EMBEDDING_KIND, HEAD_KIND. Those of variants that are still to be timed, each 0 (the
+// chunks 1) where it is not in use:
+//
+//     RING_TILES        products by tensor cores, of so many bytes of a row at a time (`tiles.cuh`)
+//     RING_BULK         a chunk comes by bulk copies, which one lane requests (`pairs.cuh`)
+//     RING_CHUNKS       chunks of a turn of the loop, 1 or 2 (`pairs.cuh`)
+//     RING_MASKED_OR    codes of 4 bits get mask and exponent by one instruction (`weights.cuh`)
+//     RING_EARLY        norms, keys and values are requested into the L2 cache before they are loaded
+//     RING_WIDE_WORDS   two words of a vector by one load (`vectors.cuh`)
+//     RING_PAUSE        nanoseconds between polls
+//     RING_LAST_LATER   a warp's last request of a stage comes when its results are out
 #include "next_token.cuh"
 
 // The vectors, one behind the other.
