@@ -34,6 +34,7 @@ U = 2.0**-24
 SEEDS = range(12)
 # constants of the source that `kernel_constants` leaves at 0: variants to be timed
 TILES = {"RING_TILES": 128, "RING_DEPTH": 4}
+SLICES = TILES | {"RING_SLICES": 1}
 PAIRS = {"RING_BULK": 1, "RING_CHUNKS": 2, "RING_MASKED_OR": 1}
 WAITS = {"RING_EARLY": 1, "RING_WIDE_WORDS": 1, "RING_PAUSE": 20, "RING_LAST_LATER": 1}
 
@@ -126,7 +127,9 @@ def test_kinds_of_weights(seed, kind):
     assert_same_step(ours, make(config, kind, "fp16", tier="graph"), 20, tokens=(3,))
 
 
-@pytest.mark.parametrize("constants", [TILES | WAITS, PAIRS], ids=["tiles", "pairs"])
+@pytest.mark.parametrize(
+    "constants", [TILES, SLICES | WAITS, PAIRS], ids=["tiles", "slices", "pairs"]
+)
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int8_g32", "int4"])
 def test_variants(seed, kind, constants):
     """Several tiles per program and part of one, rows that several warps share, tails."""
@@ -144,7 +147,9 @@ def test_variants(seed, kind, constants):
     assert_same_step(ours, make(config, tier="graph", weights=weights, kv_format="fp32"), 20, (3,))
 
 
-@pytest.mark.parametrize("kind, constants", [("int4", PAIRS | WAITS), ("int4", TILES | WAITS)])
+@pytest.mark.parametrize(
+    "kind, constants", [("int4", PAIRS | WAITS), ("int4", TILES | WAITS), ("int8", SLICES | WAITS)]
+)
 def test_variants_in_every_order_of_threads(seed, kind, constants):
     config = dataclasses.replace(TINY, num_hidden_layers=2, layer_sharing="immediate")
     ours = make(config, kind, **constants)
@@ -164,6 +169,15 @@ def test_attention_joins_its_parts(seed, length, programs, kv_format):
     config = dataclasses.replace(TINY, num_attention_heads=1)
     ours = make(config, "fp32", kv_format, programs, warps=4)
     assert_same_step(ours, make(config, "fp32", kv_format, tier="graph"), length)
+
+
+@pytest.mark.parametrize("length, programs", [(260, 3), (600, 8)])
+def test_slices_of_attention_that_is_joined(seed, length, programs):
+    """By every program from several parts, where a warp gets others' inputs, and by one."""
+    config = dataclasses.replace(TINY, num_attention_heads=1)
+    seed[0] = 5
+    ours = make(config, "bf16", "fp32", programs, warps=4, **SLICES | WAITS)
+    assert_same_step(ours, make(config, "bf16", "fp32", tier="graph"), length)
 
 
 @pytest.mark.parametrize("head_dim, kv_format", [(32, "fp16"), (64, "fp16"), (64, "fp32")])

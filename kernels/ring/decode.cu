@@ -19,6 +19,7 @@
 // chunks 1) where it is not in use:
 //
 //     RING_TILES        products by tensor cores, of so many bytes of a row at a time (`tiles.cuh`)
+//     RING_SLICES       a warp multiplies the inputs that it received, without a barrier (`vectors.cuh`)
 //     RING_BULK         a chunk comes by bulk copies, which one lane requests (`pairs.cuh`)
 //     RING_CHUNKS       chunks of a turn of the loop, 1 or 2 (`pairs.cuh`)
 //     RING_MASKED_OR    codes of 4 bits get mask and exponent by one instruction (`weights.cuh`)
@@ -156,7 +157,7 @@ KERNEL(decode, Arguments) {
     // The input of a norm, and then of a matrix; `inputs` gets it times the weights of the norm.
     const auto take_normed = [&](auto kind, const float* weights, float* inputs,
                                  const auto& receive_all) {
-        const Norm norm(me, weights);
+        const Norm<decltype(kind)::VALUE> norm(me, weights);
         float square = 0;
         receive_all([&](int i, int k, float value) {
             square = fma_(value, value, square);
@@ -164,6 +165,14 @@ KERNEL(decode, Arguments) {
             store_input<decltype(kind)::VALUE>(inputs, k, value * norm.weights[i]);
         });
         store_squares(me, shared.squares, square);
+    };
+
+    // Until the inputs are there that this warp multiplies: its own, or those of all warps.
+    const auto sync_inputs = [&](bool are_mixed) {
+        if (!RING_SLICES || are_mixed)
+            sync_program();
+        else
+            sync_warp();
     };
 
     ROLLED for (int step = 0; step < arguments.steps; ++step) {
@@ -192,13 +201,13 @@ KERNEL(decode, Arguments) {
                     take_normed(
                         Constant<BODY_KIND>(), norms + block * HIDDEN, inputs, [&](const auto& use) {
                             if (stage == QUERY && slot == 0)
-                                for_mine<HIDDEN>(me, [&](int i, int k) {
+                                for_mine<HIDDEN, BODY_KIND>(me, [&](int i, int k) {
                                     use(i, k, weight_at<EMBEDDING_KIND, HIDDEN>(
                                                   arguments.embedding.codes,
                                                   arguments.embedding.scales, token, k));
                                 });
                             else
-                                receive<HIDDEN>(me, vector, wanted, use);
+                                receive<HIDDEN, BODY_KIND>(me, vector, wanted, use);
                         });
                 } else if (stage == OUTPUT) {
                     ROLLED for (int task = me.program; task < HEADS * plan.parts; task += PROGRAMS)
@@ -212,13 +221,13 @@ KERNEL(decode, Arguments) {
                                 epoch + 2, shared.attention);
                     MARK();
                     if (plan.parts == 1 || plan.is_joined)
-                        receive<QUERIES>(me, vectors + ATTENDED, epoch + 2, take);
+                        receive<QUERIES, BODY_KIND>(me, vectors + ATTENDED, epoch + 2, take);
                     else
                         receive_parts(me, vectors + PARTIAL, plan.parts, epoch + 2, take);
                 } else {
-                    receive<INNER>(me, vectors + GATED, epoch + 4, take);
+                    receive<INNER, BODY_KIND>(me, vectors + GATED, epoch + 4, take);
                 }
-                sync_program();
+                sync_inputs(stage == OUTPUT && plan.parts > 1 && !plan.is_joined);
                 MARK();
                 // one thread finishes a pair: what it needs comes while it multiplies
                 const bool finishes = me.thread < layout.pairs;
@@ -235,12 +244,16 @@ KERNEL(decode, Arguments) {
                     }
                 }
                 multiply<BODY_KIND>(me, layout, source, inputs, parts);
-                if (finishes && (stage == QUERY || stage == GATE_UP)) {
-                    const float factor = norm_factor(shared.squares, arguments.eps);
-                    scales[0] *= factor;
-                    scales[1] *= factor;
-                }
+                const auto apply_norm = [&] {
+                    if (finishes && (stage == QUERY || stage == GATE_UP)) {
+                        const float factor = norm_factor(shared.squares, arguments.eps);
+                        scales[0] *= factor;
+                        scales[1] *= factor;
+                    }
+                };
+                if (!RING_SLICES) apply_norm();
                 sync_program();
+                if (RING_SLICES) apply_norm();
                 MARK();
                 if (finishes) {
                     float2 sums = joined(parts, layout, me.thread);
@@ -271,8 +284,8 @@ KERNEL(decode, Arguments) {
         float* const inputs = reinterpret_cast<float*>(shared.inputs) + layout.inputs;
         take_normed(
             Constant<HEAD_KIND>(), arguments.final_norm, inputs,
-            [&](const auto& use) { receive<HIDDEN>(me, vectors + X, epoch, use); });
-        sync_program();
+            [&](const auto& use) { receive<HIDDEN, HEAD_KIND>(me, vectors + X, epoch, use); });
+        sync_inputs(false);
         float2* const parts = shared.parts + layout.first_part;
         multiply<HEAD_KIND>(me, layout, source, inputs, parts);
         sync_program();

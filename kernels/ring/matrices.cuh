@@ -8,6 +8,10 @@ static_assert(THREADS == WARPS * LANES, "a warp has 32 threads");
 
 constexpr int TILE_PAIRS = RING_TILES ? 8 : 1;       // of rows, that a chunk has a piece of
 constexpr int CHUNK_NBYTES = RING_TILES ? RING_TILES : 512;  // of a row
+// From a warp's chunk of a tile to its next one. With RING_SLICES a warp has every so many inputs, for
+// all tiles, so that it needs no other warp's inputs.
+constexpr int CHUNK_STEP = RING_SLICES ? WARPS : 1;
+static_assert(!RING_SLICES || RING_TILES, "slices are of tiles");
 
 enum Stage { QUERY, OUTPUT, GATE_UP, DOWN, HEAD, STAGES };
 
@@ -38,7 +42,8 @@ struct Shape {
     constexpr int per_warp() const { return up_to(most_tiles() * chunks(), WARPS); }
     // Most warps that share a tile.
     constexpr int parts() const {
-        return per_warp() % chunks() == 0   ? 1
+        return RING_SLICES                    ? (chunks() < WARPS ? chunks() : WARPS)
+               : per_warp() % chunks() == 0   ? 1
                : chunks() % per_warp() == 0 ? chunks() / per_warp()
                                             : (chunks() - 2) / per_warp() + 2;
     }
@@ -148,7 +153,15 @@ DEVICE void set_layout(const Worker& me, const Codes& codes, Layout& layout) {
         layout.inputs = inputs_before(STAGE);
         layout.first_part = parts_before(STAGE);
     }
-    if (me.lane() == 0) {
+    if (RING_SLICES && me.lane() == 0) {
+        const int slices = me.warp() < CHUNKS ? up_to(CHUNKS - me.warp(), WARPS) : 0;
+        Share share = {};
+        share.total = up_to(pairs, TILE_PAIRS) * slices;
+        share.chunk = me.warp();
+        share.part = TILE_PAIRS * me.warp();
+        share.next_part = TILE_PAIRS * (SHAPE.parts() + me.warp());
+        layout.shares[me.warp()] = share;
+    } else if (me.lane() == 0) {
         const int begin = me.warp() * SHAPE.per_warp();
         const int left = up_to(pairs, TILE_PAIRS) * CHUNKS - begin;
         const int tile = begin / CHUNKS, pair = tile * TILE_PAIRS;

@@ -154,7 +154,7 @@ struct Source {
             copy_16_later(&to[0][me.lane()], codes + piece * 64, rest > piece * 64);
             copy_16_later(&to[1][me.lane()], codes + distance + piece * 64, rest > piece * 64);
         }
-        codes += CHUNK_NBYTES;
+        codes += CHUNK_STEP * CHUNK_NBYTES;
         if constexpr (has_scales(BODY_KIND) || has_scales(HEAD_KIND)) {
             const int kind = stage == HEAD ? HEAD_KIND : BODY_KIND;
             if (has_scales(kind)) {
@@ -165,14 +165,15 @@ struct Source {
                     copy_4_later(&to[0][me.lane()], from, rest > piece * 64);
                     copy_4_later(&to[1][me.lane()], from + scales_distance, rest > piece * 64);
                 }
-                scales += chunk_scales_nbytes(kind);
+                scales += CHUNK_STEP * chunk_scales_nbytes(kind);
             }
         }
         close_copies();
         slot = slot + 1 == DEPTH ? 0 : slot + 1;
         --left;
-        if (++chunk == chunks) {
-            chunk = 0;
+        chunk += CHUNK_STEP;
+        if (chunk >= chunks) {
+            chunk = RING_SLICES ? me.warp() : 0;
             ++tile;
             enter_tile(me);
         }
@@ -261,7 +262,8 @@ DEVICE void multiply(
         }
         // the last one, if later, when the results are out
         if (!RING_LAST_LATER || left > 1) source.request(me);
-        if (++chunk == chunks || left == 1) {
+        chunk += CHUNK_STEP;
+        if (chunk >= chunks || left == 1) {
             UNROLL for (int row = 0; row < 2; ++row) {
                 if constexpr (!has_scales(KIND)) {
                     sums[row] = products[2 * row] + products[2 * row + 1];
@@ -272,7 +274,7 @@ DEVICE void multiply(
             }
             if (quarter == 0) parts[part + me.lane() / 4] = make_float2(sums[0], sums[1]);
             sums[0] = sums[1] = 0;
-            chunk = 0;
+            chunk = RING_SLICES ? me.warp() : 0;
             part = next_part;
             next_part += parts_of_tile;
         }

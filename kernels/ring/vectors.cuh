@@ -17,24 +17,44 @@
 // Neighbours that a thread has: as many words as it loads at once.
 constexpr int AT_ONCE = RING_WIDE_WORDS ? 2 : 1;
 
-// How many elements of a vector a thread has, at most.
-constexpr int mine_of(int size) { return up_to(size, THREADS * AT_ONCE) * AT_ONCE; }
+// Inputs of a chunk of a matrix of a kind, and how many of them a thread has.
+constexpr int chunk_inputs(int kind) { return CHUNK_NBYTES / 16 * per_lane(kind); }
+constexpr int each_of_chunk(int kind) { return chunk_inputs(kind) / LANES; }
+static_assert(
+    !RING_SLICES || (each_of_chunk(BODY_KIND) % AT_ONCE == 0 && each_of_chunk(HEAD_KIND) % AT_ONCE == 0),
+    "a thread has several neighbours of a chunk");
 
-// Calls `use(i, k)` for all k < SIZE that are this thread's, the i-th of them.
-template <int SIZE, class Use>
+// How many elements of a vector, the inputs of a matrix, a thread has, at most.
+template <int KIND>
+constexpr int mine_of(int size) {
+    return RING_SLICES
+               ? up_to(up_to(size, chunk_inputs(KIND)), WARPS) * each_of_chunk(KIND)
+               : up_to(size, THREADS * AT_ONCE) * AT_ONCE;
+}
+
+// Calls `use(i, k)` for all k < SIZE that are this thread's, the i-th of them: with RING_SLICES
+// those of the chunks that its warp multiplies.
+template <int SIZE, int KIND, class Use>
 DEVICE void for_mine(const Worker& me, const Use& use) {
-    UNROLL for (int i = 0; i < mine_of(SIZE); ++i) {
-        const int k = (me.thread + i / AT_ONCE * THREADS) * AT_ONCE + i % AT_ONCE;
+    UNROLL for (int i = 0; i < mine_of<KIND>(SIZE); ++i) {
+        int k;
+        if constexpr (RING_SLICES) {
+            constexpr int EACH = each_of_chunk(KIND);
+            k = (me.warp() + i / EACH * WARPS) * chunk_inputs(KIND) +
+                (i % EACH / AT_ONCE * LANES + me.lane()) * AT_ONCE + i % AT_ONCE;
+        } else {
+            k = (me.thread + i / AT_ONCE * THREADS) * AT_ONCE + i % AT_ONCE;
+        }
         if (k < SIZE) use(i, k);
     }
 }
 
 // Calls `use(i, k, value)` as `for_mine`, when all of this thread's values are there.
-template <int SIZE, class Use>
+template <int SIZE, int KIND, class Use>
 DEVICE void receive(
     const Worker& me, const uint2* vector, unsigned epoch, const Use& use) {
     static_assert(SIZE % AT_ONCE == 0, "words are loaded in pairs");
-    constexpr int EACH = mine_of(SIZE);
+    constexpr int EACH = mine_of<KIND>(SIZE);
     uint2 words[EACH];
     const auto load = [&](int i, int k) {
         if constexpr (AT_ONCE == 2)
@@ -42,14 +62,14 @@ DEVICE void receive(
         else
             words[i] = load_word(vector + k);
     };
-    for_mine<SIZE>(me, [&](int i, int k) {
+    for_mine<SIZE, KIND>(me, [&](int i, int k) {
         if (i % AT_ONCE == 0) load(i, k);
     });
     bool late = true;
     while (late) {
         late = false;
         // what is there is not asked for again
-        for_mine<SIZE>(me, [&](int i, int k) {
+        for_mine<SIZE, KIND>(me, [&](int i, int k) {
             if (i % AT_ONCE == 0 && (words[i].y != epoch || words[i + AT_ONCE - 1].y != epoch)) {
                 late = true;
                 load(i, k);
@@ -57,16 +77,17 @@ DEVICE void receive(
         });
         if (RING_PAUSE && late) pause_ns(RING_PAUSE);
     }
-    for_mine<SIZE>(me, [&](int i, int k) { use(i, k, as_float(words[i].x)); });
+    for_mine<SIZE, KIND>(me, [&](int i, int k) { use(i, k, as_float(words[i].x)); });
 }
 
 // Inputs of a matrix, times the weight of a norm; the sum of squares is joined later.
+template <int KIND>
 struct Norm {
-    float weights[mine_of(HIDDEN)];
+    float weights[mine_of<KIND>(HIDDEN)];
 
     // Before the inputs are there.
     DEVICE Norm(const Worker& me, const float* norm) {
-        for_mine<HIDDEN>(me, [&](int i, int k) { weights[i] = norm[k]; });
+        for_mine<HIDDEN, KIND>(me, [&](int i, int k) { weights[i] = norm[k]; });
     }
 };
 

@@ -188,6 +188,7 @@ def kernel_constants(
         "THREADS": 32 * WARPS,
         "RING_DEPTH": RING_DEPTH,
         "RING_TILES": 0,
+        "RING_SLICES": 0,
         "RING_BULK": 0,
         "RING_CHUNKS": 1,
         "RING_MASKED_OR": 0,
