@@ -22,6 +22,8 @@ VARIANTS = {
     "tiles": TILES,
     "tiles-waits": TILES | WAITS,
     "tiles-waits-later": TILES | WAITS | {"RING_LAST_LATER": 1},
+    "slices-waits": TILES | WAITS | {"RING_SLICES": 1},
+    "slices-64": TILES | {"RING_SLICES": 1, "RING_TILES": 64, "RING_DEPTH": 6},
     "tiles-256": TILES | {"RING_TILES": 256, "RING_DEPTH": 2},
     "tiles-8-warps": TILES | {"WARPS": 8, "THREADS": 256, "RING_DEPTH": 8},
     "bulk": {"RING_BULK": 1},
