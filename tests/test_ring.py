@@ -32,11 +32,8 @@ TINY = MobileLLMConfig(
 )
 U = 2.0**-24
 SEEDS = range(12)
-# constants of the source that `kernel_constants` leaves at 0: variants to be timed
-TILES = {"RING_TILES": 128, "RING_DEPTH": 4}
-SLICES = TILES | {"RING_SLICES": 1}
-PAIRS = {"RING_BULK": 1, "RING_CHUNKS": 2, "RING_MASKED_OR": 1}
-WAITS = {"RING_EARLY": 1, "RING_WIDE_WORDS": 1, "RING_PAUSE": 20, "RING_LAST_LATER": 1}
+# what `kernel_constants` chooses for wide models in bf16
+TENSOR_CORES = {"TENSOR_CORES": 1, "RING_DEPTH": 3}
 
 pytestmark = pytest.mark.skipif(interpreted.HAS_GPU, reason="for machines without a GPU")
 
@@ -127,37 +124,41 @@ def test_kinds_of_weights(seed, kind):
     assert_same_step(ours, make(config, kind, "fp16", tier="graph"), 20, tokens=(3,))
 
 
-@pytest.mark.parametrize(
-    "constants", [TILES, SLICES | WAITS, PAIRS], ids=["tiles", "slices", "pairs"]
-)
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int8_g32", "int4"])
-def test_variants(seed, kind, constants):
+def test_scales_of_groups_of_int8(seed):
+    config = dataclasses.replace(TINY, intermediate_size=1088, num_attention_heads=4)
+    weights = CudaWeights.random(config, "int8", 0, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    body = {
+        name: Matrix.random("int8_g32", (1, matrix.rows, matrix.cols), 0.3, generator)
+        for name in ("qkv", "output", "gate_up", "down")
+        for matrix in [getattr(weights, name)]
+    }
+    weights = dataclasses.replace(weights, **body)
+    ours = make(config, programs=9, warps=4, weights=weights)
+    assert_same_step(ours, make(config, tier="graph", weights=weights), 20, (3,))
+
+
+def test_products_by_tensor_cores(seed):
     """Several tiles per program and part of one, rows that several warps share, tails."""
     config = dataclasses.replace(TINY, intermediate_size=1088, num_attention_heads=4)
-    weights = CudaWeights.random(config, "int8" if kind == "int8_g32" else kind, 0, "cpu")
-    if kind == "int8_g32":
-        generator = torch.Generator().manual_seed(0)
-        body = {
-            name: Matrix.random(kind, (1, matrix.rows, matrix.cols), 0.3, generator)
-            for name in ("qkv", "output", "gate_up", "down")
-            for matrix in [getattr(weights, name)]
-        }
-        weights = dataclasses.replace(weights, **body)
-    ours = make(config, kind, "fp32", 9, 4, weights=weights, **constants)
-    assert_same_step(ours, make(config, tier="graph", weights=weights, kv_format="fp32"), 20, (3,))
+    ours = make(config, "bf16", "fp32", 9, 4, **TENSOR_CORES)
+    assert_same_step(ours, make(config, "bf16", "fp32", tier="graph"), 20, (3,))
 
 
-@pytest.mark.parametrize(
-    "kind, constants", [("int4", PAIRS | WAITS), ("int4", TILES | WAITS), ("int8", SLICES | WAITS)]
-)
-def test_variants_in_every_order_of_threads(seed, kind, constants):
+def test_tensor_cores_in_every_order_of_threads(seed):
     config = dataclasses.replace(TINY, num_hidden_layers=2, layer_sharing="immediate")
-    ours = make(config, kind, **constants)
+    ours = make(config, "bf16", **TENSOR_CORES)
     outputs = []
     for seed[0] in SEEDS[:6]:
         tokens, logprobs = ours.decode(filled(ours, 70), 4, 2)
         outputs.append((tokens, logprobs, ours._steps.logits.tolist()))
     assert all(output == outputs[0] for output in outputs)
+
+
+def test_one_replica_of_the_vectors(seed):
+    seed[0] = 3
+    ours = make(TINY, programs=5, REPLICAS=1)
+    assert_same_step(ours, make(TINY, tier="graph"), 9, tokens=(3,))
 
 
 @pytest.mark.parametrize(
@@ -172,11 +173,11 @@ def test_attention_joins_its_parts(seed, length, programs, kv_format):
 
 
 @pytest.mark.parametrize("length, programs", [(260, 3), (600, 8)])
-def test_slices_of_attention_that_is_joined(seed, length, programs):
+def test_tensor_cores_after_attention_that_is_joined(seed, length, programs):
     """By every program from several parts, where a warp gets others' inputs, and by one."""
     config = dataclasses.replace(TINY, num_attention_heads=1)
     seed[0] = 5
-    ours = make(config, "bf16", "fp32", programs, warps=4, **SLICES | WAITS)
+    ours = make(config, "bf16", "fp32", programs, warps=4, **TENSOR_CORES)
     assert_same_step(ours, make(config, "bf16", "fp32", tier="graph"), length)
 
 
@@ -205,7 +206,8 @@ def test_draws_are_those_of_the_other_tiers(seed):
 @pytest.mark.parametrize(
     "changes, kind, message",
     [
-        ({"vocab_size": 41}, "fp32", "needs an even vocab_size and hidden_size, got 41 and 64"),
+        ({"vocab_size": 41}, "fp32", "even vocab_size, hidden_size and intermediate_size, got 41, 64 and 96"),
+        ({"intermediate_size": 95}, "int4", "got 40, 64 and 95"),
         ({"hidden_size": 72}, "int8", "needs rows of a multiple of 16 bytes, got 72"),
         ({"head_dim": 24}, "fp32", "needs a head_dim of a power of two, 16 to 512 bytes, got 24"),
     ],

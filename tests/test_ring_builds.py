@@ -1,6 +1,5 @@
 """The kernel of the tier `ring`, compiled by NVRTC for the models, without a GPU."""
 
-import functools
 import re
 import subprocess
 from pathlib import Path
@@ -50,23 +49,10 @@ def test_nothing_spills_and_weights_are_copied_16_bytes_at_a_time(model, kind, t
     assert used["REG"] * 32 * ring.WARPS <= REGISTERS
     assert used["STACK"] == used["LOCAL"] == 0
     code = run(TOOLS / "nvdisasm", cubin)
+    assert ("HMMA.16816.F32.BF16" in code) == ((model, kind) == ("1.5B", "bf16"))
     assert "LDGSTS.E.BYPASS.128" in code
     # all matrices of a layer go through the same instructions, which a cache holds
     assert len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)) * 16 < 128 << 10
-
-
-@pytest.mark.parametrize("model, kind", [("1.5B", "bf16"), ("1.5B", "int8"), ("1.5B", "int4_g32")])
-def test_products_by_tensor_cores_fit(model, kind, tmp_path):
-    """A variant that is not timed yet: of its registers, those of four norms may spill."""
-    made = constants(model, kind) | {"RING_TILES": 128, "RING_DEPTH": 4, "RING_EARLY": 1}
-    cubin = tmp_path / "decode.cubin"
-    cubin.write_bytes(compile_source(ring.SOURCE, made, "sm_90"))
-    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
-    usage = run([TOOLS / "cuobjdump", "-res-usage", cubin]).stdout
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    assert used["REG"] * 32 * ring.WARPS <= REGISTERS
-    assert used["STACK"] <= 32
-    assert "HMMA.16816.F32.BF16" in run([TOOLS / "nvdisasm", cubin]).stdout
 
 
 def test_what_does_not_compile_says_why():

@@ -15,18 +15,8 @@
 //
 // Constants, given by the compiler's command line: PROGRAMS, WARPS, THREADS, RING_DEPTH, VECTORS,
 // SHARED_LIMIT, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CACHE, and the kinds of matrices:
-// BODY_KIND, EMBEDDING_KIND, HEAD_KIND. Those of variants that are still to be timed, each 0 (the
-// chunks 1) where it is not in use:
-//
-//     RING_TILES        products by tensor cores, of so many bytes of a row at a time (`tiles.cuh`)
-//     RING_SLICES       a warp multiplies the inputs that it received, without a barrier (`vectors.cuh`)
-//     RING_BULK         a chunk comes by bulk copies, which one lane requests (`pairs.cuh`)
-//     RING_CHUNKS       chunks of a turn of the loop, 1 or 2 (`pairs.cuh`)
-//     RING_MASKED_OR    codes of 4 bits get mask and exponent by one instruction (`weights.cuh`)
-//     RING_EARLY        norms, keys and values are requested into the L2 cache before they are loaded
-//     RING_WIDE_WORDS   two words of a vector by one load (`vectors.cuh`)
-//     RING_PAUSE        nanoseconds between polls
-//     RING_LAST_LATER   a warp's last request of a stage comes when its results are out
+// BODY_KIND, EMBEDDING_KIND, HEAD_KIND. TENSOR_CORES says how weights are multiplied: by tensor cores
+// (`tiles.cuh`), or by fused multiply-adds (`pairs.cuh`). REPLICAS are those of the vectors.
 #include "next_token.cuh"
 
 // The vectors, one behind the other.
@@ -73,7 +63,7 @@ struct Arguments {
     int* tokens;           // (steps,) what was chosen
     float* logprobs;
     unsigned* counter;     // 0 before the launch
-    uint2* vectors;        // (VECTORS,), epochs below `first_epoch`
+    uint2* vectors;        // (REPLICAS, VECTORS), epochs below `first_epoch`
     Candidate* candidates; // (PROGRAMS,)
     float* logits;         // (VOCAB,) of the last step
     const float* cos;      // (positions, HEAD_DIM / 2)
@@ -107,8 +97,8 @@ DEVICE void finish_query(
     constexpr int HALF = HEAD_DIM / 2;
     const int head = row / HEAD_DIM, dim = row % HEAD_DIM;
     const float low = sums.x * cos - sums.y * sin, high = sums.y * cos + sums.x * sin;
-    store_word(qkv + row, low, epoch);
-    store_word(qkv + row + HALF, high, epoch);
+    publish(qkv + row, low, epoch);
+    publish(qkv + row + HALF, high, epoch);
     if (head >= HEADS) {
         const int is_value = head >= HEADS + KV_HEADS;
         unsigned char* place =
@@ -133,7 +123,6 @@ KERNEL(decode, Arguments) {
     float* everything = reinterpret_cast<float*>(&shared);
     ROLLED for (int i = me.thread; i < static_cast<int>(sizeof(Shared) / 4); i += THREADS)
         everything[i] = 0;
-    if (RING_BULK) before_bulk_copies();
     sync_program();
     set_layout<QUERY>(me, arguments.matrices[QUERY], shared.layouts[QUERY]);
     set_layout<OUTPUT>(me, arguments.matrices[OUTPUT], shared.layouts[OUTPUT]);
@@ -145,6 +134,7 @@ KERNEL(decode, Arguments) {
         me, shared.layouts, arguments.schedule, arguments.length, &shared.rings[me.warp()]);
 
     uint2* const vectors = arguments.vectors;
+    const uint2* const replica = vectors + me.program % REPLICAS * VECTORS;
     const long long slot_nbytes =
         2ll * KV_HEADS * arguments.capacity * HEAD_DIM * ELEMENT_NBYTES;
     int token = arguments.token;
@@ -169,7 +159,7 @@ KERNEL(decode, Arguments) {
 
     // Until the inputs are there that this warp multiplies: its own, or those of all warps.
     const auto sync_inputs = [&](bool are_mixed) {
-        if (!RING_SLICES || are_mixed)
+        if (!TENSOR_CORES || are_mixed)
             sync_program();
         else
             sync_warp();
@@ -182,7 +172,7 @@ KERNEL(decode, Arguments) {
             const CacheSlot cache = {arguments.cache + slot * slot_nbytes, arguments.capacity};
             ROLLED for (int stage = QUERY; stage <= DOWN; ++stage) {
                 me.begin_stage();
-                if (RING_EARLY && stage == QUERY) {
+                if (stage == QUERY) {
                     const int next = slot + 1 == arguments.length ? slot : slot + 1;
                     prefetch_norms(me, arguments, slot, arguments.schedule[next]);
                     prefetch_cache(me, plan, cache, position);
@@ -196,7 +186,7 @@ KERNEL(decode, Arguments) {
                 if (stage == QUERY || stage == GATE_UP) {
                     const float* norms =
                         stage == QUERY ? arguments.attention_norms : arguments.ffn_norms;
-                    const uint2* vector = vectors + (stage == QUERY ? X : MIDDLE);
+                    const uint2* vector = replica + (stage == QUERY ? X : MIDDLE);
                     const unsigned wanted = stage == QUERY ? epoch : epoch + 3;
                     take_normed(
                         Constant<BODY_KIND>(), norms + block * HIDDEN, inputs, [&](const auto& use) {
@@ -212,20 +202,20 @@ KERNEL(decode, Arguments) {
                 } else if (stage == OUTPUT) {
                     ROLLED for (int task = me.program; task < HEADS * plan.parts; task += PROGRAMS)
                         attend(
-                            me, task, plan, vectors + QKV, cache, position, arguments.scale,
+                            me, task, plan, replica + QKV, cache, position, arguments.scale,
                             vectors + PARTIAL, vectors + ATTENDED, epoch + 2, shared.attention);
                     if (plan.is_joined)
                         ROLLED for (int i = PROGRAMS - 1 - me.program; i < HEADS; i += PROGRAMS)
                             join_parts(
-                                me, i, plan.parts, vectors + PARTIAL, vectors + ATTENDED,
+                                me, i, plan.parts, replica + PARTIAL, vectors + ATTENDED,
                                 epoch + 2, shared.attention);
                     MARK();
                     if (plan.parts == 1 || plan.is_joined)
-                        receive<QUERIES, BODY_KIND>(me, vectors + ATTENDED, epoch + 2, take);
+                        receive<QUERIES, BODY_KIND>(me, replica + ATTENDED, epoch + 2, take);
                     else
-                        receive_parts(me, vectors + PARTIAL, plan.parts, epoch + 2, take);
+                        receive_parts(me, replica + PARTIAL, plan.parts, epoch + 2, take);
                 } else {
-                    receive<INNER, BODY_KIND>(me, vectors + GATED, epoch + 4, take);
+                    receive<INNER, BODY_KIND>(me, replica + GATED, epoch + 4, take);
                 }
                 sync_inputs(stage == OUTPUT && plan.parts > 1 && !plan.is_joined);
                 MARK();
@@ -251,9 +241,9 @@ KERNEL(decode, Arguments) {
                         scales[1] *= factor;
                     }
                 };
-                if (!RING_SLICES) apply_norm();
+                if (!TENSOR_CORES) apply_norm();
                 sync_program();
-                if (RING_SLICES) apply_norm();
+                if (TENSOR_CORES) apply_norm();
                 MARK();
                 if (finishes) {
                     float2 sums = joined(parts, layout, me.thread);
@@ -263,17 +253,16 @@ KERNEL(decode, Arguments) {
                         finish_query(
                             row, sums, cos, sin, position, cache, vectors + QKV, epoch + 1);
                     } else if (stage == GATE_UP) {
-                        store_word(
+                        publish(
                             vectors + GATED + row, divide(sums.x, 1 + exp_(-sums.x)) * sums.y,
                             epoch + 4);
                     } else {
                         uint2* const out = vectors + (stage == OUTPUT ? MIDDLE : X);
                         const unsigned written = stage == OUTPUT ? epoch + 3 : epoch + 5;
-                        store_word(out + row, sums.x + shared.residual[row], written);
-                        store_word(out + other, sums.y + shared.residual[other], written);
+                        publish(out + row, sums.x + shared.residual[row], written);
+                        publish(out + other, sums.y + shared.residual[other], written);
                     }
                 }
-                if (RING_LAST_LATER && layout.shares[me.warp()].total > 0) source.request(me);
                 MARK();
             }
             epoch += EPOCHS;
@@ -284,7 +273,7 @@ KERNEL(decode, Arguments) {
         float* const inputs = reinterpret_cast<float*>(shared.inputs) + layout.inputs;
         take_normed(
             Constant<HEAD_KIND>(), arguments.final_norm, inputs,
-            [&](const auto& use) { receive<HIDDEN, HEAD_KIND>(me, vectors + X, epoch, use); });
+            [&](const auto& use) { receive<HIDDEN, HEAD_KIND>(me, replica + X, epoch, use); });
         sync_inputs(false);
         float2* const parts = shared.parts + layout.first_part;
         multiply<HEAD_KIND>(me, layout, source, inputs, parts);
@@ -303,7 +292,6 @@ KERNEL(decode, Arguments) {
                               row + i, logit, arguments.temperature, arguments.seed, position));
             }
         }
-        if (RING_LAST_LATER && layout.shares[me.warp()].total > 0) source.request(me);
         best = best_of_program(me, best, shared.candidates);
         if (me.thread == 0) {
             arguments.candidates[me.program] = best;

@@ -6,12 +6,11 @@
 
 static_assert(THREADS == WARPS * LANES, "a warp has 32 threads");
 
-constexpr int TILE_PAIRS = RING_TILES ? 8 : 1;       // of rows, that a chunk has a piece of
-constexpr int CHUNK_NBYTES = RING_TILES ? RING_TILES : 512;  // of a row
-// From a warp's chunk of a tile to its next one. With RING_SLICES a warp has every so many inputs, for
-// all tiles, so that it needs no other warp's inputs.
-constexpr int CHUNK_STEP = RING_SLICES ? WARPS : 1;
-static_assert(!RING_SLICES || RING_TILES, "slices are of tiles");
+constexpr int TILE_PAIRS = TENSOR_CORES ? 8 : 1;        // of rows, that a chunk has a piece of
+constexpr int CHUNK_NBYTES = TENSOR_CORES ? 128 : 512;  // of a row
+// From a warp's chunk of a tile to its next one. With tensor cores a warp has every so many inputs,
+// for all tiles, so that it needs no other warp's inputs.
+constexpr int CHUNK_STEP = TENSOR_CORES ? WARPS : 1;
 
 enum Stage { QUERY, OUTPUT, GATE_UP, DOWN, HEAD, STAGES };
 
@@ -42,7 +41,7 @@ struct Shape {
     constexpr int per_warp() const { return up_to(most_tiles() * chunks(), WARPS); }
     // Most warps that share a tile.
     constexpr int parts() const {
-        return RING_SLICES                    ? (chunks() < WARPS ? chunks() : WARPS)
+        return TENSOR_CORES                   ? (chunks() < WARPS ? chunks() : WARPS)
                : per_warp() % chunks() == 0   ? 1
                : chunks() % per_warp() == 0 ? chunks() / per_warp()
                                             : (chunks() - 2) / per_warp() + 2;
@@ -63,7 +62,7 @@ constexpr Shape shape_of(int stage) {
 }
 
 // Where what belongs to a stage begins, among the inputs and among the parts of all stages.
-constexpr int NO_INPUTS = RING_TILES * 2;  // zeros before those of the first stage
+constexpr int NO_INPUTS = TENSOR_CORES ? CHUNK_NBYTES * 2 : 0;  // zeros before those of the first stage
 constexpr int inputs_before(int stage) {
     return stage == 0 ? NO_INPUTS : inputs_before(stage - 1) + shape_of(stage - 1).inputs();
 }
@@ -130,9 +129,6 @@ template <int STAGE>
 DEVICE void set_layout(const Worker& me, const Codes& codes, Layout& layout) {
     constexpr Shape SHAPE = shape_of(STAGE);
     constexpr int CHUNKS = SHAPE.chunks(), ROW = SHAPE.row_nbytes(), SCALES = SHAPE.scales_nbytes();
-    static_assert(
-        !RING_BULK || !has_scales(SHAPE.kind) || SHAPE.rows * SCALES % 16 == 0,
-        "scales of a matrix are copied in multiples of 16 bytes");
     const int first = first_pair(SHAPE.pairs(), me.program);
     const int pairs = first_pair(SHAPE.pairs(), me.program + 1) - first;
     if (me.thread == 0) {
@@ -153,7 +149,7 @@ DEVICE void set_layout(const Worker& me, const Codes& codes, Layout& layout) {
         layout.inputs = inputs_before(STAGE);
         layout.first_part = parts_before(STAGE);
     }
-    if (RING_SLICES && me.lane() == 0) {
+    if (TENSOR_CORES && me.lane() == 0) {
         const int slices = me.warp() < CHUNKS ? up_to(CHUNKS - me.warp(), WARPS) : 0;
         Share share = {};
         share.total = up_to(pairs, TILE_PAIRS) * slices;

@@ -51,50 +51,6 @@ DEVICE void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
-// Copies of many bytes by one thread, in multiples of 16 bytes, to shared memory: each counts for an
-// arrival, and whoever waits for that sees them.
-using Arrival = unsigned long long;
-
-DEVICE unsigned shared_address(const void* place) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(place));
-}
-// After what was written to shared memory otherwise.
-DEVICE void before_bulk_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-DEVICE void expect_nothing(Arrival* arrival) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(arrival)) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-DEVICE void expect_copies(Arrival* arrival, int nbytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                     shared_address(arrival)),
-                 "r"(nbytes)
-                 : "memory");
-}
-DEVICE void copy_bulk_later(void* to, const void* from, int nbytes, Arrival* arrival) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            shared_address(to)),
-        "l"(from), "r"(nbytes), "r"(shared_address(arrival))
-        : "memory");
-}
-// `parity` is that of the number of those before.
-DEVICE void wait_for_arrival(Arrival* arrival, int parity) {
-    unsigned done;
-    do {
-        asm volatile(
-            "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; "
-            "selp.u32 %0, 1, 0, p;}"
-            : "=r"(done)
-            : "r"(shared_address(arrival)), "r"(parity)
-            : "memory");
-    } while (!done);
-}
-// For one lane of the warp.
-DEVICE bool is_elected() {
-    unsigned elected;
-    asm volatile("{.reg .pred p; elect.sync _|p, 0xFFFFFFFF; selp.u32 %0, 1, 0, p;}" : "=r"(elected));
-    return elected;
-}
 DEVICE void sync_warp() { __syncwarp(); }
 
 // Bring the line of an address to the L2 cache.
@@ -121,8 +77,6 @@ DEVICE void load_words(const uint2* place, uint2& first, uint2& second) {
     first = make_uint2(static_cast<unsigned>(a), static_cast<unsigned>(a >> 32));
     second = make_uint2(static_cast<unsigned>(b), static_cast<unsigned>(b >> 32));
 }
-
-DEVICE void pause_ns(unsigned nanoseconds) { __nanosleep(nanoseconds); }
 
 DEVICE void store_word(uint2* place, float value, unsigned epoch) {
     const unsigned long long word =
@@ -171,11 +125,6 @@ DEVICE unsigned short float_to_bf16(float value) {
     unsigned short bits;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     return bits;
-}
-DEVICE unsigned add_bf16_pairs(unsigned a, unsigned b) {
-    unsigned sums;
-    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sums) : "r"(a), "r"(b));
-    return sums;
 }
 
 // Add to `sums` (16, 8) the product of (16, 16) and (16, 8) in bf16. Lane 4 r + q has, of the sums,

@@ -5,40 +5,47 @@
 // the L2 cache, where a barrier takes three (values and their fence, the arrival, its sight) and
 // the load another.
 //
+// All programs ask for the same few lines of the L2 cache again and again, which are served one after
+// another: so a vector lies there REPLICAS times, and a program reads one of these.
+//
 // A vector is overwritten only when everyone has read it: the stage that writes it again waits for
 // others that read it before. A residual is kept in the program, not read again.
 #pragma once
-#if RING_TILES
+#if TENSOR_CORES
 #include "tiles.cuh"
 #else
 #include "pairs.cuh"
 #endif
 
-// Neighbours that a thread has: as many words as it loads at once.
-constexpr int AT_ONCE = RING_WIDE_WORDS ? 2 : 1;
+constexpr int AT_ONCE = 2;  // neighbours that a thread has: as many words as it loads by one instruction
 
 // Inputs of a chunk of a matrix of a kind, and how many of them a thread has.
 constexpr int chunk_inputs(int kind) { return CHUNK_NBYTES / 16 * per_lane(kind); }
 constexpr int each_of_chunk(int kind) { return chunk_inputs(kind) / LANES; }
 static_assert(
-    !RING_SLICES || (each_of_chunk(BODY_KIND) % AT_ONCE == 0 && each_of_chunk(HEAD_KIND) % AT_ONCE == 0),
+    !TENSOR_CORES || (each_of_chunk(BODY_KIND) % AT_ONCE == 0 && each_of_chunk(HEAD_KIND) % AT_ONCE == 0),
     "a thread has several neighbours of a chunk");
 
 // How many elements of a vector, the inputs of a matrix, a thread has, at most.
 template <int KIND>
 constexpr int mine_of(int size) {
-    return RING_SLICES
+    return TENSOR_CORES
                ? up_to(up_to(size, chunk_inputs(KIND)), WARPS) * each_of_chunk(KIND)
                : up_to(size, THREADS * AT_ONCE) * AT_ONCE;
 }
 
-// Calls `use(i, k)` for all k < SIZE that are this thread's, the i-th of them: with RING_SLICES
+// Store a value in all replicas.
+DEVICE void publish(uint2* place, float value, unsigned epoch) {
+    UNROLL for (int i = 0; i < REPLICAS; ++i) store_word(place + i * VECTORS, value, epoch);
+}
+
+// Calls `use(i, k)` for all k < SIZE that are this thread's, the i-th of them: with TENSOR_CORES
 // those of the chunks that its warp multiplies.
 template <int SIZE, int KIND, class Use>
 DEVICE void for_mine(const Worker& me, const Use& use) {
     UNROLL for (int i = 0; i < mine_of<KIND>(SIZE); ++i) {
         int k;
-        if constexpr (RING_SLICES) {
+        if constexpr (TENSOR_CORES) {
             constexpr int EACH = each_of_chunk(KIND);
             k = (me.warp() + i / EACH * WARPS) * chunk_inputs(KIND) +
                 (i % EACH / AT_ONCE * LANES + me.lane()) * AT_ONCE + i % AT_ONCE;
@@ -55,13 +62,10 @@ DEVICE void receive(
     const Worker& me, const uint2* vector, unsigned epoch, const Use& use) {
     static_assert(SIZE % AT_ONCE == 0, "words are loaded in pairs");
     constexpr int EACH = mine_of<KIND>(SIZE);
+    // all are written: a register that is not always is kept from one stage to the next
     uint2 words[EACH];
-    const auto load = [&](int i, int k) {
-        if constexpr (AT_ONCE == 2)
-            load_words(vector + k, words[i], words[i + 1]);
-        else
-            words[i] = load_word(vector + k);
-    };
+    UNROLL for (int i = 0; i < EACH; ++i) words[i] = make_uint2(0, epoch);
+    const auto load = [&](int i, int k) { load_words(vector + k, words[i], words[i + 1]); };
     for_mine<SIZE, KIND>(me, [&](int i, int k) {
         if (i % AT_ONCE == 0) load(i, k);
     });
@@ -75,7 +79,6 @@ DEVICE void receive(
                 load(i, k);
             }
         });
-        if (RING_PAUSE && late) pause_ns(RING_PAUSE);
     }
     for_mine<SIZE, KIND>(me, [&](int i, int k) { use(i, k, as_float(words[i].x)); });
 }

@@ -94,9 +94,7 @@ constexpr float NIBBLE_BIAS = 16.0f;
 template <int AT>
 DEVICE float unpack_nibble(unsigned word) {
     const unsigned moved = AT < 19 ? word << (19 - AT) : word >> (AT - 19);
-    return as_float(
-        RING_MASKED_OR ? masked_or(moved, 0x780000u, 0x41800000u)
-                       : (moved & 0x780000u) | 0x41800000u);
+    return as_float(masked_or(moved, 0x780000u, 0x41800000u));
 }
 
 // Those in the low halves of four bytes, or with HIGH = 4 in the high ones.

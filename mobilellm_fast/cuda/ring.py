@@ -22,7 +22,11 @@ SOURCE = Path(kernels.__file__).parent / "ring" / "decode.cu"
 KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int8_g32": 3, "int4_g32": 4}
 CACHES = {"fp16": 0, "bf16": 1, "fp32": 2}
 WARPS = 16
-RING_DEPTH = 6  # pairs of chunks of a warp on their way; 4 and 8 are no faster (docs/gpu.md)
+# Chunks of a warp on their way, without and with tensor cores: more are no faster (docs/gpu.md).
+RING_DEPTHS = 6, 3
+# Of the vectors that programs hand to each other: narrow models, and from the width on wide ones.
+REPLICAS, REPLICAS_WIDTH = 4, 960
+TENSOR_CORES_WIDTH = 960  # from which on they are faster, for weights in bf16
 ROOM_FOR_PARTS = 8  # of a head's attention, in the vectors
 LOAD_NBYTES = 16  # of a row that a lane reads at a time
 EPOCHS = 5  # of a layer
@@ -86,7 +90,8 @@ class RingSteps(Steps):
         self.constants = kernel_constants(config, *kinds, kv_format, self.programs)
         self.constants |= constants or {}
         self._kernel = self._load() if device.type == "cuda" else None
-        self._vectors = torch.zeros(self.constants["VECTORS"], dtype=torch.int64, device=device)
+        size = self.constants["REPLICAS"] * self.constants["VECTORS"]
+        self._vectors = torch.zeros(size, dtype=torch.int64, device=device)
         self._candidates = torch.zeros(
             self.programs * CANDIDATE_NBYTES, dtype=torch.uint8, device=device
         )
@@ -159,9 +164,10 @@ def obstacle(weights: CudaWeights, kv_format: str) -> str | None:
             return f"matrices of less than 2 GiB, got {matrix.rows * nbytes} bytes"
         if matrix.kind == "int8_g32" and matrix.cols % (2 * GROUP):
             return f"rows of a multiple of {2 * GROUP} inputs, got {matrix.cols}"
-    if config.vocab_size % 2 or config.hidden_size % 2:
-        return (
-            f"an even vocab_size and hidden_size, got {config.vocab_size} and {config.hidden_size}"
+    sizes = config.vocab_size, config.hidden_size, config.intermediate_size
+    if any(size % 2 for size in sizes):
+        return "an even vocab_size, hidden_size and intermediate_size, got {}, {} and {}".format(
+            *sizes
         )
     lanes = config.head_dim * FORMATS[kv_format].itemsize // LOAD_NBYTES
     if lanes not in (1, 2, 4, 8, 16, 32) or config.head_dim & (config.head_dim - 1):
@@ -180,23 +186,17 @@ def kernel_constants(
     """
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
+    tensor_cores = body == head == "bf16" and config.hidden_size >= TENSOR_CORES_WIDTH
     partial = config.num_attention_heads * ROOM_FOR_PARTS * (config.head_dim + 1)
     vectors = 2 * config.hidden_size + 2 * (queries + keys) + config.intermediate_size + partial
     return {
         "PROGRAMS": programs,
         "WARPS": WARPS,
         "THREADS": 32 * WARPS,
-        "RING_DEPTH": RING_DEPTH,
-        "RING_TILES": 0,
-        "RING_SLICES": 0,
-        "RING_BULK": 0,
-        "RING_CHUNKS": 1,
-        "RING_MASKED_OR": 0,
-        "RING_EARLY": 0,
-        "RING_WIDE_WORDS": 0,
-        "RING_PAUSE": 0,
-        "RING_LAST_LATER": 0,
-        "VECTORS": vectors,
+        "RING_DEPTH": RING_DEPTHS[tensor_cores],
+        "TENSOR_CORES": int(tensor_cores),
+        "REPLICAS": REPLICAS if config.hidden_size < REPLICAS_WIDTH else 1,
+        "VECTORS": vectors + vectors % 2,  # words are loaded in pairs
         "HIDDEN": config.hidden_size,
         "INNER": config.intermediate_size,
         "VOCAB": config.vocab_size,

@@ -106,11 +106,6 @@ DEVICE float bf16_of(unsigned word, int half) {
   return as_float(half ? word & 0xffff0000u : word << 16);
 }
 
-DEVICE unsigned add_bf16_pairs(unsigned a, unsigned b) {
-  unsigned low = float_to_bf16(bf16_of(a, 0) + bf16_of(b, 0));
-  return low | static_cast<unsigned>(float_to_bf16(bf16_of(a, 1) + bf16_of(b, 1))) << 16;
-}
-
 DEVICE float fma_(float a, float b, float c) { return std::fma(a, b, c); }
 DEVICE float exp_(float x) { return std::exp(x); }
 DEVICE float divide(float a, float b) { return a / b; }
@@ -222,64 +217,6 @@ DEVICE void wait_for_copies() {
   }
 }
 
-// Bulk copies happen when somebody waits for them and all that were expected were requested; until
-// then their place holds NaN.
-using Arrival = unsigned long long;
-
-DEVICE void before_bulk_copies() {}
-
-DEVICE void expect_nothing(Arrival* arrival) {
-  emulator::scheduler->program().arrivals[arrival] = {};
-}
-
-DEVICE emulator::Flight& flight_to(const Arrival* arrival, emulator::Site site) {
-  auto& arrivals = emulator::scheduler->program().arrivals;
-  auto found = arrivals.find(arrival);
-  if (found == arrivals.end()) emulator::scheduler->fail(site, "uses an arrival without a beginning");
-  return found->second;
-}
-
-DEVICE void expect_copies(Arrival* arrival, int nbytes,
-                          emulator::Site site = emulator::Site::here()) {
-  emulator::Flight& flight = flight_to(arrival, site);
-  if (flight.expected) emulator::scheduler->fail(site, "expects copies before the last ones arrived");
-  flight.expected = nbytes;
-}
-
-DEVICE void copy_bulk_later(void* to, const void* from, int nbytes, Arrival* arrival,
-                            emulator::Site site = emulator::Site::here()) {
-  if (nbytes <= 0 || nbytes % 16 || reinterpret_cast<uintptr_t>(to) % 16 ||
-      reinterpret_cast<uintptr_t>(from) % 16) {
-    emulator::scheduler->fail(site, "copies " + std::to_string(nbytes) +
-                                        " bytes, or to or from an address, not in multiples of 16");
-  }
-  std::memset(to, 0xFF, nbytes);
-  flight_to(arrival, site).copies.push_back({to, from, nbytes});
-}
-
-DEVICE void wait_for_arrival(Arrival* arrival, int parity,
-                             emulator::Site site = emulator::Site::here()) {
-  emulator::Flight& flight = flight_to(arrival, site);
-  for (;;) {
-    emulator::scheduler->pass(site);
-    if ((flight.arrived & 1) != static_cast<unsigned>(parity)) return;
-    int requested = 0;
-    for (const emulator::Copy& copy : flight.copies) requested += copy.nbytes;
-    if (!flight.expected || requested < flight.expected) continue;
-    if (requested > flight.expected) {
-      emulator::scheduler->fail(site, "waits for fewer bytes than are copied");
-    }
-    for (const emulator::Copy& copy : flight.copies) {
-      std::memcpy(copy.to, copy.from, copy.nbytes);
-    }
-    flight.copies.clear();
-    flight.expected = 0;
-    ++flight.arrived;
-  }
-}
-
-DEVICE bool is_elected() { return thread_id() % 32 == 0; }
-
 DEVICE void sync_warp(emulator::Site site = emulator::Site::here()) {
   emulator::scheduler->shuffle(0, 0, site);
 }
@@ -299,8 +236,6 @@ DEVICE void load_words(const uint2* address, uint2& first, uint2& second,
   first = emulator::scheduler->load(address, site);
   second = emulator::scheduler->load(address + 1, site);
 }
-
-DEVICE void pause_ns(unsigned) {}
 
 DEVICE void store_word(uint2* address, float value, unsigned epoch,
                        emulator::Site site = emulator::Site::here()) {

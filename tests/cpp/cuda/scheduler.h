@@ -77,12 +77,6 @@ struct Copy {  // to shared memory, which has not happened yet
   int nbytes;
 };
 
-struct Flight {  // bulk copies that arrive together
-  int expected = 0;  // bytes
-  unsigned arrived = 0;  // how many did before
-  std::vector<Copy> copies;
-};
-
 struct Fiber {
   int program, thread;
   std::deque<std::vector<Copy>> copies{{}};  // in groups, the last one open
@@ -113,7 +107,6 @@ struct Program {
   int at_barrier = 0, returned = 0;
   Fiber* first = nullptr;                         // to arrive at the barrier, or to return
   std::vector<std::pair<uint2*, uint2>> delayed;  // words stored but not yet visible
-  std::map<const void*, Flight> arrivals;
   std::unique_ptr<char[]> shared;
   char* shared_memory = nullptr;  // its first address of 16-byte alignment
 };
