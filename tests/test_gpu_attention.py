@@ -313,7 +313,7 @@ def test_training_runs_the_kernels():
     q, k, v, grad = inputs(100, 100, 9, 3, 64, torch.bfloat16)
     leaves = [t.requires_grad_() for t in (q, k, v)]
     out = ops.gqa_attention(q, k, v)
-    assert "saving" in out.grad_fn.name()
+    assert len(out.grad_fn.saved_tensors) > len(leaves)  # what the backward kernel wants
     found = torch.autograd.grad(out, leaves, grad)
     want = bounds.backward(grad, *(t.detach() for t in (q, k, v, out)), 0.125)
     for name, expected, got in zip(("dq", "dk", "dv"), want, found, strict=True):

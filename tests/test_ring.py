@@ -206,7 +206,11 @@ def test_draws_are_those_of_the_other_tiers(seed):
 @pytest.mark.parametrize(
     "changes, kind, message",
     [
-        ({"vocab_size": 41}, "fp32", "even vocab_size, hidden_size and intermediate_size, got 41, 64 and 96"),
+        (
+            {"vocab_size": 41},
+            "fp32",
+            "even vocab_size, hidden_size and intermediate_size, got 41, 64 and 96",
+        ),
         ({"intermediate_size": 95}, "int4", "got 40, 64 and 95"),
         ({"hidden_size": 72}, "int8", "needs rows of a multiple of 16 bytes, got 72"),
         ({"head_dim": 24}, "fp32", "needs a head_dim of a power of two, 16 to 512 bytes, got 24"),

@@ -58,8 +58,8 @@ def test_the_ring_equals_pdl(kind, constants):
         (tokens, logits, kept), again = decoded(ours, context)
         assert again[0] == tokens and torch.equal(again[1], logits)
         assert tokens == want, context
-        # A new key or value is rounded to 11 bits, some to the other side than pdl's: where there are
-        # few others, the logits of all three passes show it (up to 3.5e-4 measured, 1.5B in int4).
+        # A new key or value is rounded to 11 bits, some to the other side than pdl's: where there
+        # are few others, the logits show it (up to 3.5e-4 measured, 1.5B in int4).
         bound = 1e-3 if context == 0 else 1.5e-4
         assert (logits - expected).norm() <= bound * expected.norm(), f"{context} tokens of context"
         assert (kept - wanted).abs().max() <= 0.02

@@ -20,9 +20,9 @@ from .cache import FORMATS, CudaCache
 from .weights import CudaWeights
 
 TIERS = ("graph", "pdl", "persistent", "ring")
-# Where each is the fastest (docs/gpu.md): one Triton kernel below the first width, the ring from
-# the second on, and before it where blocks run twice; launches that overlap between them.
-PDL_WIDTH, RING_WIDTH = 960, 1152
+# Where each is the fastest (docs/gpu.md): the ring from this width on, where a GPU can have it,
+# and one Triton kernel below the other.
+RING_WIDTH, PERSISTENT_WIDTH = 0, 960
 PIECE = 2048  # tokens of a prompt at once: bounds the memory of activations
 
 
@@ -242,13 +242,11 @@ def best_tier(device: torch.device, config: MobileLLMConfig) -> str:
     generation, _ = torch.cuda.get_device_capability(device)
     width = config.hidden_size
     fits = vector_size(config) <= grid_sync.COPY_STRIDE.value
-    if width < PDL_WIDTH and fits and config.head_dim <= 128 and generation >= 8:
+    if generation >= 9 and width >= RING_WIDTH:
+        return "ring"
+    if width < PERSISTENT_WIDTH and fits and config.head_dim <= 128 and generation >= 8:
         return "persistent"
-    if generation < 9:
-        return "graph"
-    repeats = config.layer_sharing == "immediate"
-    wants_ring = width >= (PDL_WIDTH if repeats else RING_WIDTH)
-    return "ring" if wants_ring else "pdl"
+    return "pdl" if generation >= 9 else "graph"
 
 
 def check_tier(tier: str, device: torch.device) -> None:
