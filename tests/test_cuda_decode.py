@@ -457,7 +457,7 @@ def test_the_tier_goes_by_width_and_room(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     device = torch.device("cuda")
     configs = (base, many, wide)
-    for generation, tiers in ((9, "ring ring ring"), (8, "persistent graph graph")):
+    for generation, tiers in ((9, "persistent ring ring"), (8, "persistent graph graph")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, g=generation: (g, 0))
         for config, tier in zip(configs, tiers.split(), strict=True):
             assert best_tier(device, config) == tier

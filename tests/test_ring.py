@@ -155,12 +155,6 @@ def test_tensor_cores_in_every_order_of_threads(seed):
     assert all(output == outputs[0] for output in outputs)
 
 
-def test_one_replica_of_the_vectors(seed):
-    seed[0] = 3
-    ours = make(TINY, programs=5, REPLICAS=1)
-    assert_same_step(ours, make(TINY, tier="graph"), 9, tokens=(3,))
-
-
 @pytest.mark.parametrize(
     "length, programs, kv_format",
     [(0, 1, "fp32"), (1, 3, "fp16"), (70, 3, "fp32"), (260, 3, "fp16"), (600, 8, "fp32")],

@@ -44,7 +44,7 @@ def decoded(executor, context):
     "kind, constants",
     [
         ("bf16", {}),
-        ("bf16", {"TENSOR_CORES": 0, "RING_DEPTH": 6, "REPLICAS": 1}),
+        ("bf16", {"TENSOR_CORES": 1, "RING_DEPTH": 3}),
         ("int8", {}),
         ("int4", {}),
     ],

@@ -273,11 +273,11 @@ DEVICE void attend(
             sum = fma_(shared.sums[warp * HEAD_DIM + dim], shrink, sum);
         }
         if (plan.parts == 1) {
-            publish(attended + head * HEAD_DIM + dim, divide(sum, total), epoch);
+            store_word(attended + head * HEAD_DIM + dim, divide(sum, total), epoch);
         } else {
             uint2* place = partial + (head * MOST_PARTS + part) * (HEAD_DIM + 1);
-            publish(place + dim, sum / total, epoch);
-            if (dim == 0) publish(place + HEAD_DIM, largest + log2_(total), epoch);
+            store_word(place + dim, sum / total, epoch);
+            if (dim == 0) store_word(place + HEAD_DIM, largest + log2_(total), epoch);
         }
     }
     sync_program();  // the next task writes to the shared memory
@@ -309,7 +309,7 @@ DEVICE void join_parts(
             total += weight;
             sum = fma_(shared.part_values[i * HEAD_DIM + dim], weight, sum);
         }
-        publish(attended + head * HEAD_DIM + dim, sum / total, epoch);
+        store_word(attended + head * HEAD_DIM + dim, sum / total, epoch);
     }
 }
 

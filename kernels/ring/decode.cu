@@ -16,7 +16,7 @@
 // Constants, given by the compiler's command line: PROGRAMS, WARPS, THREADS, RING_DEPTH, VECTORS,
 // SHARED_LIMIT, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CACHE, and the kinds of matrices:
 // BODY_KIND, EMBEDDING_KIND, HEAD_KIND. TENSOR_CORES says how weights are multiplied: by tensor cores
-// (`tiles.cuh`), or by fused multiply-adds (`pairs.cuh`). REPLICAS are those of the vectors.
+// (`tiles.cuh`), or by fused multiply-adds (`pairs.cuh`).
 #include "next_token.cuh"
 
 // The vectors, one behind the other.
@@ -63,7 +63,7 @@ struct Arguments {
     int* tokens;           // (steps,) what was chosen
     float* logprobs;
     unsigned* counter;     // 0 before the launch
-    uint2* vectors;        // (REPLICAS, VECTORS), epochs below `first_epoch`
+    uint2* vectors;        // (VECTORS,), epochs below `first_epoch`
     Candidate* candidates; // (PROGRAMS,)
     float* logits;         // (VOCAB,) of the last step
     const float* cos;      // (positions, HEAD_DIM / 2)
@@ -97,8 +97,8 @@ DEVICE void finish_query(
     constexpr int HALF = HEAD_DIM / 2;
     const int head = row / HEAD_DIM, dim = row % HEAD_DIM;
     const float low = sums.x * cos - sums.y * sin, high = sums.y * cos + sums.x * sin;
-    publish(qkv + row, low, epoch);
-    publish(qkv + row + HALF, high, epoch);
+    store_word(qkv + row, low, epoch);
+    store_word(qkv + row + HALF, high, epoch);
     if (head >= HEADS) {
         const int is_value = head >= HEADS + KV_HEADS;
         unsigned char* place =
@@ -134,7 +134,6 @@ KERNEL(decode, Arguments) {
         me, shared.layouts, arguments.schedule, arguments.length, &shared.rings[me.warp()]);
 
     uint2* const vectors = arguments.vectors;
-    const uint2* const replica = vectors + me.program % REPLICAS * VECTORS;
     const long long slot_nbytes =
         2ll * KV_HEADS * arguments.capacity * HEAD_DIM * ELEMENT_NBYTES;
     int token = arguments.token;
@@ -186,7 +185,7 @@ KERNEL(decode, Arguments) {
                 if (stage == QUERY || stage == GATE_UP) {
                     const float* norms =
                         stage == QUERY ? arguments.attention_norms : arguments.ffn_norms;
-                    const uint2* vector = replica + (stage == QUERY ? X : MIDDLE);
+                    const uint2* vector = vectors + (stage == QUERY ? X : MIDDLE);
                     const unsigned wanted = stage == QUERY ? epoch : epoch + 3;
                     take_normed(
                         Constant<BODY_KIND>(), norms + block * HIDDEN, inputs, [&](const auto& use) {
@@ -202,20 +201,20 @@ KERNEL(decode, Arguments) {
                 } else if (stage == OUTPUT) {
                     ROLLED for (int task = me.program; task < HEADS * plan.parts; task += PROGRAMS)
                         attend(
-                            me, task, plan, replica + QKV, cache, position, arguments.scale,
+                            me, task, plan, vectors + QKV, cache, position, arguments.scale,
                             vectors + PARTIAL, vectors + ATTENDED, epoch + 2, shared.attention);
                     if (plan.is_joined)
                         ROLLED for (int i = PROGRAMS - 1 - me.program; i < HEADS; i += PROGRAMS)
                             join_parts(
-                                me, i, plan.parts, replica + PARTIAL, vectors + ATTENDED,
+                                me, i, plan.parts, vectors + PARTIAL, vectors + ATTENDED,
                                 epoch + 2, shared.attention);
                     MARK();
                     if (plan.parts == 1 || plan.is_joined)
-                        receive<QUERIES, BODY_KIND>(me, replica + ATTENDED, epoch + 2, take);
+                        receive<QUERIES, BODY_KIND>(me, vectors + ATTENDED, epoch + 2, take);
                     else
-                        receive_parts(me, replica + PARTIAL, plan.parts, epoch + 2, take);
+                        receive_parts(me, vectors + PARTIAL, plan.parts, epoch + 2, take);
                 } else {
-                    receive<INNER, BODY_KIND>(me, replica + GATED, epoch + 4, take);
+                    receive<INNER, BODY_KIND>(me, vectors + GATED, epoch + 4, take);
                 }
                 sync_inputs(stage == OUTPUT && plan.parts > 1 && !plan.is_joined);
                 MARK();
@@ -253,14 +252,14 @@ KERNEL(decode, Arguments) {
                         finish_query(
                             row, sums, cos, sin, position, cache, vectors + QKV, epoch + 1);
                     } else if (stage == GATE_UP) {
-                        publish(
+                        store_word(
                             vectors + GATED + row, divide(sums.x, 1 + exp_(-sums.x)) * sums.y,
                             epoch + 4);
                     } else {
                         uint2* const out = vectors + (stage == OUTPUT ? MIDDLE : X);
                         const unsigned written = stage == OUTPUT ? epoch + 3 : epoch + 5;
-                        publish(out + row, sums.x + shared.residual[row], written);
-                        publish(out + other, sums.y + shared.residual[other], written);
+                        store_word(out + row, sums.x + shared.residual[row], written);
+                        store_word(out + other, sums.y + shared.residual[other], written);
                     }
                 }
                 MARK();
@@ -273,7 +272,7 @@ KERNEL(decode, Arguments) {
         float* const inputs = reinterpret_cast<float*>(shared.inputs) + layout.inputs;
         take_normed(
             Constant<HEAD_KIND>(), arguments.final_norm, inputs,
-            [&](const auto& use) { receive<HIDDEN, HEAD_KIND>(me, replica + X, epoch, use); });
+            [&](const auto& use) { receive<HIDDEN, HEAD_KIND>(me, vectors + X, epoch, use); });
         sync_inputs(false);
         float2* const parts = shared.parts + layout.first_part;
         multiply<HEAD_KIND>(me, layout, source, inputs, parts);

@@ -5,9 +5,6 @@
 // the L2 cache, where a barrier takes three (values and their fence, the arrival, its sight) and
 // the load another.
 //
-// All programs ask for the same few lines of the L2 cache again and again, which are served one after
-// another: so a vector lies there REPLICAS times, and a program reads one of these.
-//
 // A vector is overwritten only when everyone has read it: the stage that writes it again waits for
 // others that read it before. A residual is kept in the program, not read again.
 #pragma once
@@ -32,11 +29,6 @@ constexpr int mine_of(int size) {
     return TENSOR_CORES
                ? up_to(up_to(size, chunk_inputs(KIND)), WARPS) * each_of_chunk(KIND)
                : up_to(size, THREADS * AT_ONCE) * AT_ONCE;
-}
-
-// Store a value in all replicas.
-DEVICE void publish(uint2* place, float value, unsigned epoch) {
-    UNROLL for (int i = 0; i < REPLICAS; ++i) store_word(place + i * VECTORS, value, epoch);
 }
 
 // Calls `use(i, k)` for all k < SIZE that are this thread's, the i-th of them: with TENSOR_CORES

@@ -20,9 +20,7 @@ from .cache import FORMATS, CudaCache
 from .weights import CudaWeights
 
 TIERS = ("graph", "pdl", "persistent", "ring")
-# Where each is the fastest (docs/gpu.md): the ring from this width on, where a GPU can have it,
-# and one Triton kernel below the other.
-RING_WIDTH, PERSISTENT_WIDTH = 0, 960
+RING_WIDTH = 960  # from which on it is the fastest; below, it is one Triton kernel (docs/gpu.md)
 PIECE = 2048  # tokens of a prompt at once: bounds the memory of activations
 
 
@@ -242,11 +240,9 @@ def best_tier(device: torch.device, config: MobileLLMConfig) -> str:
     generation, _ = torch.cuda.get_device_capability(device)
     width = config.hidden_size
     fits = vector_size(config) <= grid_sync.COPY_STRIDE.value
-    if generation >= 9 and width >= RING_WIDTH:
-        return "ring"
-    if width < PERSISTENT_WIDTH and fits and config.head_dim <= 128 and generation >= 8:
+    if width < RING_WIDTH and fits and config.head_dim <= 128 and generation >= 8:
         return "persistent"
-    return "pdl" if generation >= 9 else "graph"
+    return "ring" if generation >= 9 else "graph"
 
 
 def check_tier(tier: str, device: torch.device) -> None:

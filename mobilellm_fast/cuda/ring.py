@@ -24,9 +24,7 @@ CACHES = {"fp16": 0, "bf16": 1, "fp32": 2}
 WARPS = 16
 # Chunks of a warp on their way, without and with tensor cores: more are no faster (docs/gpu.md).
 RING_DEPTHS = 6, 3
-# Of the vectors that programs hand to each other: narrow models, and from the width on wide ones.
-REPLICAS, REPLICAS_WIDTH = 4, 960
-TENSOR_CORES_WIDTH = 960  # from which on they are faster, for weights in bf16
+TENSOR_CORES_WIDTH = 1600  # from which on they are faster, for weights in bf16
 ROOM_FOR_PARTS = 8  # of a head's attention, in the vectors
 LOAD_NBYTES = 16  # of a row that a lane reads at a time
 EPOCHS = 5  # of a layer
@@ -90,8 +88,7 @@ class RingSteps(Steps):
         self.constants = kernel_constants(config, *kinds, kv_format, self.programs)
         self.constants |= constants or {}
         self._kernel = self._load() if device.type == "cuda" else None
-        size = self.constants["REPLICAS"] * self.constants["VECTORS"]
-        self._vectors = torch.zeros(size, dtype=torch.int64, device=device)
+        self._vectors = torch.zeros(self.constants["VECTORS"], dtype=torch.int64, device=device)
         self._candidates = torch.zeros(
             self.programs * CANDIDATE_NBYTES, dtype=torch.uint8, device=device
         )
@@ -195,7 +192,6 @@ def kernel_constants(
         "THREADS": 32 * WARPS,
         "RING_DEPTH": RING_DEPTHS[tensor_cores],
         "TENSOR_CORES": int(tensor_cores),
-        "REPLICAS": REPLICAS if config.hidden_size < REPLICAS_WIDTH else 1,
         "VECTORS": vectors + vectors % 2,  # words are loaded in pairs
         "HIDDEN": config.hidden_size,
         "INNER": config.intermediate_size,
