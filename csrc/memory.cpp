@@ -69,8 +69,9 @@ Pages map_file(const char* path, std::string_view magic, int64_t& nbytes) {
       error = errno;
     if (!error) {
       ask_for_huge_pages(pages.get(), status.st_size);
+      const bool cached = is_cached(pages.get(), status.st_size);  // before a byte brings more
       const auto length = static_cast<int64_t>(magic.size());
-      if (status.st_size >= length && std::memcmp(pages.get(), magic.data(), length) == 0)
+      if (cached && status.st_size >= length && std::memcmp(pages.get(), magic.data(), length) == 0)
         read_in_huge_pages(pages.get(), status.st_size, file,
                            std::time(nullptr) - status.st_ctime < kFreshSeconds);
     }

@@ -22,8 +22,9 @@ Pages allocate_pages(int64_t nbytes);
 void release_memory(uint8_t* memory, int64_t nbytes);
 
 // A file in memory, at a multiple of 2 MB, because only there can the system map its page cache in
-// huge pages; writing to it changes a copy. One that begins with `magic` is read, so that it comes
-// in huge pages, see page_cache.h. Returns its size in nbytes. Throws std::system_error.
+// huge pages; writing to it changes a copy. One that begins with `magic` is read, if anything of it
+// is cached, so that it comes in huge pages, see page_cache.h. Returns its size in nbytes. Throws
+// std::system_error.
 Pages map_file(const char* path, std::string_view magic, int64_t& nbytes);
 
 }  // namespace mlf

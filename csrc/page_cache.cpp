@@ -5,6 +5,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <iterator>
 #include <vector>
 
 namespace mlf {
@@ -34,14 +36,26 @@ void drop(uint8_t* part, int file, int64_t offset) {
 
 }  // namespace
 
+bool is_cached(uint8_t* begin, int64_t nbytes) {
+  unsigned char pages[kHugePage / kSmallPage];
+  for (int64_t offset = 0; offset < nbytes; offset += kHugePage) {
+    std::fill(std::begin(pages), std::end(pages), 0);
+    if (mincore(begin + offset, std::min(kHugePage, nbytes - offset), pages)) return true;
+    if (std::any_of(std::begin(pages), std::end(pages), [](int page) { return page & 1; }))
+      return true;
+  }
+  return false;
+}
+
 int64_t read_in_huge_pages(uint8_t* begin, int64_t nbytes, int file, bool fresh) {
   const int64_t whole = nbytes / kHugePage * kHugePage;
   if (whole == 0 || sysconf(_SC_PAGESIZE) != kSmallPage || madvise(begin, nbytes, MADV_HUGEPAGE))
     return 0;
+  std::vector<int64_t> small;
+  small.reserve(whole / kHugePage);
   const int pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
   if (pagemap < 0) return 0;
   madvise(begin, nbytes, MADV_RANDOM);  // one huge page per fault: reading ahead meets small ones
-  std::vector<int64_t> small;
   for (int64_t offset = 0; offset < whole; offset += kHugePage)
     if (!comes_whole(begin + offset, pagemap)) small.push_back(offset);
   int64_t count = 0;
@@ -63,6 +77,8 @@ int64_t read_in_huge_pages(uint8_t* begin, int64_t nbytes, int file, bool fresh)
 #else
 
 namespace mlf {
+
+bool is_cached(uint8_t*, int64_t) { return false; }
 
 int64_t read_in_huge_pages(uint8_t*, int64_t, int, bool) { return 0; }
 

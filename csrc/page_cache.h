@@ -5,6 +5,10 @@
 
 namespace mlf {
 
+// Whether anything is cached of a mapping of a file, which nobody touched yet. Linux tells it to
+// who may write to the file; for others this is true.
+bool is_cached(uint8_t* begin, int64_t nbytes);
+
 // Reads a mapping of a file, which begins at a multiple of 2 MB, such that what can lies in huge
 // pages. Linux fills gaps of a cached file in small pages, a few MB around each page that it has
 // already, and never makes small ones large: a cache that was read in part, or lost a part, stays
@@ -12,7 +16,8 @@ namespace mlf {
 // not help: file systems may have no huge pages, memory no room for one, and nothing is dropped
 // that another process has mapped. Where there is none in the whole file, only a `fresh` one is
 // tried: writing takes small pages, too, but reading it again at every load would be in vain.
-// Returns how many parts of 2 MB it read again. Call it before the mapping is used.
+// Returns how many parts of 2 MB it read again. Call it before the mapping is used; what is not
+// cached at all does not need it, and is faster read by several threads, and ahead.
 int64_t read_in_huge_pages(uint8_t* begin, int64_t nbytes, int file, bool fresh);
 
 }  // namespace mlf

@@ -118,7 +118,7 @@ def check_output(path: Path) -> None:
 
 
 def open_image(path: Path, source: str | None = None, threads: int = 1) -> Image:
-    """Map an image and check it. What is cached of it in small pages is read again, in huge ones.
+    """Map an image and check it. What is cached of it in small pages is read again, for huge ones.
 
     Args:
         path: a file that `Image.save` wrote.

@@ -88,7 +88,7 @@ void bind_machine(py::module_& m) {
       },
       "path"_a, "magic"_a,
       "A file as uint8 array, in huge pages likewise; changes stay in this process. One that "
-      "begins with `magic` is read at once, so that it comes in huge pages.");
+      "begins with `magic` is read at once, if anything of it is cached, so that it comes so.");
   m.def(
       "checksum",
       [](const py::buffer& data, int threads) {
