@@ -1,5 +1,5 @@
 // Which rows of the matrices a program and its warps multiply: a program has a share of the rows, a
-// warp of it a share of the chunks of these, in the order of memory. Rows come in pairs, which read
+// warp of it a share of the chunks of these. Rows come in pairs, which read
 // the same inputs; a chunk has a piece of one pair (`pairs.cuh`) or of several (`tiles.cuh`).
 #pragma once
 #include "weights.cuh"
@@ -8,9 +8,7 @@ static_assert(THREADS == WARPS * LANES, "a warp has 32 threads");
 
 constexpr int TILE_PAIRS = TENSOR_CORES ? 8 : 1;        // of rows, that a chunk has a piece of
 constexpr int CHUNK_NBYTES = TENSOR_CORES ? 128 : 512;  // of a row
-// From a warp's chunk of a tile to its next one. With tensor cores a warp has every so many inputs,
-// for all tiles, so that it needs no other warp's inputs.
-constexpr int CHUNK_STEP = TENSOR_CORES ? WARPS : 1;
+constexpr int DEPTH = RING_DEPTH;                       // chunks of a warp on their way
 
 enum Stage { QUERY, OUTPUT, GATE_UP, DOWN, HEAD, STAGES };
 
@@ -118,12 +116,52 @@ struct Layout {
     Share shares[WARPS];
 };
 
+// A warp's place in the order of its chunks: of all stages, layers and steps.
+struct Course {
+    const Layout* layouts;
+    const int* schedule;
+    int length;           // of the schedule
+    bool is_idle;         // this warp has no share of anything
+    int stage, position;  // in the schedule
+    int left;             // chunks in this stage
+    int slot;             // of the ring, to read and then to fill again
+
+    DEVICE Course(const Worker& me, const Layout* layouts, const int* schedule, int length)
+        : layouts(layouts), schedule(schedule), length(length), is_idle(true), stage(QUERY),
+          position(0), slot(0) {
+        for (int i = 0; i < STAGES; ++i)
+            if (layouts[i].shares[me.warp()].total > 0) is_idle = false;
+    }
+
+    DEVICE void next_stage() {
+        if (stage == HEAD) {
+            stage = QUERY;
+            position = 0;
+        } else if (stage < DOWN) {
+            ++stage;
+        } else if (++position == length) {
+            stage = HEAD;
+        } else {
+            stage = QUERY;
+        }
+    }
+
+    DEVICE void next_slot() { slot = slot + 1 == DEPTH ? 0 : slot + 1; }
+
+    // Until nothing is on its way.
+    DEVICE void finish() { wait_for_copies<0>(); }
+};
+
 constexpr bool has_scales(int kind) { return kind == INT8_G32 || kind == INT4_G32; }
 
 // Bytes of a chunk's scales of a row.
 constexpr int chunk_scales_nbytes(int kind) {
     return CHUNK_NBYTES / 16 * (kind == INT4_G32 ? 4 : kind == INT8_G32 ? 1 : 0);
 }
+
+// The share of a warp in `pairs` of the program's from `first` on; in `pairs.cuh` and `tiles.cuh`.
+template <int STAGE>
+DEVICE Share share_of(const Worker& me, int first, int pairs);
 
 template <int STAGE>
 DEVICE void set_layout(const Worker& me, const Codes& codes, Layout& layout) {
@@ -149,32 +187,7 @@ DEVICE void set_layout(const Worker& me, const Codes& codes, Layout& layout) {
         layout.inputs = inputs_before(STAGE);
         layout.first_part = parts_before(STAGE);
     }
-    if (TENSOR_CORES && me.lane() == 0) {
-        const int slices = me.warp() < CHUNKS ? up_to(CHUNKS - me.warp(), WARPS) : 0;
-        Share share = {};
-        share.total = up_to(pairs, TILE_PAIRS) * slices;
-        share.chunk = me.warp();
-        share.part = TILE_PAIRS * me.warp();
-        share.next_part = TILE_PAIRS * (SHAPE.parts() + me.warp());
-        layout.shares[me.warp()] = share;
-    } else if (me.lane() == 0) {
-        const int begin = me.warp() * SHAPE.per_warp();
-        const int left = up_to(pairs, TILE_PAIRS) * CHUNKS - begin;
-        const int tile = begin / CHUNKS, pair = tile * TILE_PAIRS;
-        const int row = row_of(STAGE, first + pair);
-        Share share;
-        share.total = left < 0 ? 0 : left < SHAPE.per_warp() ? left : SHAPE.per_warp();
-        share.chunk = begin % CHUNKS;
-        share.tile = tile;
-        share.start = row * ROW + share.chunk * CHUNK_NBYTES;
-        share.scales = row * SCALES + share.chunk * chunk_scales_nbytes(SHAPE.kind);
-        share.part =
-            TILE_PAIRS * (tile * SHAPE.parts() + me.warp() - tile * CHUNKS / SHAPE.per_warp());
-        share.next_part = TILE_PAIRS * (tile + 1) * SHAPE.parts();
-        share.pairs_of_head =
-            STAGE == QUERY ? HEAD_DIM / 2 - (first + pair) % (HEAD_DIM / 2) : SHAPE.rows;
-        layout.shares[me.warp()] = share;
-    }
+    if (me.lane() == 0) layout.shares[me.warp()] = share_of<STAGE>(me, first, pairs);
 }
 
 constexpr int most_parts_of_pair(int stage) {

@@ -10,13 +10,32 @@
 #pragma once
 #include "matrices.cuh"
 
+// An equal part of the chunks of all the program's pairs, in the order of memory.
+template <int STAGE>
+DEVICE Share share_of(const Worker& me, int first, int pairs) {
+    constexpr Shape SHAPE = shape_of(STAGE);
+    constexpr int CHUNKS = SHAPE.chunks(), ROW = SHAPE.row_nbytes(), SCALES = SHAPE.scales_nbytes();
+    const int begin = me.warp() * SHAPE.per_warp();
+    const int left = pairs * CHUNKS - begin;
+    const int pair = begin / CHUNKS, row = row_of(STAGE, first + pair);
+    Share share;
+    share.total = left < 0 ? 0 : left < SHAPE.per_warp() ? left : SHAPE.per_warp();
+    share.chunk = begin % CHUNKS;
+    share.tile = pair;
+    share.start = row * ROW + share.chunk * CHUNK_NBYTES;
+    share.scales = row * SCALES + share.chunk * chunk_scales_nbytes(SHAPE.kind);
+    share.part = pair * SHAPE.parts() + me.warp() - pair * CHUNKS / SHAPE.per_warp();
+    share.next_part = (pair + 1) * SHAPE.parts();
+    share.pairs_of_head =
+        STAGE == QUERY ? HEAD_DIM / 2 - (first + pair) % (HEAD_DIM / 2) : SHAPE.rows;
+    return share;
+}
+
 // What a matrix multiplies, as its lanes read it.
 template <int KIND>
 DEVICE void store_input(float* inputs, int k, float value) {
     inputs[input_place<KIND>(k)] = value;
 }
-
-constexpr int DEPTH = RING_DEPTH;
 
 constexpr bool ANY_SCALES = has_scales(BODY_KIND) || has_scales(HEAD_KIND);
 
@@ -25,26 +44,16 @@ struct Ring {  // of a warp
     unsigned scales[ANY_SCALES ? DEPTH : 1][2][LANES];
 };
 
-// Requests a warp's chunks, DEPTH ahead of their use: of all stages, layers and steps.
-struct Source {
-    const Layout* layouts;
-    const int* schedule;
+// Requests a warp's chunks, DEPTH ahead of their use.
+struct Source : Course {
     Ring* ring;
-    int length;     // of the schedule
-    bool is_idle;   // this warp has no share of anything
-    int stage, position;  // in the schedule
-    int left;       // chunks in this stage
     int chunk, pairs_of_head;
-    int slot;       // of the ring, to read and then to fill again
     const unsigned char* codes;   // of the next chunk, this lane's part
     const unsigned char* scales;  // of the next chunk
 
     DEVICE Source(
         const Worker& me, const Layout* layouts, const int* schedule, int length, Ring* ring)
-        : layouts(layouts), schedule(schedule), ring(ring), length(length), is_idle(true),
-          stage(QUERY), position(0), slot(0) {
-        for (int i = 0; i < STAGES; ++i)
-            if (layouts[i].shares[me.warp()].total > 0) is_idle = false;
+        : Course(me, layouts, schedule, length), ring(ring) {
         enter(me);
         ROLLED for (int i = 0; i < DEPTH; ++i) request(me);
     }
@@ -61,9 +70,6 @@ struct Source {
             }
         }
     }
-
-    // Until nothing is on its way.
-    DEVICE void finish() { wait_for_copies<0>(); }
 
     DEVICE void enter(const Worker& me) {
         const Layout& layout = layouts[stage];
@@ -99,23 +105,14 @@ struct Source {
     DEVICE void request(const Worker& me) {
         if (is_idle) return;
         while (left == 0) {
-            if (stage == HEAD) {
-                stage = QUERY;
-                position = 0;
-            } else if (stage < DOWN) {
-                ++stage;
-            } else if (++position == length) {
-                stage = HEAD;
-            } else {
-                stage = QUERY;
-            }
+            next_stage();
             enter(me);
         }
         const Layout& layout = layouts[stage];
         copy(me, layout);
         codes += CHUNK_NBYTES;
         if (ANY_SCALES) scales += chunk_scales_nbytes(stage == HEAD ? HEAD_KIND : BODY_KIND);
-        slot = slot + 1 == DEPTH ? 0 : slot + 1;
+        next_slot();
         --left;
         if (++chunk == layout.chunks) {
             chunk = 0;

@@ -13,7 +13,6 @@
 
 static_assert(BODY_KIND == BF16 && HEAD_KIND == BF16, "tensor cores take weights of bf16");
 
-constexpr int DEPTH = RING_DEPTH;
 constexpr int PIECES = CHUNK_NBYTES / 64;  // of a lane and row, 16 bytes each
 constexpr int EACH = 8;                    // inputs of a piece
 constexpr int PIECE_UNITS = 8;             // 16 bytes each, of the inputs of a piece of the four lanes
@@ -28,36 +27,37 @@ DEVICE void store_input(float* inputs, int k, float value) {
     halves[EACH] = float_to_bf16(value - bf16_to_float(high));
 }
 
+// Every WARPS-th chunk of all the program's tiles: the same inputs, so that no other warp's are needed.
+template <int STAGE>
+DEVICE Share share_of(const Worker& me, int, int pairs) {
+    constexpr Shape SHAPE = shape_of(STAGE);
+    constexpr int CHUNKS = SHAPE.chunks();
+    const int slices = me.warp() < CHUNKS ? up_to(CHUNKS - me.warp(), WARPS) : 0;
+    Share share = {};
+    share.total = up_to(pairs, TILE_PAIRS) * slices;
+    share.chunk = me.warp();
+    share.part = TILE_PAIRS * me.warp();
+    share.next_part = TILE_PAIRS * (SHAPE.parts() + me.warp());
+    return share;
+}
+
 struct Ring {  // of a warp
     Codes16 codes[DEPTH][PIECES][2][LANES];
 };
 
-// Requests a warp's chunks, DEPTH ahead of their use: of all stages, layers and steps.
-struct Source {
-    const Layout* layouts;
-    const int* schedule;
+// Requests a warp's chunks, DEPTH ahead of their use.
+struct Source : Course {
     Ring* ring;
-    int length;           // of the schedule
-    bool is_idle;         // this warp has no share of anything
-    int stage, position;  // in the schedule
-    int left;             // chunks in this stage
     int block, chunk, tile;
-    int slot;        // of the ring, to read and then to fill again
-    bool has_rows;   // this lane has, in this tile
+    bool has_rows;               // this lane has, in this tile
     const unsigned char* codes;  // of the next chunk, this lane's part
 
     DEVICE Source(
         const Worker& me, const Layout* layouts, const int* schedule, int length, Ring* ring)
-        : layouts(layouts), schedule(schedule), ring(ring), length(length), is_idle(true),
-          stage(QUERY), position(0), slot(0) {
-        for (int i = 0; i < STAGES; ++i)
-            if (layouts[i].shares[me.warp()].total > 0) is_idle = false;
+        : Course(me, layouts, schedule, length), ring(ring) {
         enter(me);
         ROLLED for (int i = 0; i < DEPTH; ++i) request(me);
     }
-
-    // Until nothing is on its way.
-    DEVICE void finish() { wait_for_copies<0>(); }
 
     DEVICE void enter(const Worker& me) {
         const Layout& layout = layouts[stage];
@@ -82,16 +82,7 @@ struct Source {
     DEVICE void request(const Worker& me) {
         if (is_idle) return;
         while (left == 0) {
-            if (stage == HEAD) {
-                stage = QUERY;
-                position = 0;
-            } else if (stage < DOWN) {
-                ++stage;
-            } else if (++position == length) {
-                stage = HEAD;
-            } else {
-                stage = QUERY;
-            }
+            next_stage();
             enter(me);
         }
         const Layout& layout = layouts[stage];
@@ -104,11 +95,11 @@ struct Source {
             copy_16_later(&to[0][me.lane()], codes + piece * 64, rest > piece * 64);
             copy_16_later(&to[1][me.lane()], codes + distance + piece * 64, rest > piece * 64);
         }
-        codes += CHUNK_STEP * CHUNK_NBYTES;
+        codes += WARPS * CHUNK_NBYTES;
         close_copies();
-        slot = slot + 1 == DEPTH ? 0 : slot + 1;
+        next_slot();
         --left;
-        chunk += CHUNK_STEP;
+        chunk += WARPS;
         if (chunk >= chunks) {
             chunk = me.warp();
             ++tile;
@@ -150,7 +141,7 @@ DEVICE void multiply(
                  source.ring->codes[source.slot][piece][1][me.lane()]},
                 x[piece * PIECE_UNITS], products);
         source.request(me);
-        chunk += CHUNK_STEP;
+        chunk += WARPS;
         if (chunk >= chunks || left == 1) {
             float sums[2];
             UNROLL for (int row = 0; row < 2; ++row) {

@@ -1,6 +1,6 @@
-// Rows of stored weights, as the lanes of a warp read and multiply them.
+// Rows of stored weights, as the lanes of a warp read them and, without tensor cores, multiply them.
 //
-// A load is 16 bytes of a row per lane, a *chunk* per warp. The inputs lie in shared memory so that
+// There a load is 16 bytes of a row per lane, a *chunk* per warp. The inputs lie in shared memory so that
 // all lanes read those of their weights without conflicts.
 #pragma once
 #include <primitives.cuh>

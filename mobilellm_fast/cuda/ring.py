@@ -185,14 +185,14 @@ def kernel_constants(
     keys = config.num_key_value_heads * config.head_dim
     tensor_cores = body == head == "bf16" and config.hidden_size >= TENSOR_CORES_WIDTH
     partial = config.num_attention_heads * ROOM_FOR_PARTS * (config.head_dim + 1)
-    vectors = 2 * config.hidden_size + 2 * (queries + keys) + config.intermediate_size + partial
+    vectors = 2 * (config.hidden_size + queries + keys) + config.intermediate_size + partial
     return {
         "PROGRAMS": programs,
         "WARPS": WARPS,
         "THREADS": 32 * WARPS,
         "RING_DEPTH": RING_DEPTHS[tensor_cores],
         "TENSOR_CORES": int(tensor_cores),
-        "VECTORS": vectors + vectors % 2,  # words are loaded in pairs
+        "VECTORS": vectors,
         "HIDDEN": config.hidden_size,
         "INNER": config.intermediate_size,
         "VOCAB": config.vocab_size,

@@ -39,7 +39,6 @@ struct alignas(16) float4 {
 EXPORTED const char* emulation_error() { return emulator::error.c_str(); }
 
 DEVICE uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-DEVICE uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 DEVICE float2 make_float2(float x, float y) { return {x, y}; }
 DEVICE float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
@@ -123,7 +122,6 @@ DEVICE void forget(int&) {}
 
 DEVICE int thread_id() { return emulator::scheduler->current().thread; }
 DEVICE int program_id() { return emulator::scheduler->current().program; }
-DEVICE int program_count() { return emulator::scheduler->program_count(); }
 
 DEVICE void sync_program(emulator::Site site = emulator::Site::here()) {
   emulator::scheduler->join_barrier(site);

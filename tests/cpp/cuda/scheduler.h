@@ -175,7 +175,6 @@ class Scheduler {
 
   Fiber& current() { return *current_; }
   Program& program() { return programs_[current_->program]; }
-  int program_count() const { return static_cast<int>(programs_.size()); }
 
   // Maybe let others go first.
   void pass(Site site) {
