@@ -166,10 +166,10 @@ def test_attention_joins_its_parts(seed, length, programs, kv_format):
     assert_same_step(ours, make(config, "fp32", kv_format, tier="graph"), length)
 
 
-@pytest.mark.parametrize("length, programs", [(260, 3), (600, 8)])
-def test_tensor_cores_after_attention_that_is_joined(seed, length, programs):
+@pytest.mark.parametrize("length, heads, programs", [(260, 8, 3), (600, 1, 8)])
+def test_tensor_cores_after_attention_that_is_joined(seed, length, heads, programs):
     """By every program from several parts, where a warp gets others' inputs, and by one."""
-    config = dataclasses.replace(TINY, num_attention_heads=1)
+    config = dataclasses.replace(TINY, num_attention_heads=heads)
     seed[0] = 5
     ours = make(config, "bf16", "fp32", programs, warps=4, **TENSOR_CORES)
     assert_same_step(ours, make(config, "bf16", "fp32", tier="graph"), length)

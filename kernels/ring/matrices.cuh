@@ -1,6 +1,6 @@
 // Which rows of the matrices a program and its warps multiply: a program has a share of the rows, a
-// warp of it a share of the chunks of these. Rows come in pairs, which read
-// the same inputs; a chunk has a piece of one pair (`pairs.cuh`) or of several (`tiles.cuh`).
+// warp of it a share of the chunks of these. Rows come in pairs, which read the same inputs; a chunk
+// has a piece of one pair (`pairs.cuh`) or of several (`tiles.cuh`).
 #pragma once
 #include "weights.cuh"
 
