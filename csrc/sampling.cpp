@@ -240,4 +240,36 @@ Choice choose(const KernelTable& kernels, const float* logits, const float* chos
   return choice;
 }
 
+Sampler::Sampler(const KernelTable& kernels, int64_t vocab, const Filters& filters,
+                 double repetition_penalty, const std::vector<int64_t>& seen)
+    : kernels_(kernels),
+      filters_(filters),
+      penalty_(static_cast<float>(repetition_penalty)),
+      is_seen_(vocab) {
+  if (repetition_penalty == 1) return;
+  penalised_.resize(vocab);
+  for (const int64_t token : seen) see(token);
+}
+
+Choice Sampler::choose(const float* logits, double uniform) {
+  const float* chosen_from = logits;
+  if (!penalised_.empty()) {
+    std::copy_n(logits, vocab(), penalised_.begin());
+    for (const int64_t token : seen_) {
+      float& value = penalised_[token];
+      value = value < 0 ? value * penalty_ : value / penalty_;
+    }
+    chosen_from = penalised_.data();
+  }
+  const Choice choice = mlf::choose(kernels_, logits, chosen_from, vocab(), filters_, uniform);
+  if (!penalised_.empty() && !std::isnan(choice.logprob)) see(choice.token);
+  return choice;
+}
+
+void Sampler::see(int64_t token) {
+  if (is_seen_[token]) return;
+  is_seen_[token] = true;
+  seen_.push_back(token);
+}
+
 }  // namespace mlf

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "kernels.h"
 
@@ -28,5 +29,29 @@ double logprob(const KernelTable& kernels, const float* logits, int64_t vocab, i
 // of `logits`; NaN if either's are broken as above.
 Choice choose(const KernelTable& kernels, const float* logits, const float* chosen_from,
               int64_t vocab, const Filters& filters, double uniform);
+
+// Chooses the tokens of one sequence, of which it remembers what a penalty needs to know. Not for
+// concurrent use.
+class Sampler {
+ public:
+  // Logits of the tokens `seen`, each in 0..vocab-1, and of those chosen later are divided by the
+  // penalty where they are positive, else multiplied; 1 changes nothing.
+  Sampler(const KernelTable& kernels, int64_t vocab, const Filters& filters,
+          double repetition_penalty, const std::vector<int64_t>& seen);
+
+  int64_t vocab() const { return static_cast<int64_t>(is_seen_.size()); }
+  // As `choose`, which a penalty's overflow makes NaN, too.
+  Choice choose(const float* logits, double uniform);
+
+ private:
+  void see(int64_t token);
+
+  const KernelTable& kernels_;
+  const Filters filters_;
+  const float penalty_;
+  std::vector<bool> is_seen_;  // (vocab)
+  std::vector<int64_t> seen_;
+  std::vector<float> penalised_;  // (vocab), if there is a penalty
+};
 
 }  // namespace mlf

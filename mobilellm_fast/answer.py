@@ -141,9 +141,9 @@ class Answer:
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self._logprobs: list[float] = []
-        self._text = ""
+        self._pieces: list[str] = []  # of the text
         self._options = options
-        self._context_length = engine.config.context_length
+        self._limit = min(options.max_new_tokens, engine.config.context_length - len(prompt_ids))
         self._end_ids = end_ids(engine)
         context = prompt_ids if continues_prompt else ()
         self._text_stream = TextStream(engine.tokenizer, context, options.stop)
@@ -151,36 +151,33 @@ class Answer:
     @property
     def room(self) -> int:
         """How many more tokens may come."""
-        limit = min(self._options.max_new_tokens, self._context_length - len(self.prompt_ids))
-        return limit - len(self.token_ids)
+        return self._limit - len(self.token_ids)
 
     def take(self, token_id: int, logprob: float) -> Token | None:
         """Take the next token; return what is to be shown of it, or None at the end of a text."""
         if token_id in self._end_ids:
             self.finish_reason = "stop"
             rest = self._text_stream.finish()
-            self._text += rest
+            self._pieces.append(rest)
             return Token(rest, None, None) if rest else None
         self.token_ids.append(token_id)
         self._logprobs.append(logprob)
         text = self._text_stream.push(token_id)
-        self.finish_reason = self._reason_to_finish()
-        if self.finish_reason:
+        if self._text_stream.stopped or len(self.token_ids) == self._limit:
+            self.finish_reason = self._reason_to_finish()
             text += self._text_stream.finish()
-        self._text += text
+        self._pieces.append(text)
         return Token(text, token_id, logprob)
 
-    def _reason_to_finish(self) -> str | None:
+    def _reason_to_finish(self) -> str:
         if self._text_stream.stopped:
             return "stop"
-        if len(self.token_ids) == self._options.max_new_tokens:
-            return "length"
-        return None if self.room else "context"
+        return "length" if self._limit == self._options.max_new_tokens else "context"
 
     def generation(self, timings: Timings) -> Generation:
         """Return the answer so far."""
         return Generation(
-            text=self._text,
+            text="".join(self._pieces),
             token_ids=list(self.token_ids),
             logprobs=list(self._logprobs),
             finish_reason=self.finish_reason,

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from .sampling import Sampler
+
 
 class Context:
     """The tokens a model has read so far. Not for concurrent use.
@@ -45,6 +47,15 @@ class Context:
             return self._engine.forward(token_ids, self.cache, all_logits)
         finally:  # an interrupted call may have read some of them
             self.token_ids += token_ids[: self.cache.length - before]
+
+    def next_token(self, token_id: int, sampler: Sampler) -> tuple[int, float]:
+        """Read a token, choose the next: see `Executor.next_token`."""
+        try:
+            self.token_ids.append(token_id)
+            return self._engine.next_token(token_id, self.cache, sampler)
+        except BaseException:  # an interrupted call may have read it
+            del self.token_ids[self.cache.length :]
+            raise
 
     def decode(
         self, token_id: int, count: int, temperature: float, seed: int

@@ -12,6 +12,7 @@ from . import calibration, generate
 from .config import MobileLLMConfig
 from .executor import Executor, Weights, check_isa, check_kv_format, check_threads
 from .packing import load_image
+from .sampling import Sampler
 from .session import Session
 
 
@@ -118,6 +119,10 @@ class Engine:
     def forward(self, token_ids: Sequence[int], cache, all_logits: bool = False) -> np.ndarray:
         """Append tokens to a cache and return logits, see `Executor.forward`."""
         return self.executor.forward(token_ids, cache, all_logits)
+
+    def next_token(self, token_id: int, cache, sampler: Sampler) -> tuple[int, float]:
+        """Append a token to a cache and choose the next, see `Executor.next_token`."""
+        return self.executor.next_token(token_id, cache, sampler)
 
     def forward_batch(
         self, sequences: Sequence[Sequence[int]], caches: Sequence, all_logits: bool = False

@@ -12,6 +12,7 @@ from . import _C, quant
 from .config import MobileLLMConfig
 from .errors import MobileLLMError
 from .rope import cos_sin
+from .sampling import Sampler
 from .weights import Weights
 
 KV_FORMATS = ("fp16", "fp32", "int16", "int8")
@@ -160,6 +161,25 @@ class Executor:
         end = start + count
         wanted = [count if all_logits else 1]
         return self._executor.forward([cache], ids, [count], wanted, cos[start:end], sin[start:end])
+
+    def next_token(self, token_id: int, cache: _C.KVCache, sampler: Sampler) -> tuple[int, float]:
+        """Append a token to the cache and choose the next: `forward` and `Sampler.choose` at once.
+
+        Args:
+            token_id: in [0, vocab_size).
+            cache: from `new_cache`; grows by one token.
+            sampler: of this sequence.
+
+        Returns:
+            The id of the token after it, and its `logprob`.
+
+        Raises:
+            MobileLLMError: as `forward` and `Sampler.choose`.
+        """
+        if not 0 <= token_id < self.config.vocab_size:
+            checked_ids([token_id], self.config.vocab_size)  # says so
+        rotary = self._rotary_upto(cache.length + 1)
+        return sampler.checked(self._executor.next_token(cache, token_id, rotary, sampler.compiled))
 
     def forward_batch(
         self,

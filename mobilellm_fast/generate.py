@@ -2,8 +2,9 @@
 
 An *engine* is anything with `.config`, `.tokenizer` (or None), `.chat_template` (or None),
 `.new_cache()`, `.forward(token_ids, cache, all_logits=False) -> float32 (1 or n, vocab)`, which
-appends to the cache, and `.forward_batch(sequences, caches) -> float32 (sequences, vocab)`, which
-does so for several. Caches have `.length`, `.truncate(tokens)` and `.copy()`.
+appends to the cache, `.next_token(token_id, cache, sampler) -> (id, logprob)`, which appends one
+and chooses another, and `.forward_batch(sequences, caches) -> float32 (sequences, vocab)`, which
+appends to several. Caches have `.length`, `.truncate(tokens)` and `.copy()`.
 """
 
 from __future__ import annotations
@@ -121,32 +122,54 @@ class Stream(Iterator[Token]):
         logits = context.extend(unread)
         self._prefill_seconds = perf_counter() - started
         self._prefill_tokens = len(unread)
+        first = sampler.choose(logits[0])
+        yield first
         if self._chosen_on_device():
-            yield from self._device_steps(context, *sampler.choose(logits[0]))
-            return
-        wanted = self._options.prompt_lookup
-        lookup = PromptLookup(prompt_ids, self._options.prompt_lookup_ngram) if wanted else None
-        draft: list[int] = []
-        decoding = 0  # whether these logits took a decode step
+            yield from self._device_steps(context, first[0])
+        elif self._options.prompt_lookup:
+            yield from self._guessed_steps(context, sampler, first[0])
+        else:
+            yield from self._single_steps(context, sampler, first[0])
+
+    def _check_reader(self, context: Context) -> None:
+        if context.reader is not self:
+            raise MobileLLMError("[generate] the session has begun another answer")
+
+    def _single_steps(
+        self, context: Context, sampler: Sampler, token_id: int
+    ) -> Iterator[tuple[int, float]]:
+        """Go on from the first token, one by one."""
         while True:
+            self._check_reader(context)
+            chosen = context.next_token(token_id, sampler)
+            self._decode_tokens += 1
+            yield chosen
+            token_id = chosen[0]
+
+    def _guessed_steps(
+        self, context: Context, sampler: Sampler, token_id: int
+    ) -> Iterator[tuple[int, float]]:
+        """Go on from the first token, with guesses of what follows."""
+        answer, options = self._answer, self._options
+        lookup = PromptLookup(answer.prompt_ids, options.prompt_lookup_ngram)
+        lookup.push(token_id)
+        draft: list[int] = []
+        while True:
+            self._check_reader(context)
+            if draft:  # forget what was read of a wrong one
+                context.rewind(len(answer.prompt_ids) + len(answer.token_ids) - 1)
+            draft = lookup.draft(min(options.prompt_lookup, answer.room - 1))
+            self._draft_tokens += len(draft)
+            logits = context.extend([token_id, *draft], all_logits=bool(draft))
             # Row i of the logits follows the first i tokens of the draft: it counts if they came.
             for row, guess in zip_longest(logits, draft):
-                self._decode_tokens += decoding
+                self._decode_tokens += 1
                 token_id, token_logprob = sampler.choose(row)
                 yield token_id, token_logprob
-                if lookup:
-                    lookup.push(token_id)
+                lookup.push(token_id)
                 if token_id != guess:
                     break
                 self._accepted_tokens += 1
-            if context.reader is not self:
-                raise MobileLLMError("[generate] the session has begun another answer")
-            if draft:  # forget what was read of a wrong one
-                context.rewind(len(prompt_ids) + len(self._answer.token_ids) - 1)
-            draft = lookup.draft(min(wanted, self._answer.room - 1)) if lookup else []
-            self._draft_tokens += len(draft)
-            logits = context.extend([token_id, *draft], all_logits=bool(draft))
-            decoding = 1
 
     def _chosen_on_device(self) -> bool:
         """Tell whether the engine can choose these tokens without showing their logits."""
@@ -155,25 +178,20 @@ class Stream(Iterator[Token]):
         kept = (options.top_k, options.top_p, options.min_p)
         return plain and kept == (None, None, None) and hasattr(self._engine, "decode")
 
-    def _device_steps(
-        self, context: Context, token_id: int, token_logprob: float
-    ) -> Iterator[tuple[int, float]]:
+    def _device_steps(self, context: Context, token_id: int) -> Iterator[tuple[int, float]]:
         """Go on from the first token, some steps at a time: more and more, up to `MOST_STEPS`."""
         options = self._options
         seed = secrets.randbits(62) if options.seed is None else options.seed % (1 << 62)
         count = 4
-        yield token_id, token_logprob
         while True:
-            if context.reader is not self:
-                raise MobileLLMError("[generate] the session has begun another answer")
+            self._check_reader(context)
             start = len(context.token_ids)
             count = min(count, self._answer.room)
             chosen = context.decode(token_id, count, options.temperature, seed)
             taken = 0
             try:
                 for token_id, token_logprob in chosen:
-                    if context.reader is not self:
-                        raise MobileLLMError("[generate] the session has begun another answer")
+                    self._check_reader(context)
                     taken += 1
                     self._decode_tokens += 1
                     yield token_id, token_logprob

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import operator
 import reprlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import repeat
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -15,6 +14,8 @@ import numpy as np
 
 from . import _C
 from .errors import MobileLLMError
+
+DRAWN = 64  # random numbers at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,17 +62,30 @@ class Sampling:
 
 
 class Sampler:
-    """Chooses the tokens of one sequence; knows the tokens seen and the state of the generator."""
+    """Chooses the tokens of one sequence; knows the tokens seen and the state of the generator.
+
+    Args:
+        sampling: how.
+        prompt_ids: tokens seen before, each in [0, vocab_size).
+        vocab_size: how many logits there are.
+
+    `compiled` is what does it, for steps that choose without showing their logits.
+    """
 
     def __init__(self, sampling: Sampling, prompt_ids: list[int], vocab_size: int) -> None:
-        self._sampling = sampling
-        self._seen = None
-        self._uniforms = repeat(0.0)
-        if sampling.repetition_penalty != 1:
-            self._seen = np.zeros(vocab_size, bool)
-            self._seen[prompt_ids] = True
+        draw = None
         if sampling.temperature > 0:
-            self._uniforms = uniforms(sampling.seed)
+            draw = partial(np.random.Generator(np.random.PCG64(sampling.seed)).random, DRAWN)
+        self.compiled = _C.Sampler(
+            vocab=vocab_size,
+            temperature=sampling.temperature,
+            top_k=min(sampling.top_k or 0, vocab_size),
+            top_p=1.0 if sampling.top_p is None else sampling.top_p,
+            min_p=sampling.min_p or 0.0,
+            repetition_penalty=sampling.repetition_penalty,
+            seen=prompt_ids,
+            draw=draw,
+        )
 
     def choose(self, logits: np.ndarray) -> tuple[int, float]:
         """Choose the next token from float32 logits (vocab,), which are left unchanged.
@@ -82,34 +96,18 @@ class Sampler:
         Raises:
             MobileLLMError: a logit is no number or the largest not finite, also after the penalty.
         """
-        chosen_from, options = logits, self._sampling
-        if self._seen is not None:
-            chosen_from = penalise(logits, self._seen, options.repetition_penalty)
-        token_id, token_logprob = _C.choose(
-            logits,
-            chosen_from,
-            options.temperature,
-            min(options.top_k or 0, logits.size),
-            1.0 if options.top_p is None else options.top_p,
-            options.min_p or 0.0,
-            next(self._uniforms),
-        )
-        if math.isnan(token_logprob):
+        return self.checked(self.compiled.choose(logits))
+
+    @staticmethod
+    def checked(choice: tuple[int, float]) -> tuple[int, float]:
+        """Return what `compiled` chose, or raise what `choose` does of broken logits."""
+        if choice[1] != choice[1]:  # NaN
             raise MobileLLMError("[generate] the model's logits must be finite, got nan or inf")
-        if self._seen is not None:
-            self._seen[token_id] = True
-        return token_id, token_logprob
-
-
-def uniforms(seed: int | None) -> Iterator[float]:
-    """Yield random numbers in [0, 1), drawn in blocks: numpy's code is in no cache after a step."""
-    generator = np.random.Generator(np.random.PCG64(seed))
-    while True:
-        yield from generator.random(64).tolist()
+        return choice
 
 
 def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """Apply temperature > 0, top_k, top_p and min_p: the specification of `_C.choose`.
+    """Apply temperature > 0, top_k, top_p and min_p: the specification of `_C.Sampler`.
 
     Args:
         logits: (vocab,), the largest finite.
@@ -133,6 +131,8 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np
 
 def penalise(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
     """Return logits (vocab,) with those marked in `seen` (vocab,) bool made less likely.
+
+    The specification of `_C.Sampler`, as `distribution` is.
 
     Reference: Keskar et al. 2019 (CTRL), with transformers' rule for negative logits.
     """

@@ -124,6 +124,9 @@ class FakeEngine:
         assert len(cache.ids) <= self.config.context_length
         return np.stack(rows if all_logits else rows[-1:])
 
+    def next_token(self, token_id, cache, sampler):
+        return sampler.choose(self.forward([token_id], cache)[0])
+
     def forward_batch(self, sequences, caches, all_logits=False):
         assert len(sequences) == len(caches) > 0
         self.batches.append(len(sequences))

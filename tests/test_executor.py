@@ -27,6 +27,7 @@ from mobilellm_fast import _C, ops, quant, reference
 from mobilellm_fast.errors import MobileLLMError
 from mobilellm_fast.executor import KV_FORMATS, Executor, available_cpus
 from mobilellm_fast.model import MobileLLM
+from mobilellm_fast.sampling import Sampler, Sampling
 
 INTEGER_FORMATS = quant.INTEGER_FORMATS
 
@@ -282,6 +283,73 @@ def test_only_the_last_logits_by_default():
     last = executor.forward(ids, executor.new_cache())
     assert last.shape == (1, executor.config.vocab_size)
     assert np.array_equal(last[0], run(executor, ids)[-1])
+
+
+SAMPLINGS = [
+    {},
+    {"repetition_penalty": 1.3},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_p": 0.9},
+    {"temperature": 2.0, "top_k": 7, "min_p": 0.1, "repetition_penalty": 0.9},
+]
+
+
+@pytest.mark.parametrize("format", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("options", SAMPLINGS)
+def test_next_token_is_forward_and_choose(format, options):
+    """The same tokens, log-probabilities and caches, over the edge of a page and of the table."""
+    config = tiny_config(max_position_embeddings=2000)
+    executor = make_executor(config, format, threads=2)
+    prompt = random_ids(config, 1020).tolist()
+    sampling = Sampling(seed=3, **options)
+    samplers = [Sampler(sampling, prompt, config.vocab_size) for _ in range(2)]
+    caches = [executor.new_cache() for _ in range(2)]
+    for cache in caches:
+        executor.forward(prompt, cache)
+    token_id = 5
+    for _ in range(20):
+        plain = samplers[0].choose(executor.forward([token_id], caches[0])[0])
+        assert executor.next_token(token_id, caches[1], samplers[1]) == plain
+        token_id = plain[0]
+    assert [cache.length for cache in caches] == [1040, 1040]
+    assert caches[0].pages()[:8] == caches[1].pages()[:8]
+    last = [executor.forward([1], cache) for cache in caches]
+    assert np.array_equal(*last)
+
+
+def test_bad_arguments_of_next_token():
+    executor = make_executor(tiny_config(max_position_embeddings=8))
+    config, cache = executor.config, executor.new_cache()
+    sampler = Sampler(Sampling(), [], config.vocab_size)
+    for token_id in (-1, 97):
+        with pytest.raises(MobileLLMError, match=rf"must be in \[0, 97\), got {token_id}"):
+            executor.next_token(token_id, cache, sampler)
+    with pytest.raises(ValueError, match="sampler must be for 97 tokens, got one for 5"):
+        executor.next_token(1, cache, Sampler(Sampling(), [], 5))
+    other = make_executor(tiny_config(num_hidden_layers=3))
+    with pytest.raises(ValueError, match="cache was made by another model"):
+        other.next_token(1, cache, sampler)
+    assert cache.length == 0
+    executor.forward([0] * 8, cache)
+    with pytest.raises(MobileLLMError, match="the context holds 8 tokens, got 9"):
+        executor.next_token(1, cache, sampler)
+    native, rotary = executor._executor, np.zeros((2, 8, config.head_dim // 2), np.float32)
+    with pytest.raises(ValueError, match="token must be in 0..96, got 97"):
+        native.next_token(cache, 97, rotary, sampler.compiled)
+    with pytest.raises(ValueError, match="rotary must have more than 8 positions, got 8"):
+        native.next_token(cache, 1, rotary, sampler.compiled)
+    with pytest.raises(ValueError, match="rotary must be C-contiguous float32"):
+        native.next_token(cache, 1, rotary[:, ::2], sampler.compiled)
+    assert cache.length == 8
+
+
+def test_next_token_refuses_broken_logits():
+    config = tiny_config()
+    weights = weights_in("fp32", config)
+    weights["model.norm.weight"] = np.full_like(weights["model.norm.weight"], np.nan)
+    executor = Executor(config, weights, "fp32")
+    with pytest.raises(MobileLLMError, match="the model's logits must be finite"):
+        executor.next_token(1, executor.new_cache(), Sampler(Sampling(), [], config.vocab_size))
 
 
 def test_truncated_cache_forgets():

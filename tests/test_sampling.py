@@ -127,9 +127,16 @@ def test_a_seed_repeats_and_another_differs():
 
 def draw(logits, sampling, uniform, isa=""):
     """Return the token that a number in [0, 1) chooses."""
-    top_p = 1.0 if sampling.top_p is None else sampling.top_p
-    filters = sampling.temperature, sampling.top_k or 0, top_p, sampling.min_p or 0.0
-    return _C.choose(logits, logits, *filters, uniform, isa)[0]
+    sampler = _C.Sampler(
+        vocab=logits.size,
+        temperature=sampling.temperature,
+        top_k=min(sampling.top_k or 0, logits.size),
+        top_p=1.0 if sampling.top_p is None else sampling.top_p,
+        min_p=sampling.min_p or 0.0,
+        draw=lambda: [uniform],
+        isa=isa,
+    )
+    return sampler.choose(logits)[0]
 
 
 @pytest.mark.parametrize("isa", _C.supported_isas())
@@ -193,7 +200,7 @@ def test_broken_logits_are_an_error(options, bad):
         logits = random_logits(0)
         logits[place] = bad
         for isa in _C.supported_isas():
-            assert np.isnan(_C.choose(logits, logits, 0.0, 0, 1.0, 0.0, 0.0, isa)[1])
+            assert np.isnan(_C.Sampler(vocab=VOCAB, isa=isa).choose(logits)[1])
             assert np.isnan(_C.logprob(logits, 3, isa))
         with pytest.raises(MobileLLMError, match="must be finite"):
             Sampler(Sampling(**options), [], VOCAB).choose(logits)
@@ -215,7 +222,7 @@ def test_the_likeliest_is_the_first_of_the_largest(isa):
     for size in (1, 5, 64, 65, 1000, 49152):
         for levels in (1, 3, 1000):
             logits = rng.integers(0, levels, size).astype(np.float32)
-            assert _C.choose(logits, logits, 0.0, 0, 1.0, 0.0, 0.0, isa)[0] == logits.argmax()
+            assert _C.Sampler(vocab=size, isa=isa).choose(logits)[0] == logits.argmax()
 
 
 def test_a_choice_comes_with_its_raw_logprob():
@@ -275,11 +282,49 @@ def test_numpy_numbers_are_numbers():
     assert (options.temperature, options.top_k, options.seed) == (0.5, 3, 4)
 
 
+@pytest.mark.parametrize("penalty", [0.7, 1.3, 1e30])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_p": 0.9, "seed": 5}])
+def test_penalised_choices_are_those_of_the_specification(penalty, options):
+    """The same bits: token and logprob, over an answer that repeats itself."""
+    penalised = Sampler(Sampling(repetition_penalty=penalty, **options), [3, 9, 3], VOCAB)
+    plain = Sampler(Sampling(**options), [], VOCAB)
+    seen = np.zeros(VOCAB, bool)
+    seen[[3, 9]] = True
+    for step in range(80):
+        logits = random_logits(step % 7)
+        token_id, token_logprob = penalised.choose(logits)
+        assert token_id == plain.choose(s.penalise(logits, seen, penalty))[0]
+        assert token_logprob == logprob(logits, token_id)
+        seen[token_id] = True
+
+
+def test_a_seed_draws_what_numpy_does():
+    """Answers of a seed stay the same, from block to block of random numbers."""
+    logits = np.zeros(1000, np.float32)  # all weights exactly 1
+    sampler = Sampler(Sampling(temperature=1.0, seed=11), [], 1000)
+    uniforms = np.random.Generator(np.random.PCG64(11)).random(200)
+    expected = np.ceil(1000 * (1 - uniforms)).astype(int) - 1
+    assert [sampler.choose(logits)[0] for _ in range(200)] == expected.tolist()
+
+
 def test_wrong_arguments_of_the_kernel_are_errors():
     logits = np.zeros(10, np.float32)
-    for wrong in ({2: -1.0}, {3: -1}, {4: 0.0}, {5: 1.5}, {6: 1.0}, {6: np.nan}):
-        args = dict(enumerate((logits, logits, 1.0, 0, 1.0, 0.0, 0.3))) | wrong
+    for wrong in (
+        {"temperature": -1.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1.1, "seen": [10]},
+        {"seen": [-1]},
+        {"vocab": 0},
+    ):
         with pytest.raises(ValueError, match="out of range"):
-            _C.choose(*args.values())
-    with pytest.raises(ValueError, match="chosen_from must be"):
-        _C.choose(logits, logits[1:], 1.0, 0, 1.0, 0.0, 0.3)
+            _C.Sampler(**{"vocab": 10} | wrong)
+    for drawn in ([1.0], [np.nan], [-0.1], []):
+        sampler = _C.Sampler(vocab=10, temperature=1.0, draw=lambda drawn=drawn: drawn)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="must give numbers"):
+                sampler.choose(logits)
+    with pytest.raises(ValueError, match="logits must be"):
+        _C.Sampler(vocab=9).choose(logits)

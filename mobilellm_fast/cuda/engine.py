@@ -9,6 +9,7 @@ from ..config import MobileLLMConfig
 from ..engine import Engine
 from ..errors import MobileLLMError
 from ..packing import check_format, load_image
+from ..sampling import Sampler
 from ..weights import Weights
 from .executor import CudaExecutor, check_cuda, check_options
 from .weights import CudaWeights
@@ -100,6 +101,10 @@ class CudaEngine(Engine):
             kv_format=kv_format,
             tier=tier,
         )
+
+    def next_token(self, token_id: int, cache, sampler: Sampler) -> tuple[int, float]:
+        """Append a token to a cache and choose the next, on the CPU."""
+        return sampler.choose(self.forward([token_id], cache)[0])
 
     def decode(self, *args: Any, **options: Any) -> tuple[list[int], list[float]]:
         """Read a token, then what is chosen after it, see `CudaExecutor.decode`."""
