@@ -149,6 +149,12 @@ void Executor::forward(const std::vector<Sequence>& sequences, float* logits) {
     sequence.cache->set_length(sequence.cache->length() + sequence.count);
 }
 
+void Executor::for_shares(int64_t count, const std::function<void(Share)>& work) {
+  std::lock_guard<ForkSafeMutex> lock(mutex_);
+  const int threads = attendance_.threads();
+  pool_.run(threads, [&](int thread) { work(share(count, thread, threads)); });
+}
+
 Executor::Part Executor::part_of(int thread, const Chunk& chunk) const {
   const int threads = pool_.active();
   const Share own = share(chunk.rows, thread, threads), all{0, chunk.rows};

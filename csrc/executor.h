@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <memory>
 #include <vector>
@@ -74,6 +75,8 @@ class Executor {
   // the logits that they want (all of them, vocab), in order of the sequences. Safe to call from
   // several threads, if their caches are different; calls take turns.
   void forward(const std::vector<Sequence>& sequences, float* logits);
+  // Share out work that is worth a microsecond on several threads: on those of decode steps.
+  void for_shares(int64_t count, const std::function<void(Share)>& work);
 
  private:
   struct Part;

@@ -30,14 +30,18 @@ using Candidates = std::vector<Candidate>;
 class Weights {
  public:
   Weights(const KernelTable& kernels, const float* logits, int64_t vocab, float max,
-          double temperature)
+          double temperature, const ForShares& for_shares)
       : kernels_(kernels),
         logits_(logits),
         vocab_(vocab),
         max_(max),
         temperature_(static_cast<float>(std::clamp(temperature, kMinTemperature, kMaxTemperature))),
         sums_(ceil_div(vocab, kSoftmaxBlock)) {
-    kernels.softmax_weights(logits, nullptr, sums_.data(), vocab, max, temperature_);
+    for_shares(blocks(), [&](Share mine) {
+      const int64_t first = mine.begin * kSoftmaxBlock;
+      kernels.softmax_weights(logits + first, nullptr, sums_.data() + mine.begin,
+                              std::min(mine.end * kSoftmaxBlock, vocab) - first, max, temperature_);
+    });
     total_ = std::accumulate(sums_.begin(), sums_.end(), 0.0);
   }
   int64_t vocab() const { return vocab_; }
@@ -114,10 +118,21 @@ int64_t draw_from(const Candidates& kept, double uniform) {  // by ascending tok
   return kept.back().token;
 }
 
-// The first of the largest logits; of logits that are no numbers, any.
-int64_t likeliest(const KernelTable& kernels, const float* logits, int64_t vocab) {
+std::vector<float> block_maxima(const KernelTable& kernels, const float* logits, int64_t vocab,
+                                const ForShares& for_shares) {
   std::vector<float> maxima(ceil_div(vocab, kSoftmaxBlock));
-  kernels.block_max(logits, maxima.data(), vocab);
+  for_shares(maxima.size(), [&](Share mine) {
+    const int64_t first = mine.begin * kSoftmaxBlock;
+    kernels.block_max(logits + first, maxima.data() + mine.begin,
+                      std::min(mine.end * kSoftmaxBlock, vocab) - first);
+  });
+  return maxima;
+}
+
+// The first of the largest logits; of logits that are no numbers, any.
+int64_t likeliest(const KernelTable& kernels, const float* logits, int64_t vocab,
+                  const ForShares& for_shares) {
+  const std::vector<float> maxima = block_maxima(kernels, logits, vocab, for_shares);
   const auto block = std::max_element(maxima.begin(), maxima.end());
   const int64_t first = (block - maxima.begin()) * kSoftmaxBlock;
   const float* begin = logits + first;
@@ -139,9 +154,10 @@ bool all_countable(const float* logits, int64_t vocab) {
 
 // The k-th largest logit. The k-th largest of the blocks' maxima is at most that, so only logits
 // from there on need to be sorted.
-float kth_largest(const KernelTable& kernels, const float* logits, int64_t vocab, int64_t k) {
-  std::vector<float> maxima(ceil_div(vocab, kSoftmaxBlock)), large;
-  kernels.block_max(logits, maxima.data(), vocab);
+float kth_largest(const KernelTable& kernels, const float* logits, int64_t vocab, int64_t k,
+                  const ForShares& for_shares) {
+  const std::vector<float> maxima = block_maxima(kernels, logits, vocab, for_shares);
+  std::vector<float> large;
   const int64_t blocks = maxima.size();
   if (k > blocks) {
     large.assign(logits, logits + vocab);
@@ -165,8 +181,9 @@ void keep_top_p(Candidates& candidates, double p, double total) {
   const auto likelier = [](const Candidate& a, const Candidate& b) {
     return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
   };
-  // All before `begin` are kept, none from `end` on; halve what is between them. A flat distribution
-  // has thousands of candidates, and sorting them would take as long as a fifth of a step.
+  // All before `begin` are kept, none from `end` on; halve what is between them. A flat
+  // distribution has thousands of candidates, and sorting them would take as long as a fifth of a
+  // step.
   constexpr int64_t kFew = 32;
   auto begin = candidates.begin(), end = candidates.end();
   double sum = 0;  // of those before `begin`
@@ -192,7 +209,7 @@ void keep_top_p(Candidates& candidates, double p, double total) {
 // The token at which the cumulated probability of what the filters keep reaches 1 - uniform; `max`
 // is the largest logit, finite.
 int64_t draw(const KernelTable& kernels, const float* logits, int64_t vocab, float max,
-             const Filters& filters, double uniform) {
+             const Filters& filters, double uniform, const ForShares& for_shares) {
   Candidates candidates;
   const auto add = [&](int64_t token) {
     const double scaled = (static_cast<double>(logits[token]) - max) / filters.temperature;
@@ -200,12 +217,12 @@ int64_t draw(const KernelTable& kernels, const float* logits, int64_t vocab, flo
   };
   double total = 0;  // of the weights before top_p
   if (filters.top_k > 0 && filters.top_k < vocab) {
-    const float least = kth_largest(kernels, logits, vocab, filters.top_k);
+    const float least = kth_largest(kernels, logits, vocab, filters.top_k, for_shares);
     for (int64_t i = 0; i < vocab; ++i)
       if (logits[i] >= least) add(i);
     for (const Candidate& candidate : candidates) total += candidate.weight;
   } else {
-    const Weights weights(kernels, logits, vocab, max, filters.temperature);
+    const Weights weights(kernels, logits, vocab, max, filters.temperature, for_shares);
     if (filters.top_p >= 1 && filters.min_p <= 0) return draw_from_all(weights, uniform);
     total = weights.total();
     const float least =
@@ -223,31 +240,32 @@ int64_t draw(const KernelTable& kernels, const float* logits, int64_t vocab, flo
 
 // NaN unless the largest logit is finite and none is no number.
 double log_softmax(const KernelTable& kernels, const float* logits, int64_t vocab, float max,
-                   int64_t token) {
-  const Weights weights(kernels, logits, vocab, max, 1.0);
+                   int64_t token, const ForShares& for_shares) {
+  const Weights weights(kernels, logits, vocab, max, 1.0, for_shares);
   return static_cast<double>(logits[token] - max) - std::log(weights.total());
 }
 
 }  // namespace
 
 double logprob(const KernelTable& kernels, const float* logits, int64_t vocab, int64_t token) {
-  const float max = logits[likeliest(kernels, logits, vocab)];
-  return log_softmax(kernels, logits, vocab, max, token);
+  const float max = logits[likeliest(kernels, logits, vocab, for_one_share)];
+  return log_softmax(kernels, logits, vocab, max, token, for_one_share);
 }
 
 Choice choose(const KernelTable& kernels, const float* logits, const float* chosen_from,
-              int64_t vocab, const Filters& filters, double uniform) {
-  const int64_t first = likeliest(kernels, logits, vocab);
-  const double logprob = log_softmax(kernels, logits, vocab, logits[first], first);
+              int64_t vocab, const Filters& filters, double uniform, const ForShares& for_shares) {
+  const int64_t first = likeliest(kernels, logits, vocab, for_shares);
+  const double logprob = log_softmax(kernels, logits, vocab, logits[first], first, for_shares);
   Choice choice{first, logprob};
   if (!std::isfinite(logprob)) return choice;
   if (chosen_from != logits) {
-    choice.token = likeliest(kernels, chosen_from, vocab);
+    choice.token = likeliest(kernels, chosen_from, vocab, for_shares);
     if (!all_countable(chosen_from, vocab) || !std::isfinite(chosen_from[choice.token]))
       return {choice.token, NAN};
   }
   if (filters.temperature > 0)
-    choice.token = draw(kernels, chosen_from, vocab, chosen_from[choice.token], filters, uniform);
+    choice.token =
+        draw(kernels, chosen_from, vocab, chosen_from[choice.token], filters, uniform, for_shares);
   choice.logprob = static_cast<double>(logits[choice.token] - logits[first]) + logprob;
   return choice;
 }
@@ -263,7 +281,7 @@ Sampler::Sampler(const KernelTable& kernels, int64_t vocab, const Filters& filte
   for (const int64_t token : seen) see(token);
 }
 
-Choice Sampler::choose(const float* logits, double uniform) {
+Choice Sampler::choose(const float* logits, double uniform, const ForShares& for_shares) {
   const float* chosen_from = logits;
   if (!penalised_.empty()) {
     std::copy_n(logits, vocab(), penalised_.begin());
@@ -273,7 +291,8 @@ Choice Sampler::choose(const float* logits, double uniform) {
     }
     chosen_from = penalised_.data();
   }
-  const Choice choice = mlf::choose(kernels_, logits, chosen_from, vocab(), filters_, uniform);
+  const Choice choice =
+      mlf::choose(kernels_, logits, chosen_from, vocab(), filters_, uniform, for_shares);
   if (!penalised_.empty() && !std::isnan(choice.logprob)) see(choice.token);
   return choice;
 }

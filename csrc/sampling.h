@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "threads.h"
 
 namespace mlf {
 
@@ -26,9 +27,11 @@ double logprob(const KernelTable& kernels, const float* logits, int64_t vocab, i
 
 // Choose a token: the first, by id, at which the cumulated probability of what the filters keep of
 // `chosen_from` (vocab logits, too) reaches 1 - uniform; uniform in [0, 1). With it its `logprob`,
-// of `logits`; NaN if either's are broken as above.
+// of `logits`; NaN if either's are broken as above. What takes long is done by `for_shares`; the
+// result does not depend on it.
 Choice choose(const KernelTable& kernels, const float* logits, const float* chosen_from,
-              int64_t vocab, const Filters& filters, double uniform);
+              int64_t vocab, const Filters& filters, double uniform,
+              const ForShares& for_shares = for_one_share);
 
 // Chooses the tokens of one sequence, of which it remembers what a penalty needs to know. Not for
 // concurrent use.
@@ -41,7 +44,7 @@ class Sampler {
 
   int64_t vocab() const { return static_cast<int64_t>(is_seen_.size()); }
   // As `choose`, which a penalty's overflow makes NaN, too.
-  Choice choose(const float* logits, double uniform);
+  Choice choose(const float* logits, double uniform, const ForShares& for_shares = for_one_share);
 
  private:
   void see(int64_t token);

@@ -116,4 +116,11 @@ inline Share share(int64_t count, int thread, int threads) {
   return {count * thread / threads, count * (thread + 1) / threads};
 }
 
+// Calls a function for shares of `count` items, which together are all of them: on threads that
+// somebody else has, or here and at once.
+using ForShares = std::function<void(int64_t count, const std::function<void(Share)>&)>;
+inline void for_one_share(int64_t count, const std::function<void(Share)>& work) {
+  work({0, count});
+}
+
 }  // namespace mlf

@@ -154,7 +154,9 @@ py::tuple next_token(BoundExecutor& self, KVCache& cache, int64_t token, const p
   {
     py::gil_scoped_release release;
     executor.forward({{&cache, &id, c, c + positions * half, 1, 1}}, sampler.logits.data());
-    choice = sampler.sampler.choose(sampler.logits.data(), uniform);
+    choice = sampler.sampler.choose(
+        sampler.logits.data(), uniform,
+        [&executor](int64_t count, const auto& work) { executor.for_shares(count, work); });
   }
   return py::make_tuple(choice.token, choice.logprob);
 }
