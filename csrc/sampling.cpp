@@ -78,18 +78,39 @@ class Weights {
   double total_;
 };
 
-// A weight such that the tokens from there on sum to at least p * total: the fewer the better, but
-// tokens of less than (1 - p) / vocab of the total together weigh less than 1 - p, and need not be
-// tried.
+// A weight such that the tokens from there on sum to at least p * total: the fewer the better, as
+// they are weighed in double then. Tokens of less than (1 - p) / vocab of the total together weigh
+// less than 1 - p, and need not be tried.
 float top_p_bound(const Weights& weights, double p) {
-  const double vocab = static_cast<double>(weights.vocab());
-  for (double tokens = 64; tokens < vocab; tokens *= 16) {
-    const float least = static_cast<float>((1 - p) / tokens * weights.total());
-    double sum = 0;
-    weights.for_each_likely(least, [&](int64_t, float weight) { sum += weight; });
-    if (sum * (1 - kSlack) >= p * weights.total()) return least;
+  const double wanted = p * weights.total() / (1 - kSlack), rest = (1 - p) * weights.total();
+  // Mostly, few tokens have nearly all of the weight, and few blocks need to be looked at.
+  const float often = static_cast<float>(rest / 64);
+  double sum = 0;
+  weights.for_each_likely(often, [&](int64_t, float weight) { sum += weight; });
+  if (sum >= wanted) return often;
+
+  // Else sums of the weights that agree in their first bits: of eight steps per power of two.
+  const auto bits = [](float weight) {
+    uint32_t all;
+    std::memcpy(&all, &weight, sizeof all);
+    return all >> 20;
+  };
+  const float least = static_cast<float>(rest / static_cast<double>(weights.vocab()));
+  const uint32_t last = bits(least);
+  std::vector<double> sums(bits(1.0f) - last + 2);  // the largest weight is 1, but for rounding
+  weights.for_each_likely(least, [&](int64_t, float weight) {
+    sums[std::min<size_t>(bits(weight) - last, sums.size() - 1)] += weight;
+  });
+  sum = 0;
+  for (size_t i = sums.size(); i-- > 1;) {
+    sum += sums[i];
+    if (sum < wanted) continue;
+    const uint32_t all = (last + static_cast<uint32_t>(i)) << 20;
+    float bound;
+    std::memcpy(&bound, &all, sizeof bound);
+    return bound;
   }
-  return static_cast<float>((1 - p) / vocab * weights.total());
+  return least;
 }
 
 int64_t draw_from_all(const Weights& weights, double uniform) {
@@ -182,10 +203,11 @@ void keep_top_p(Candidates& candidates, double p, double total) {
     return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
   };
   // All before `begin` are kept, none from `end` on; halve what is between them. A flat
-  // distribution has thousands of candidates, and sorting them would take as long as a fifth of a
-  // step.
+  // distribution has thousands of candidates, and to sort them all would take as long as a tenth of
+  // a step.
   constexpr int64_t kFew = 32;
-  auto begin = candidates.begin(), end = candidates.end();
+  Candidates sorted = candidates;
+  auto begin = sorted.begin(), end = sorted.end();
   double sum = 0;  // of those before `begin`
   while (end - begin > kFew) {
     const auto middle = begin + (end - begin) / 2;
@@ -200,10 +222,11 @@ void keep_top_p(Candidates& candidates, double p, double total) {
     }
   }
   std::sort(begin, end, likelier);
-  for (; begin != end && sum < p * total; ++begin) sum += begin->weight;
-  candidates.erase(begin, candidates.end());
-  std::sort(candidates.begin(), candidates.end(),
-            [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
+  while (begin + 1 < end && (sum += begin->weight) < p * total) ++begin;
+  const Candidate last = *begin;
+  candidates.erase(std::remove_if(candidates.begin(), candidates.end(),
+                                  [&](const Candidate& c) { return likelier(last, c); }),
+                   candidates.end());
 }
 
 // The token at which the cumulated probability of what the filters keep reaches 1 - uniform; `max`

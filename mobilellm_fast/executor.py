@@ -12,7 +12,7 @@ from . import _C, quant
 from .config import MobileLLMConfig
 from .errors import MobileLLMError
 from .rope import cos_sin
-from .sampling import Sampler
+from .sampling import Sampler, broken_logits
 from .weights import Weights
 
 KV_FORMATS = ("fp16", "fp32", "int16", "int8")
@@ -179,7 +179,10 @@ class Executor:
         if not 0 <= token_id < self.config.vocab_size:
             checked_ids([token_id], self.config.vocab_size)  # says so
         rotary = self._rotary_upto(cache.length + 1)
-        return sampler.checked(self._executor.next_token(cache, token_id, rotary, sampler.compiled))
+        chosen = self._executor.next_token(cache, token_id, rotary, sampler.compiled)
+        if chosen[1] != chosen[1]:  # NaN; a function that tells it would take 6 us after a step
+            raise broken_logits()
+        return chosen
 
     def forward_batch(
         self,

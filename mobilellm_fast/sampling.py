@@ -96,14 +96,15 @@ class Sampler:
         Raises:
             MobileLLMError: a logit is no number or the largest not finite, also after the penalty.
         """
-        return self.checked(self.compiled.choose(logits))
+        chosen = self.compiled.choose(logits)
+        if math.isnan(chosen[1]):
+            raise broken_logits()
+        return chosen
 
-    @staticmethod
-    def checked(choice: tuple[int, float]) -> tuple[int, float]:
-        """Return what `compiled` chose, or raise what `choose` does of broken logits."""
-        if choice[1] != choice[1]:  # NaN
-            raise MobileLLMError("[generate] the model's logits must be finite, got nan or inf")
-        return choice
+
+def broken_logits() -> MobileLLMError:
+    """Return what to raise where `Sampler.compiled` found no log-probability but NaN."""
+    return MobileLLMError("[generate] the model's logits must be finite, got nan or inf")
 
 
 def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:

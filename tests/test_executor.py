@@ -298,7 +298,7 @@ SAMPLINGS = [
 @pytest.mark.parametrize("options", SAMPLINGS)
 def test_next_token_is_forward_and_choose(format, options):
     """The same tokens, log-probabilities and caches, over the edge of a page and of the table."""
-    config = tiny_config(max_position_embeddings=2000)
+    config = tiny_config(max_position_embeddings=2000, vocab_size=1000)
     executor = make_executor(config, format, threads=2)
     prompt = random_ids(config, 1020).tolist()
     sampling = Sampling(seed=3, **options)
