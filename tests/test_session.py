@@ -115,6 +115,29 @@ def test_an_interrupted_prompt_is_read_again():
     assert session.generate("x").text == "abc"
 
 
+@pytest.mark.parametrize("read", [False, True])
+def test_a_session_knows_what_an_interrupted_step_has_read(read):
+    engine = tiny_engine(eos_token_id=None)
+    want = engine.generate([1, 2, 3], max_new_tokens=9).token_ids
+    session, step = engine.session(), engine.next_token
+
+    def interrupted(token_id, cache, sampler):
+        if cache.length < 6:
+            return step(token_id, cache, sampler)
+        if read:
+            step(token_id, cache, sampler)
+        raise KeyboardInterrupt
+
+    engine.next_token = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        session.generate([1, 2, 3], max_new_tokens=9)
+    assert session.token_ids == [1, 2, 3, *want[: 3 + read]]
+    engine.next_token = step
+    answer = session.generate([1, 2, 3, *want[:4]], max_new_tokens=5)
+    assert answer.token_ids == want[4:]
+    assert answer.timings.reused_tokens == 6
+
+
 @pytest.mark.parametrize("format", ["fp32", "int8"])
 def test_forks_go_their_own_ways(format):
     engine = tiny_engine(format, eos_token_id=None)
