@@ -33,6 +33,7 @@ struct Executor::Scratch {
   std::vector<float> query_scales;
   std::vector<int32_t> query_offsets;
   std::vector<const Span*> prepared_for;  // of lone tokens: whose queries each KV head's are
+  std::vector<int64_t> pages_done;        // of those, see report
   std::vector<int> visible;               // tokens of a page that each query sees
   std::vector<float> state, page_state;   // AttentionState of those queries
   IdleFetch idle;                         // of what this thread reads next
@@ -114,6 +115,7 @@ Executor::Executor(Model model, int threads, const KernelTable& kernels, int64_t
     scratch.query_scales.resize(queries);
     scratch.query_offsets.resize(queries);
     scratch.prepared_for.resize(model_.kv_heads);
+    scratch.pages_done.resize(model_.kv_heads);
     scratch.visible.resize(queries);
     scratch.state.resize(queries * (padded_dim() + 2));
     scratch.page_state.resize(queries * (padded_dim() + 2));
@@ -337,32 +339,55 @@ void Executor::head(int thread, const Chunk& chunk) {
 }
 
 // Tasks differ in length and threads in luck, so whoever is free takes the next ones: all KV heads
-// of a page, which lie behind each other, but towards the end one by one.
+// of a page, which lie behind each other, but towards the end one by one. Those of lone tokens are
+// short, and are taken before the ones at hand are done: what a thread fetches meanwhile is then
+// what it comes to.
 void Executor::attend(int thread, const Chunk& chunk, int position) {
   const int64_t tasks = chunk.tasks.size(), run = model_.kv_heads, active = pool_.active();
   const int64_t runs = std::max<int64_t>(tasks / run / active - 1, 0) * active;
+  const bool early = !chunk.has_runs;
   const auto first_of = [&](int64_t taken) {
     return taken < runs ? taken * run : std::min(runs * run + taken - runs, tasks);
   };
   std::atomic<int64_t>& next = next_task_[position];
+  const auto take = [&next] { return next.fetch_add(1, std::memory_order_relaxed); };
   scratch_[thread].forget_queries();
-  for (int64_t taken = thread; first_of(taken) < tasks;
-       taken = next.fetch_add(1, std::memory_order_relaxed)) {
+  for (int64_t taken = thread, following; first_of(taken) < tasks; taken = following) {
+    following = early ? take() : taken + active;
     const int64_t end = first_of(taken + 1);
     for (int64_t i = first_of(taken); i < end; ++i) {
       const AttentionTask& task = chunk.tasks[i];
-      const int64_t likely = i + 1 < end ? i + 1 : first_of(taken + active);
-      if (task.span->alone())
-        attend_one(thread, task, likely < tasks ? &chunk.tasks[likely] : nullptr, position);
-      else attend_many(thread, task, position);
+      if (!task.span->alone()) {
+        attend_many(thread, task, position);
+        continue;
+      }
+      const int64_t likely = i + 1 < end ? i + 1 : first_of(following);
+      attend_one(thread, task, read_after(thread, chunk, likely, position), position);
+      if (!early || taken >= runs) report(thread, task.kv_head, position);
     }
+    if (!early) following = take();
   }
+  for (int kv_head = 0; kv_head < model_.kv_heads; ++kv_head) report(thread, kv_head, position);
+}
+
+// What a thread reads after a page of a lone token: task number `next` if there is one, else its
+// share of the output projection. Null where nobody knows.
+const uint8_t* Executor::read_after(int thread, const Chunk& chunk, int64_t next,
+                                    int position) const {
+  if (next < static_cast<int64_t>(chunk.tasks.size())) {
+    const AttentionTask& task = chunk.tasks[next];
+    if (!task.span->alone()) return nullptr;
+    return task.span->cache->view(position, task.part, task.kv_head).data;
+  }
+  if (chunk.rows > 1 || model_.activation == ActivationKind::floating) return nullptr;
+  const Weight& o = model_.blocks[model_.schedule[position]].o;
+  return o.data + share(o.tiles(), thread, pool_.active()).begin * tile_nbytes(o.kind, o.cols);
 }
 
 // A lone token, one KV head and page. Each thread rotates the queries for itself, and whoever has
 // the last page stores the new key and value, so no stage of its own is needed for it.
-// Meanwhile it fetches the page of the task that this thread is likely to take next.
-void Executor::attend_one(int thread, const AttentionTask& task, const AttentionTask* next,
+// Meanwhile it fetches what this thread is likely to read `next`, as much as a page.
+void Executor::attend_one(int thread, const AttentionTask& task, const uint8_t* next,
                           int position) {
   Scratch& scratch = scratch_[thread];
   const Span& span = *task.span;
@@ -371,8 +396,7 @@ void Executor::attend_one(int thread, const AttentionTask& task, const Attention
   const int in_last = static_cast<int>(span.start % kPageTokens) + 1;
   const bool last = page == pages - 1;
   PageView view = span.cache->view(position, page, kv_head);
-  if (next && next->span->alone())
-    view.ahead = next->span->cache->view(position, next->part, next->kv_head).data - view.data;
+  if (next) view.ahead = next - view.data;
   const float* qkv = qkv_.data() + span.row * qkv_size();
   if (last) {
     const float* key = qkv + q_size() + kv_head * dim;
@@ -381,7 +405,9 @@ void Executor::attend_one(int thread, const AttentionTask& task, const Attention
   }
   const int64_t first = static_cast<int64_t>(kv_head) * group();
   const Queries queries = scratch.prepared(first, dim, padded_dim());
-  if (std::exchange(scratch.prepared_for[kv_head], &span) != &span) {
+  if (scratch.prepared_for[kv_head] != &span) {
+    report(thread, kv_head, position);
+    scratch.prepared_for[kv_head] = &span;
     kernels_.rope(qkv + first * dim, span.cos, span.sin, scratch.queries.data() + first * dim,
                   group(), dim);
     kernels_.attend_prepare(queries, model_.kv_kind, group(), dim);
@@ -392,9 +418,18 @@ void Executor::attend_one(int thread, const AttentionTask& task, const Attention
   kernels_.attend_page(queries, view, scratch.visible.data(),
                        attention_state(state, group(), padded_dim()), group(),
                        1.0f / std::sqrt(static_cast<float>(dim)));
-  // Whoever comes last merges. The counter goes on from position to position.
+  ++scratch.pages_done[kv_head];
+}
+
+// Count the pages of a lone token and KV head that this thread has done since it last did; whoever
+// counts the last one merges. Not page by page: threads would wait for each other's counts.
+void Executor::report(int thread, int kv_head, int position) {
+  const int64_t mine = std::exchange(scratch_[thread].pages_done[kv_head], 0);
+  if (mine == 0) return;
+  const Span& span = *scratch_[thread].prepared_for[kv_head];
+  // The counter goes on from position to position.
   std::atomic<int64_t>& done = pages_done_[span.partials * model_.kv_heads + kv_head];
-  if (done.fetch_add(1, std::memory_order_acq_rel) + 1 == pages * (position + 1))
+  if (done.fetch_add(mine, std::memory_order_acq_rel) + mine == span.pages() * (position + 1))
     merge(span, kv_head);
 }
 

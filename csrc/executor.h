@@ -99,7 +99,9 @@ class Executor {
   Tiles tiles(const Part& part, int position, const Weight BlockWeights::* weight,
               int unit = 1) const;
   void attend(int thread, const Chunk& chunk, int position);
-  void attend_one(int thread, const AttentionTask& task, const AttentionTask* next, int position);
+  const uint8_t* read_after(int thread, const Chunk& chunk, int64_t next, int position) const;
+  void attend_one(int thread, const AttentionTask& task, const uint8_t* next, int position);
+  void report(int thread, int kv_head, int position);
   void merge(const Span& span, int kv_head);
   void attend_many(int thread, const AttentionTask& task, int position);
   void store_rotated(const Part& part, const Chunk& chunk, int position);
@@ -122,7 +124,7 @@ class Executor {
   std::vector<float> attention_;                  // (chunk, q_size)
   ActivationBuffer ffn_;                          // (chunk, intermediate)
   std::vector<float> partials_;                   // AttentionState per lone token, KV head and page
-  std::vector<std::atomic<int64_t>> pages_done_;  // of those, see attend_one
+  std::vector<std::atomic<int64_t>> pages_done_;  // of those, see report
   std::vector<std::atomic<int64_t>> next_task_;   // per position: see attend
   std::vector<Scratch> scratch_;  // one per thread, and one shared by all at the end
 };
