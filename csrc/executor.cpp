@@ -351,7 +351,10 @@ void Executor::attend(int thread, const Chunk& chunk, int position) {
   };
   std::atomic<int64_t>& next = next_task_[position];
   const auto take = [&next] { return next.fetch_add(1, std::memory_order_relaxed); };
-  scratch_[thread].forget_queries();
+  Scratch& scratch = scratch_[thread];
+  scratch.forget_queries();
+  // of a step that a fork() cut short
+  std::fill(scratch.pages_done.begin(), scratch.pages_done.end(), 0);
   for (int64_t taken = thread, following; first_of(taken) < tasks; taken = following) {
     following = early ? take() : taken + active;
     const int64_t end = first_of(taken + 1);

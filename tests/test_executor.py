@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -610,6 +612,37 @@ def test_works_after_fork():
     assert child.exitcode == 0
     assert np.array_equal(got, want)
     assert np.array_equal(run(executor, ids), want)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_works_after_a_fork_during_a_step(threads):
+    """What threads of the parent had half done, in attention over a long context, is not there."""
+    executor = make_executor(tiny_config(max_position_embeddings=4096), threads=threads)
+    cache = executor.new_cache()
+    executor.forward(random_ids(executor.config, 3000), cache)
+    want = executor.forward([3], executor.new_cache())
+    ended = threading.Event()
+
+    def step():
+        while not ended.is_set():
+            cache.truncate(3000)
+            executor.forward([1], cache)
+
+    stepping = threading.Thread(target=step)
+    stepping.start()
+    try:
+        for i in range(40):
+            time.sleep(i % 8 * 3e-4)
+            child = os.fork()
+            if child == 0:  # nothing of pytest's may run in it
+                signal.alarm(30)
+                got = executor.forward([3], executor.new_cache())
+                os._exit(0 if np.array_equal(got, want) else 1)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        ended.set()
+        stepping.join()
 
 
 def test_bad_arguments():
