@@ -10,8 +10,18 @@ Names are imported when first used, so that the command line starts without torc
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from .version import __version__
+
+if TYPE_CHECKING:  # the same names, for tools that read types
+    from .config import MobileLLMConfig
+    from .engine import Engine
+    from .errors import CheckpointError, MobileLLMError
+    from .generate import Generation, Score, Token
+    from .loading import load
+    from .model import MobileLLM
+    from .session import Session
 
 _HOME = {
     "Engine": "engine",
@@ -25,10 +35,22 @@ _HOME = {
     "Token": "generate",
     "load": "loading",
 }
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "CheckpointError",
+    "Engine",
+    "Generation",
+    "MobileLLM",
+    "MobileLLMConfig",
+    "MobileLLMError",
+    "Score",
+    "Session",
+    "Token",
+    "__version__",
+    "load",
+]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)
@@ -36,5 +58,5 @@ def __getattr__(name: str):
     return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .errors import MobileLLMError
+from .interface import TextEngine
 from .sampling import Sampling, check_integer
 from .text_stream import TextStream
 
@@ -123,7 +124,7 @@ class Answer:
     """Decides about each token the model proposes: keep it, show it, end with it.
 
     Args:
-        engine: see `generate`.
+        engine: has the configuration and the tokenizer.
         prompt_ids: tokens of the prompt.
         options: when to stop.
         continues_prompt: whether its text continues that of the prompt.
@@ -133,7 +134,11 @@ class Answer:
     """
 
     def __init__(
-        self, engine, prompt_ids: list[int], options: Options, continues_prompt: bool = True
+        self,
+        engine: TextEngine,
+        prompt_ids: list[int],
+        options: Options,
+        continues_prompt: bool = True,
     ) -> None:
         if options.stop and engine.tokenizer is None:
             raise MobileLLMError("[generate] stop needs a tokenizer, and this model has none")
@@ -186,7 +191,7 @@ class Answer:
         )
 
 
-def end_ids(engine) -> frozenset[int]:
+def end_ids(engine: TextEngine) -> frozenset[int]:
     """Return the ids that end a text, by the configuration or the tokenizer."""
     configured = engine.config.eos_token_id
     if configured is None:

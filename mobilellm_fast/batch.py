@@ -11,6 +11,7 @@ import numpy as np
 
 from .answer import Answer, Generation, Options, Timings
 from .errors import MobileLLMError
+from .interface import TextEngine
 from .prompt import prompt_ids
 from .sampling import Sampler
 
@@ -24,11 +25,11 @@ def is_batch(prompt: Any) -> bool:
     )
 
 
-def generate_batch(engine, prompts: Sequence, options: Options) -> list[Generation]:
+def generate_batch(engine: TextEngine, prompts: Sequence, options: Options) -> list[Generation]:
     """Continue 1 to 64 prompts of any lengths; each answer is the one it would get alone.
 
     Args:
-        engine: see `generate`.
+        engine: computes the answers.
         prompts: texts or token ids.
         options: for all of them; prompt i draws with `seed + i`.
 
@@ -63,7 +64,7 @@ def generate_batch(engine, prompts: Sequence, options: Options) -> list[Generati
 class _Row:
     """One prompt of a batch, and its answer."""
 
-    def __init__(self, engine, ids: list[int], options: Options, index: int) -> None:
+    def __init__(self, engine: TextEngine, ids: list[int], options: Options, index: int) -> None:
         if options.seed is not None:
             options = dataclasses.replace(options, seed=options.seed + index)
         self.answer = Answer(engine, ids, options)

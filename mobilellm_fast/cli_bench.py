@@ -9,10 +9,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from .batch import MAX_PROMPTS
 from .errors import MobileLLMError
 from .sampling import check_integer
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Row:
     read_share: float | None
 
 
-def measure(engine, plan: Plan) -> list[Row]:
+def measure(engine: Engine, plan: Plan) -> list[Row]:
     """Run a plan; the first repetition of each test only warms up and is not counted.
 
     Raises:

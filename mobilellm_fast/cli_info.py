@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 
-def describe(engine) -> dict[str, str]:
+def describe(engine: Engine) -> dict[str, str]:
     """Return what there is to know about a loaded model, label -> value."""
     from ._C import supported_isas
 
@@ -42,7 +46,7 @@ def describe(engine) -> dict[str, str]:
     }
 
 
-def print_info(engine) -> None:
+def print_info(engine: Engine) -> None:
     """Print `describe` as a table on a terminal, else as `label: value` lines."""
     rows = describe(engine)
     if not sys.stdout.isatty():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from .interface import Cache, TextEngine
 from .sampling import Sampler
 
 
@@ -13,13 +15,15 @@ class Context:
     """The tokens a model has read so far. Not for concurrent use.
 
     Args:
-        engine: see `generate`; its caches have `.length`, `.truncate(tokens)` and `.copy()`.
+        engine: reads the tokens.
         cache: one of its caches; None makes an empty one.
         token_ids: the tokens in `cache`.
     """
 
-    def __init__(self, engine, cache=None, token_ids: Sequence[int] = ()) -> None:
-        self.cache = engine.new_cache() if cache is None else cache
+    def __init__(
+        self, engine: TextEngine, cache: Cache | None = None, token_ids: Sequence[int] = ()
+    ) -> None:
+        self.cache: Any = engine.new_cache() if cache is None else cache
         self.token_ids = list(token_ids)
         self.reader: object = None  # whoever extends it now
         self._engine = engine

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
-from . import calibration, generate
+from . import _C, calibration, generate
 from .config import MobileLLMConfig
-from .executor import Executor, Weights, check_isa, check_kv_format, check_threads
+from .executor import Executor, check_isa, check_kv_format, check_threads
+from .generate import Generation, Prompt, Prompts, Score, Stream
 from .packing import load_image
 from .sampling import Sampler
 from .session import Session
+from .tokenizer import Tokenizer
+from .weights import Weights
 
 
 class Engine:
@@ -39,7 +42,7 @@ class Engine:
         weights: Weights,
         format: str,
         *,
-        tokenizer=None,
+        tokenizer: Tokenizer | None = None,
         chat_template: str | None = None,
         name: str = "model",
         threads: int | None = None,
@@ -112,39 +115,48 @@ class Engine:
             fetch_ahead=fetch_ahead,
         )
 
-    def new_cache(self):
+    def new_cache(self) -> _C.KVCache:
         """Return an empty KV cache, see `Executor.new_cache`."""
         return self.executor.new_cache()
 
-    def forward(self, token_ids: Sequence[int], cache, all_logits: bool = False) -> np.ndarray:
+    def forward(
+        self, token_ids: Sequence[int], cache: _C.KVCache, all_logits: bool = False
+    ) -> np.ndarray:
         """Append tokens to a cache and return logits, see `Executor.forward`."""
         return self.executor.forward(token_ids, cache, all_logits)
 
-    def next_token(self, token_id: int, cache, sampler: Sampler) -> tuple[int, float]:
+    def next_token(self, token_id: int, cache: _C.KVCache, sampler: Sampler) -> tuple[int, float]:
         """Append a token to a cache and choose the next, see `Executor.next_token`."""
         return self.executor.next_token(token_id, cache, sampler)
 
     def forward_batch(
-        self, sequences: Sequence[Sequence[int]], caches: Sequence, all_logits: bool = False
+        self,
+        sequences: Sequence[Sequence[int]],
+        caches: Sequence[_C.KVCache],
+        all_logits: bool = False,
     ) -> np.ndarray:
         """Append tokens to several caches and return logits, see `Executor.forward_batch`."""
         return self.executor.forward_batch(sequences, caches, all_logits)
 
-    def generate(
-        self, prompt: generate.Prompt | Sequence[generate.Prompt], **options: Any
-    ) -> generate.Generation | list[generate.Generation]:
+    @overload
+    def generate(self, prompt: Prompt, **options: Any) -> Generation: ...
+
+    @overload
+    def generate(self, prompt: Prompts, **options: Any) -> list[Generation]: ...
+
+    def generate(self, prompt: Prompt | Prompts, **options: Any) -> Generation | list[Generation]:
         """Continue a text or token ids, or a list of up to 64 of them, see `generate.generate`."""
         return generate.generate(self, prompt, **options)
 
-    def stream(self, prompt: str | Sequence[int], **options: Any) -> generate.Stream:
+    def stream(self, prompt: Prompt, **options: Any) -> Stream:
         """Continue a text or token ids, token by token, see `generate.stream`."""
         return generate.stream(self, prompt, **options)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> generate.Generation:
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
         """Answer a conversation, see `generate.chat`."""
         return generate.chat(self, messages, **options)
 
-    def stream_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> generate.Stream:
+    def stream_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Stream:
         """Answer a conversation, token by token, see `generate.stream_chat`."""
         return generate.stream_chat(self, messages, **options)
 
@@ -160,8 +172,6 @@ class Engine:
         """Read a session from a file of `Session.save`, see `Session.restore`."""
         return Session.restore(path, self)
 
-    def score(
-        self, text_or_ids: str | Sequence[int], *, window: int | None = None
-    ) -> generate.Score:
+    def score(self, text_or_ids: Prompt, *, window: int | None = None) -> Score:
         """Measure how likely the model finds a text, see `generate.score`."""
         return generate.score(self, text_or_ids, window=window)

@@ -1,11 +1,4 @@
-"""Generation and scoring: one decoding loop, and what is built on it. No torch.
-
-An *engine* is anything with `.config`, `.tokenizer` (or None), `.chat_template` (or None),
-`.new_cache()`, `.forward(token_ids, cache, all_logits=False) -> float32 (1 or n, vocab)`, which
-appends to the cache, `.next_token(token_id, cache, sampler) -> (id, logprob)`, which appends one
-and chooses another, and `.forward_batch(sequences, caches) -> float32 (sequences, vocab)`, which
-appends to several. Caches have `.length`, `.truncate(tokens)` and `.copy()`.
-"""
+"""Generation and scoring: one decoding loop, and what is built on it. No torch."""
 
 from __future__ import annotations
 
@@ -15,17 +8,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from time import perf_counter
-from typing import Any
+from typing import Any, overload
 
 from .answer import Answer, Generation, Options, Timings, Token
 from .batch import generate_batch, is_batch
 from .context import Context
 from .errors import MobileLLMError
+from .interface import TextEngine
 from .prompt import chat_ids, prompt_ids, token_ids
 from .prompt_lookup import PromptLookup
 from .sampling import Sampler, check_integer, logprob
 
 Prompt = str | Sequence[int]
+Prompts = list[str] | list[list[int]] | list[Prompt] | tuple[Prompt, ...]
 MOST_STEPS = 64  # tokens that a device chooses before any of them is shown
 SCORE_CHUNK = 128  # positions scored at once: 25 MB of logits at a vocabulary of 49152
 
@@ -60,7 +55,7 @@ class Stream(Iterator[Token]):
 
     def __init__(
         self,
-        engine,
+        engine: TextEngine,
         prompt_ids: list[int],
         options: Options,
         *,
@@ -207,7 +202,7 @@ class Stream(Iterator[Token]):
         return self.generation
 
 
-def stream(engine, prompt: str | Sequence[int], **options: Any) -> Stream:
+def stream(engine: TextEngine, prompt: Prompt, **options: Any) -> Stream:
     """Start generating; the tokens come from iterating over the result.
 
     Args:
@@ -221,7 +216,17 @@ def stream(engine, prompt: str | Sequence[int], **options: Any) -> Stream:
     return Stream(engine, prompt_ids(engine, prompt, "[generate] prompt"), checked)
 
 
-def generate(engine, prompt: Prompt | Sequence[Prompt], **options: Any) -> Generation | list:
+@overload
+def generate(engine: TextEngine, prompt: Prompt, **options: Any) -> Generation: ...
+
+
+@overload
+def generate(engine: TextEngine, prompt: Prompts, **options: Any) -> list[Generation]: ...
+
+
+def generate(
+    engine: TextEngine, prompt: Prompt | Prompts, **options: Any
+) -> Generation | list[Generation]:
     """Continue a prompt, or up to 64 prompts at once.
 
     Args:
@@ -240,7 +245,9 @@ def generate(engine, prompt: Prompt | Sequence[Prompt], **options: Any) -> Gener
     return stream(engine, prompt, **options).run_to_end()
 
 
-def stream_chat(engine, messages: Sequence[Mapping[str, Any]], **options: Any) -> Stream:
+def stream_chat(
+    engine: TextEngine, messages: Sequence[Mapping[str, Any]], **options: Any
+) -> Stream:
     """Start answering a chat; the tokens come from iterating over the result.
 
     Args:
@@ -256,12 +263,12 @@ def stream_chat(engine, messages: Sequence[Mapping[str, Any]], **options: Any) -
     return Stream(engine, chat_ids(engine, messages), checked, continues_prompt=False)
 
 
-def chat(engine, messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
+def chat(engine: TextEngine, messages: Sequence[Mapping[str, Any]], **options: Any) -> Generation:
     """Answer a chat. Arguments and errors are those of `stream_chat`."""
     return stream_chat(engine, messages, **options).run_to_end()
 
 
-def score(engine, text_or_ids: str | Sequence[int], *, window: int | None = None) -> Score:
+def score(engine: TextEngine, text_or_ids: Prompt, *, window: int | None = None) -> Score:
     """Compute the log-probability of each token of a text given those before it.
 
     Args:
@@ -293,7 +300,7 @@ def score(engine, text_or_ids: str | Sequence[int], *, window: int | None = None
     return Score(ids, logprobs)
 
 
-def _window_logprobs(engine, ids: list[int]) -> Iterable[float]:
+def _window_logprobs(engine: TextEngine, ids: list[int]) -> Iterable[float]:
     cache = engine.new_cache()
     inputs, targets = ids[:-1], ids[1:]
     for start in range(0, len(inputs), SCORE_CHUNK):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -26,12 +26,10 @@ from .rope import cos_sin
 
 if TYPE_CHECKING:
     from .engine import Engine
-    from .generate import Generation, Prompt, Score, Stream
+    from .generate import Generation, Prompt, Prompts, Score, Stream
     from .session import Session
 
 TABLE_LENGTH = 4096  # positions whose rotation is kept ready: 2 MB at a head_dim of 64
-
-
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -244,14 +242,20 @@ class MobileLLM(nn.Module):
 
     @property
     def tokenizer(self) -> Any:
-        """The model's `Tokenizer`, or None."""
+        """The model's `Tokenizer`, or None. (Not typed so: nearly all have one.)"""
         return self.engine.tokenizer
 
-    def generate(self, prompt: Prompt | Sequence[Prompt], **options: Any) -> Generation | list:
+    @overload
+    def generate(self, prompt: Prompt, **options: Any) -> Generation: ...
+
+    @overload
+    def generate(self, prompt: Prompts, **options: Any) -> list[Generation]: ...
+
+    def generate(self, prompt: Prompt | Prompts, **options: Any) -> Generation | list[Generation]:
         """Continue a prompt, or a list of them, see `mobilellm_fast.generate.generate`."""
         return self.engine.generate(prompt, **options)
 
-    def stream(self, prompt: str | Sequence[int], **options: Any) -> Stream:
+    def stream(self, prompt: Prompt, **options: Any) -> Stream:
         """Continue a text or token ids, token by token, see `mobilellm_fast.generate.stream`."""
         return self.engine.stream(prompt, **options)
 
@@ -271,7 +275,7 @@ class MobileLLM(nn.Module):
         """Read a session from a file, see `mobilellm_fast.session.Session.restore`."""
         return self.engine.restore_session(path)
 
-    def score(self, text_or_ids: str | Sequence[int], **options: Any) -> Score:
+    def score(self, text_or_ids: Prompt, **options: Any) -> Score:
         """Measure how likely the model finds a text, see `mobilellm_fast.generate.score`."""
         return self.engine.score(text_or_ids, **options)
 

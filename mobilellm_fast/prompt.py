@@ -10,9 +10,10 @@ import numpy as np
 
 from .chat_template import render
 from .errors import MobileLLMError
+from .interface import TextEngine
 
 
-def prompt_ids(engine, prompt: Any, name: str) -> list[int]:
+def prompt_ids(engine: TextEngine, prompt: Any, name: str) -> list[int]:
     """Return a prompt as token ids: not empty, and with room in the context for one more.
 
     Args:
@@ -31,7 +32,7 @@ def prompt_ids(engine, prompt: Any, name: str) -> list[int]:
     return ids
 
 
-def token_ids(engine, value: Any, name: str) -> list[int]:
+def token_ids(engine: TextEngine, value: Any, name: str) -> list[int]:
     """Return a text or a sequence of ids as a non-empty list of ids the model knows.
 
     Args and errors are those of `prompt_ids`; the result may be longer than the context.
@@ -61,7 +62,7 @@ def token_ids(engine, value: Any, name: str) -> list[int]:
     return ids.tolist()
 
 
-def chat_ids(engine, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+def chat_ids(engine: TextEngine, messages: Sequence[Mapping[str, Any]]) -> list[int]:
     """Return the token ids of a chat, up to where the assistant's answer begins.
 
     Raises:

@@ -11,6 +11,7 @@ from .context import Context
 from .errors import MobileLLMError
 from .files import brief
 from .generate import Stream
+from .interface import StoredEngine
 from .prompt import chat_ids, prompt_ids
 
 
@@ -21,11 +22,11 @@ class Session:
     again; `Timings.reused_tokens` counts it. Answers are the same as the engine's.
 
     Args:
-        engine: see `generate`.
+        engine: what answers; its weights and format are compared where a session is restored.
         messages: beginning of the conversation, such as a system message; see `generate.chat`.
     """
 
-    def __init__(self, engine, messages: Sequence[Mapping[str, Any]] = ()) -> None:
+    def __init__(self, engine: StoredEngine, messages: Sequence[Mapping[str, Any]] = ()) -> None:
         self._engine = engine
         if not isinstance(messages, (list, tuple)) or not all(
             isinstance(m, Mapping) and all(isinstance(v, str) for v in (*m, *m.values()))
@@ -107,7 +108,7 @@ class Session:
         save(Path(path), self._engine, self._context, self.messages)
 
     @classmethod
-    def restore(cls, path: str | Path, engine) -> Session:
+    def restore(cls, path: str | Path, engine: StoredEngine) -> Session:
         """Read a session that an engine with the same weights and format saved.
 
         Raises:

@@ -20,13 +20,16 @@ from . import _C
 from .context import Context
 from .errors import CheckpointError, MobileLLMError
 from .files import brief, read_bytes, whole_file
+from .interface import StoredEngine
 
 MAGIC = b"MLFSESSN"
 VERSION = 1  # of the header and of the layout of pages in csrc/kv_cache.h; others are refused
 PREFIX = struct.Struct("<8sIIQ")  # magic, version, header bytes, header checksum
 
 
-def save(path: Path, engine, context: Context, messages: Sequence[Mapping[str, Any]]) -> None:
+def save(
+    path: Path, engine: StoredEngine, context: Context, messages: Sequence[Mapping[str, Any]]
+) -> None:
     """Write a session; see `Session.save`."""
     tokens = np.asarray(context.token_ids, "<i4").tobytes()
     pages = context.cache.pages()
@@ -50,7 +53,7 @@ def save(path: Path, engine, context: Context, messages: Sequence[Mapping[str, A
         raise CheckpointError(f"{path}: cannot be written ({brief(error)})") from None
 
 
-def restore(path: Path, engine) -> tuple[Context, list[dict[str, Any]]]:
+def restore(path: Path, engine: StoredEngine) -> tuple[Context, list[dict[str, Any]]]:
     """Read a session: the tokens with their cache, and the conversation.
 
     Raises:
@@ -65,7 +68,7 @@ def restore(path: Path, engine) -> tuple[Context, list[dict[str, Any]]]:
         raise CheckpointError(f"{path}: the header is damaged ({brief(error)})") from None
 
 
-def identity(engine, cache) -> dict[str, Any]:
+def identity(engine: StoredEngine, cache: Any) -> dict[str, Any]:
     """Return what must agree for a cache to be of use: architecture, weights, formats."""
     sums = [
         _C.checksum(weight if isinstance(weight, np.ndarray) else weight.data)
@@ -82,7 +85,7 @@ def identity(engine, cache) -> dict[str, Any]:
     }
 
 
-def _parse(data: memoryview, engine) -> tuple[Context, list[dict[str, Any]]]:
+def _parse(data: memoryview, engine: StoredEngine) -> tuple[Context, list[dict[str, Any]]]:
     if bytes(data[: len(MAGIC)]) != MAGIC:
         got = bytes(data[: len(MAGIC)])
         raise MobileLLMError(f"a session must begin with {MAGIC!r}, got {got!r}")

@@ -1,5 +1,6 @@
 """The package as installed: metadata, what an import costs, what the binary may contain."""
 
+import ast
 import importlib.metadata
 import importlib.resources
 import importlib.util
@@ -49,6 +50,18 @@ def test_metadata():
     assert metadata["Requires-Python"] == ">=3.10"
     assert (importlib.resources.files("mobilellm_fast") / "py.typed").is_file()
     importlib.import_module("mobilellm_fast.kernels")
+
+
+def test_types_of_the_public_names_are_visible():
+    """Type checkers do not run `__getattr__`: they read imports, and export what is in `__all__`."""
+    tree = ast.parse(Path(mobilellm_fast.__file__).read_text(encoding="utf-8"))
+    (branch,) = (node for node in tree.body if isinstance(node, ast.If))
+    assert ast.unparse(branch.test) == "TYPE_CHECKING"
+    seen = {name.name: node.module for node in branch.body for name in node.names}
+    assert seen == mobilellm_fast._HOME
+    assert mobilellm_fast.__all__ == sorted(["__version__", *seen])
+    for name in mobilellm_fast.__all__:
+        getattr(mobilellm_fast, name)
 
 
 def test_command_is_installed():
