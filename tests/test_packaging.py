@@ -53,7 +53,7 @@ def test_metadata():
 
 
 def test_types_of_the_public_names_are_visible():
-    """Type checkers do not run `__getattr__`: they read imports, and export what is in `__all__`."""
+    """Type checkers do not run `__getattr__`: they read imports and `__all__`."""
     tree = ast.parse(Path(mobilellm_fast.__file__).read_text(encoding="utf-8"))
     (branch,) = (node for node in tree.body if isinstance(node, ast.If))
     assert ast.unparse(branch.test) == "TYPE_CHECKING"
