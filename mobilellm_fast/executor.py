@@ -133,6 +133,7 @@ class Executor:
 
         It has `.length`, `.nbytes`, `.truncate(tokens)`, and `.copy()`, which shares memory until
         one of the two grows; `.pages()` and `.restore(length, pages)` give and take it as bytes.
+        While a call uses it, other threads that want to are refused by a MobileLLMError.
         """
         return self._executor.new_cache()
 

@@ -598,6 +598,46 @@ def _run_in_child(executor, ids, queue):
     queue.put(run(executor, ids))
 
 
+def test_a_cache_in_use_is_refused_to_other_threads():
+    """Steps run without the GIL: pages that are being written must not be copied or replaced."""
+    config = tiny_config(max_position_embeddings=4096)
+    executor = make_executor(config, threads=1, isa="scalar")  # takes a while
+    context = executor.new_cache()
+    executor.forward(random_ids(config, 600), context)
+    pages, ids = context.pages(), random_ids(config, 512)
+    sampler = Sampler(Sampling(), [], config.vocab_size)
+    attempts = {
+        "copy": lambda cache: cache.copy(),
+        "pages": lambda cache: cache.pages(),
+        "nbytes": lambda cache: cache.nbytes,
+        "truncate": lambda cache: cache.truncate(1),
+        "restore": lambda cache: cache.restore(600, pages),
+        "forward": lambda cache: executor.forward([1], cache),
+        "next_token": lambda cache: executor.next_token(1, cache, sampler),
+    }
+
+    def is_refused(attempt):
+        """Tell whether it was refused; it may come too late where this thread had no core."""
+        cache = context.copy()
+        reader = threading.Thread(target=executor.forward, args=(ids, cache))
+        reader.start()
+        try:
+            while reader.is_alive():
+                try:
+                    _ = cache.nbytes  # not in the step yet
+                except MobileLLMError:
+                    attempt(cache)
+        except MobileLLMError as error:
+            assert str(error) == "[forward] a cache must be used by one thread at a time"
+            return True
+        finally:
+            reader.join()
+        return False
+
+    for name, attempt in attempts.items():
+        assert any(is_refused(attempt) for _ in range(5)), name
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_works_after_fork():
     executor = make_executor(tiny_config(), threads=3)

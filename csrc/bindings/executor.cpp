@@ -1,7 +1,10 @@
 // The executor and its KV caches.
 #include "../executor.h"
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <deque>
 
 #include "../dispatch.h"
 #include "../plan.h"
@@ -18,6 +21,37 @@ namespace {
 struct BoundExecutor {
   std::vector<py::object> owners;
   std::unique_ptr<Executor> executor;
+};
+
+// A cache, and the process in which a step uses it now. Steps run without the GIL: another thread
+// of Python could copy or replace pages that are being written.
+struct BoundCache {
+  KVCache cache;
+  int stepping_in = 0;  // a child forked during the step is another process, and has no such step
+
+  KVCache& idle() {
+    if (stepping_in == getpid()) {
+      const py::object error = py::module_::import("mobilellm_fast.errors").attr("MobileLLMError");
+      py::set_error(error, "[forward] a cache must be used by one thread at a time");
+      throw py::error_already_set();
+    }
+    return cache;
+  }
+};
+
+// Marks a cache while a step uses it. Made and destroyed with the GIL held.
+class Stepping {
+ public:
+  explicit Stepping(BoundCache& bound) : cache(bound.idle()), bound_(bound) {
+    bound_.stepping_in = getpid();
+  }
+  Stepping(const Stepping&) = delete;
+  ~Stepping() { bound_.stepping_in = 0; }
+
+  KVCache& cache;
+
+ private:
+  BoundCache& bound_;
 };
 
 BoundExecutor make_executor(int64_t hidden, int64_t intermediate, int64_t vocab, int heads,
@@ -80,7 +114,7 @@ BoundExecutor make_executor(int64_t hidden, int64_t intermediate, int64_t vocab,
 
 // Tokens of all sequences one after another; counts[i] of them belong to caches[i], and the last
 // logit_counts[i] of those want logits.
-py::array forward(BoundExecutor& self, const std::vector<KVCache*>& caches,
+py::array forward(BoundExecutor& self, const std::vector<BoundCache*>& caches,
                   py::array_t<int32_t, py::array::c_style> tokens,
                   const std::vector<int64_t>& counts, const std::vector<int64_t>& logit_counts,
                   py::array cos, py::array sin) {
@@ -99,14 +133,16 @@ py::array forward(BoundExecutor& self, const std::vector<KVCache*>& caches,
       throw py::value_error("token ids must be in 0.." + std::to_string(model.vocab - 1) +
                             ", got " + std::to_string(id));
   std::vector<Sequence> sequences;
+  std::deque<Stepping> stepping;
   int64_t first = 0, wanted = 0;
   for (size_t i = 0; i < caches.size(); ++i) {
-    KVCache* cache = caches[i];
-    if (!cache || !cache->fits(static_cast<int>(model.schedule.size()), model.kv_heads,
-                               model.head_dim, model.kv_kind))
-      throw py::value_error("cache was made by another model");
-    if (std::find(caches.begin(), caches.begin() + i, cache) != caches.begin() + i)
+    if (!caches[i]) throw py::value_error("caches must not be None");
+    if (std::find(caches.begin(), caches.begin() + i, caches[i]) != caches.begin() + i)
       throw py::value_error("caches must differ from each other");
+    KVCache* cache = &stepping.emplace_back(*caches[i]).cache;
+    if (!cache->fits(static_cast<int>(model.schedule.size()), model.kv_heads, model.head_dim,
+                     model.kv_kind))
+      throw py::value_error("cache was made by another model");
     if (counts[i] < 1 || counts[i] > rows - first || logit_counts[i] < 0 ||
         logit_counts[i] > counts[i])
       throw py::value_error("counts must be positive and sum to the tokens");
@@ -127,10 +163,12 @@ py::array forward(BoundExecutor& self, const std::vector<KVCache*>& caches,
 // Append a token to a cache and choose the next one: a step without anything of Python in it. After
 // a step's weights nothing of Python is in the processor's caches, and each of its calls takes 5 to
 // 20 us. `rotary`: cos and sin (2, tokens, head_dim / 2), of all positions up to the token's.
-py::tuple next_token(BoundExecutor& self, KVCache& cache, int64_t token, const py::array& rotary,
+py::tuple next_token(BoundExecutor& self, BoundCache& bound, int64_t token, const py::array& rotary,
                      BoundSampler& sampler) {
   Executor& executor = *self.executor;
   const Model& model = executor.model();
+  const Stepping stepping(bound);
+  KVCache& cache = stepping.cache;
   const int64_t half = model.head_dim / 2, position = cache.length();
   if (!cache.fits(static_cast<int>(model.schedule.size()), model.kv_heads, model.head_dim,
                   model.kv_kind))
@@ -161,7 +199,8 @@ py::tuple next_token(BoundExecutor& self, KVCache& cache, int64_t token, const p
   return py::make_tuple(choice.token, choice.logprob);
 }
 
-void restore(KVCache& cache, int64_t length, const std::vector<py::buffer>& pages) {
+void restore(BoundCache& bound, int64_t length, const std::vector<py::buffer>& pages) {
+  KVCache& cache = bound.idle();
   if (length < 0 || static_cast<int64_t>(pages.size()) != ceil_div(length, kPageTokens))
     throw py::value_error(std::to_string(length) + " tokens must lie in " +
                           std::to_string(ceil_div(length, kPageTokens)) + " pages, got " +
@@ -191,32 +230,36 @@ void restore(KVCache& cache, int64_t length, const std::vector<py::buffer>& page
 
 void bind_executor(py::module_& m) {
   using namespace pybind11::literals;
-  py::class_<KVCache>(m, "KVCache")
-      .def_property_readonly("length", &KVCache::length)
-      .def_property_readonly("nbytes", &KVCache::nbytes)
-      .def_property_readonly("format", &KVCache::format)
-      .def_property_readonly("page_nbytes", &KVCache::page_nbytes)
+  py::class_<BoundCache>(m, "KVCache")
+      .def_property_readonly("length", [](const BoundCache& self) { return self.cache.length(); })
+      .def_property_readonly("nbytes", [](BoundCache& self) { return self.idle().nbytes(); })
+      .def_property_readonly("format", [](const BoundCache& self) { return self.cache.format(); })
+      .def_property_readonly("page_nbytes",
+                             [](const BoundCache& self) { return self.cache.page_nbytes(); })
       .def(
-          "copy", [](const KVCache& self) { return std::make_unique<KVCache>(self); },
+          "copy",
+          [](BoundCache& self) { return std::make_unique<BoundCache>(BoundCache{self.idle()}); },
           "The same tokens; pages are shared until one of the two writes to them.")
       .def(
           "pages",
-          [](KVCache& self) {
+          [](BoundCache& self) {
+            KVCache& cache = self.idle();
             py::list pages;
-            for (int64_t i = 0; i < self.pages(); ++i)
+            for (int64_t i = 0; i < cache.pages(); ++i)
               pages.append(
-                  py::bytes(reinterpret_cast<const char*>(self.page(i)), self.page_nbytes()));
+                  py::bytes(reinterpret_cast<const char*>(cache.page(i)), cache.page_nbytes()));
             return pages;
           },
           "The bytes of the pages in use.")
       .def("restore", &restore, "length"_a, "pages"_a, "Take back what pages() gave.")
       .def(
           "truncate",
-          [](KVCache& self, int64_t tokens) {
-            if (tokens < 0 || tokens > self.length())
-              throw py::value_error("tokens must be in 0.." + std::to_string(self.length()) +
+          [](BoundCache& self, int64_t tokens) {
+            KVCache& cache = self.idle();
+            if (tokens < 0 || tokens > cache.length())
+              throw py::value_error("tokens must be in 0.." + std::to_string(cache.length()) +
                                     ", got " + std::to_string(tokens));
-            self.set_length(tokens);
+            cache.set_length(tokens);
           },
           "tokens"_a, "Forget all but the first tokens.");
   py::class_<BoundExecutor>(m, "Executor")
@@ -240,7 +283,10 @@ void bind_executor(py::module_& m) {
       .def_property_readonly(
           "cache_nbytes_per_token",
           [](const BoundExecutor& self) { return self.executor->plan().cache_nbytes; })
-      .def("new_cache", [](const BoundExecutor& self) { return self.executor->new_cache(); })
+      .def("new_cache",
+           [](const BoundExecutor& self) {
+             return std::make_unique<BoundCache>(BoundCache{*self.executor->new_cache()});
+           })
       .def_property_readonly("chunk_rows",
                              [](const BoundExecutor& self) { return self.executor->chunk_rows(); })
       .def("forward", &forward, "caches"_a, "tokens"_a, "counts"_a, "logit_counts"_a, "cos"_a,
