@@ -130,11 +130,19 @@ std::unique_ptr<KVCache> Executor::new_cache() const {
 }
 
 void Executor::forward(const std::vector<Sequence>& sequences, float* logits) {
-  std::lock_guard<ForkSafeMutex> lock(mutex_);
-  for (const Sequence& sequence : sequences)
-    sequence.cache->reserve(sequence.cache->length() + sequence.count);
-  for (const Chunk& chunk : cut_into_chunks(sequences, chunk_rows_, model_.kv_heads,
-                                            model_.head_dim / 2, model_.vocab, logits)) {
+  std::unique_lock<FairMutex> lock(mutex_);
+  std::vector<int64_t> lengths;
+  for (const Sequence& sequence : sequences) {
+    lengths.push_back(sequence.cache->length() + sequence.count);
+    sequence.cache->reserve(lengths.back());
+  }
+  const std::vector<Chunk> chunks = cut_into_chunks(sequences, chunk_rows_, model_.kv_heads,
+                                                    model_.head_dim / 2, model_.vocab, logits);
+  for (const Chunk& chunk : chunks) {
+    if (&chunk != &chunks.front()) {  // a token of another call need not wait for a whole prompt
+      lock.unlock();
+      lock.lock();
+    }
     partials_.resize(chunk.partial_pages * model_.heads * (padded_dim() + 2));
     if (const size_t counters = chunk.partial_pages * model_.kv_heads;
         counters > pages_done_.size())
@@ -147,13 +155,13 @@ void Executor::forward(const std::vector<Sequence>& sequences, float* logits) {
     const bool late = pool_.run(threads, [&](int thread) { run_chunk(thread, chunk); });
     if (!by_rows) attendance_.note(late);
   }
-  for (const Sequence& sequence : sequences)
-    sequence.cache->set_length(sequence.cache->length() + sequence.count);
+  for (size_t i = 0; i < sequences.size(); ++i) sequences[i].cache->set_length(lengths[i]);
 }
 
 void Executor::for_shares(int64_t count, const std::function<void(Share)>& work) {
-  std::lock_guard<ForkSafeMutex> lock(mutex_);
-  const int threads = attendance_.threads();
+  const std::unique_lock<FairMutex> lock(mutex_, std::try_to_lock);
+  const int threads = lock ? attendance_.threads() : 1;
+  if (threads == 1) return work({0, count});
   pool_.run(threads, [&](int thread) { work(share(count, thread, threads)); });
 }
 

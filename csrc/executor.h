@@ -73,9 +73,10 @@ class Executor {
 
   // Append the tokens of every sequence to its cache (all different, made by new_cache) and write
   // the logits that they want (all of them, vocab), in order of the sequences. Safe to call from
-  // several threads, if their caches are different; calls take turns.
+  // several threads, if their caches are different; calls take turns, chunk by chunk.
   void forward(const std::vector<Sequence>& sequences, float* logits);
-  // Share out work that is worth a microsecond on several threads: on those of decode steps.
+  // Share out work that is worth a microsecond on several threads: on those of decode steps, or
+  // none but the caller's while another call has them.
   void for_shares(int64_t count, const std::function<void(Share)>& work);
 
  private:
@@ -116,7 +117,7 @@ class Executor {
   const KernelTable& kernels_;
   const Plan plan_;
   ThreadPool pool_;
-  ForkSafeMutex mutex_;
+  FairMutex mutex_;
   const int64_t chunk_rows_;
   Attendance attendance_;
   std::vector<float> hidden_;                     // (chunk, hidden): the residual stream

@@ -50,18 +50,54 @@ int64_t WaitCounter::wait_while(uint32_t seen) {
   return now() - begin;
 }
 
-ForkSafeMutex::ForkSafeMutex() : owned_(new Owned{getpid(), {}}) {}
+struct FairMutex::Queue {
+  const int process;
+  std::mutex mutex;
+  std::condition_variable changed;
+  uint64_t last = 0;    // number of who asked last
+  uint64_t served = 0;  // how many have unlocked
+};
 
-void ForkSafeMutex::lock() {
-  Owned* owned = owned_.load();
-  if (owned->process != getpid()) {
-    // After fork() nobody is there to unlock the old mutex: leave it behind. The first thread of
-    // the child that comes here brings the new one.
-    Owned* fresh = new Owned{getpid(), {}};
-    if (owned_.compare_exchange_strong(owned, fresh)) owned = fresh;
-    else delete fresh;
+FairMutex::FairMutex() : queue_(new Queue{getpid(), {}, {}}) {}
+
+// In a forked child nobody wakes those who wait in the parent's queue: it is left behind.
+FairMutex::~FairMutex() {
+  Queue* queue = queue_.load();
+  if (queue->process == getpid()) delete queue;
+}
+
+// The first thread of a child that comes here brings a queue of its own, for the same reason.
+FairMutex::Queue& FairMutex::queue() {
+  Queue* queue = queue_.load();
+  if (queue->process == getpid()) return *queue;
+  Queue* fresh = new Queue{getpid(), {}, {}};
+  if (queue_.compare_exchange_strong(queue, fresh)) return *fresh;
+  delete fresh;
+  return *queue;
+}
+
+void FairMutex::lock() {
+  Queue& queue = this->queue();
+  std::unique_lock<std::mutex> lock(queue.mutex);
+  const uint64_t before = queue.last++;
+  queue.changed.wait(lock, [&] { return queue.served == before; });
+}
+
+bool FairMutex::try_lock() {
+  Queue& queue = this->queue();
+  std::lock_guard<std::mutex> lock(queue.mutex);
+  if (queue.served != queue.last) return false;
+  ++queue.last;
+  return true;
+}
+
+void FairMutex::unlock() {
+  Queue& queue = *queue_.load();
+  {
+    std::lock_guard<std::mutex> lock(queue.mutex);
+    ++queue.served;
   }
-  owned->mutex.lock();
+  queue.changed.notify_all();
 }
 
 ThreadPool::ThreadPool(int threads) : size_(threads) {}

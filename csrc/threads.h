@@ -27,21 +27,24 @@ class WaitCounter {
   std::condition_variable changed_;
 };
 
-// A mutex that a child process can lock although a thread of its parent held it during fork().
-class ForkSafeMutex {
+// A mutex that threads get in the order of asking, so that one that takes it again and again does
+// not keep it from others. A child process can lock it although a thread of its parent held it
+// during fork().
+class FairMutex {
  public:
-  ForkSafeMutex();
-  ForkSafeMutex(const ForkSafeMutex&) = delete;
-  ~ForkSafeMutex() { delete owned_.load(); }
+  FairMutex();
+  FairMutex(const FairMutex&) = delete;
+  ~FairMutex();
   void lock();
-  void unlock() { owned_.load()->mutex.unlock(); }
+  // Whether it was free, nobody waiting for it, and is now locked.
+  bool try_lock();
+  void unlock();
 
  private:
-  struct Owned {
-    int process;
-    std::mutex mutex;
-  };
-  std::atomic<Owned*> owned_;
+  struct Queue;
+  Queue& queue();
+
+  std::atomic<Queue*> queue_;
 };
 
 // Runs a function on several threads at once; the calling thread is thread 0. Between calls the

@@ -29,6 +29,7 @@ from mobilellm_fast import _C, ops, quant, reference
 from mobilellm_fast.errors import MobileLLMError
 from mobilellm_fast.executor import KV_FORMATS, Executor, available_cpus
 from mobilellm_fast.model import MobileLLM
+from mobilellm_fast.rope import cos_sin
 from mobilellm_fast.sampling import Sampler, Sampling
 
 INTEGER_FORMATS = quant.INTEGER_FORMATS
@@ -397,6 +398,38 @@ def test_concurrent_calls_take_turns():
     for thread in threads:
         thread.join(timeout=60)
     assert all(np.array_equal(result, want) for result in got)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.9}])
+def test_tokens_do_not_wait_for_the_whole_of_a_prompt_beside_them(options):
+    """Nor in the middle of being chosen: a token and a chunk of the prompt take turns."""
+    executor = make_executor(tiny_config(max_position_embeddings=8192), threads=2)
+    ids = np.asarray(random_ids(executor.config, 4096), np.int32)
+    cos, sin = cos_sin(executor.config, np.arange(len(ids)))
+    prompt, answer = executor.new_cache(), executor.new_cache()
+    sampler = Sampler(Sampling(temperature=1.0, seed=3, **options), [], executor.config.vocab_size)
+    chunks = len(ids) // executor._executor.chunk_rows
+    got, chosen = [], [(1, 0.0)]
+
+    def read():
+        got.append(executor._executor.forward([prompt], ids, [len(ids)], [1], cos, sin))
+
+    reading = threading.Thread(target=read)
+    reading.start()
+    while not prompt.nbytes:  # until it has begun
+        time.sleep(1e-4)
+    while not prompt.length:  # until it has ended
+        chosen.append(executor.next_token(chosen[-1][0], answer, sampler))
+    reading.join()
+    assert chunks >= 16
+    assert len(chosen) > chunks // 2
+    # and get what they would get alone
+    assert np.array_equal(got[0], run(executor, ids)[-1:])
+    alone = Sampler(Sampling(temperature=1.0, seed=3, **options), [], executor.config.vocab_size)
+    cache, again = executor.new_cache(), [(1, 0.0)]
+    for _ in chosen[1:]:
+        again.append(executor.next_token(again[-1][0], cache, alone))
+    assert again == chosen
 
 
 def test_two_executors_at_once():

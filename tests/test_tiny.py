@@ -1,8 +1,11 @@
 """The model inside the package."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +55,38 @@ def test_it_generates_the_same_with_torch_and_without():
     assert got.token_ids == want.token_ids
     assert want.text.isprintable() and len(want.text) > 30
     assert np.isfinite(want.logprobs).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_threads_and_forked_children_may_share_an_engine():
+    engine = Engine.load("tiny", threads=2)
+    text = AUSTEN * 2
+    works = [
+        {"prompt": "It is a truth", "temperature": 0.9, "seed": 1},
+        {"prompt": text, "temperature": 0.7, "top_p": 0.9, "seed": 2},
+        {"prompt": "Her father", "top_k": 5, "temperature": 1.0, "seed": 3},
+        {"prompt": [text, "Catherine"], "temperature": 0.5, "seed": 4},
+    ]
+
+    def answers(work):
+        got = engine.generate(**work, max_new_tokens=40)
+        return [g.token_ids for g in (got if isinstance(got, list) else [got])]
+
+    def streamed(work):
+        if isinstance(work["prompt"], list):
+            return answers(work)
+        return [[token.token_id for token in engine.stream(**work, max_new_tokens=40)]]
+
+    want = [answers(work) for work in works]
+    with ThreadPoolExecutor(4) as pool:
+        for function in (answers, streamed):
+            futures = [pool.submit(function, work) for work in works * 3]
+            child = os.fork()
+            if child == 0:  # nothing of pytest's may run in it
+                signal.alarm(60)
+                os._exit(0 if answers(works[0]) == want[0] else 1)
+            assert [future.result(timeout=120) for future in futures] == want * 3
+            assert os.waitpid(child, 0)[1] == 0
 
 
 def test_the_command_takes_its_name(capsys):

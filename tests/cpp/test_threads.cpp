@@ -8,11 +8,13 @@
 #include <cstdio>
 #include <memory>
 #include <thread>
+#include <vector>
 
 #include "threads.h"
 
 namespace {
 
+using mlf::FairMutex;
 using mlf::ThreadPool;
 
 constexpr int kSeconds = 20;  // a child that takes longer hangs
@@ -33,6 +35,12 @@ int status_of(pid_t child) {
   kill(child, SIGKILL);
   waitpid(child, nullptr, 0);
   return -1;
+}
+
+void expect(const char* what, bool holds) {
+  if (holds) return;
+  std::fprintf(stderr, "%s: not so\n", what);
+  ++failures;
 }
 
 void expect_end(const char* what, pid_t child) {
@@ -78,9 +86,66 @@ void a_child_can_use_a_pool() {
   expect_end("used in a child", child);
 }
 
+// Who has it twice in a row would keep it from others for as long as it likes.
+void a_mutex_is_had_in_the_order_of_asking() {
+  FairMutex mutex;
+  std::atomic<int> had{0};
+  std::atomic<bool> ordered{true};
+  mutex.lock();
+  std::vector<std::thread> others;
+  for (int i = 0; i < 3; ++i) {
+    others.emplace_back([&, i] {
+      mutex.lock();
+      if (had++ != i) ordered = false;
+      mutex.unlock();
+    });
+    rest(100);
+  }
+  expect("a mutex in use is not free", !mutex.try_lock());
+  mutex.unlock();
+  mutex.lock();
+  expect("who waited comes before who returns", had == 3 && ordered);
+  mutex.unlock();
+  for (std::thread& other : others) other.join();
+  expect("a mutex is free at the end", mutex.try_lock());
+  expect("and then in use", !mutex.try_lock());
+  mutex.unlock();
+}
+
+// The child has neither who holds the mutex nor who waits for it.
+void a_child_can_use_and_destroy_a_mutex() {
+  auto mutex = std::make_unique<FairMutex>();
+  mutex->lock();
+  std::thread waiting([&] {
+    mutex->lock();
+    mutex->unlock();
+  });
+  rest(100);
+  const pid_t child = fork();
+  if (child == 0) {
+    const bool free = mutex->try_lock();
+    if (free) mutex->unlock();
+    mutex->lock();
+    mutex->unlock();
+    mutex.reset();
+    _exit(free ? 0 : 1);
+  }
+  expect_end("a mutex used in a child", child);
+  const pid_t destroying = fork();
+  if (destroying == 0) {
+    mutex.reset();
+    _exit(0);
+  }
+  expect_end("a mutex destroyed in a child", destroying);
+  mutex->unlock();
+  waiting.join();
+}
+
 }  // namespace
 
 int main() {
+  a_mutex_is_had_in_the_order_of_asking();
+  a_child_can_use_and_destroy_a_mutex();
   a_child_can_destroy_a_pool();
   a_child_can_use_a_pool();
   return failures ? 1 : 0;
