@@ -166,8 +166,11 @@ def transformers_logits(
     return model.lm_head(decoder.norm(hidden))
 
 
-def assert_logits_close(got, want, tolerance: float = 2e-4) -> None:
-    """Compare with a bound relative to the largest logit."""
+def assert_logits_close(got, want, tolerance: float = 2e-5) -> None:
+    """Compare with a bound relative to the largest logit.
+
+    The default is for float32 in another order: 4 times the largest error seen over all models.
+    """
     got = np.asarray(torch.as_tensor(got).detach(), np.float64)
     want = np.asarray(torch.as_tensor(want).detach(), np.float64)
     assert got.shape == want.shape

@@ -70,7 +70,7 @@ def test_forward_without_a_cache_returns_all_logits():
     ids = torch.tensor(random_ids(theirs.config, 2, 6))
     with torch.no_grad():
         got, want = ours(ids).logits, theirs(ids).logits
-    torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
 
 def test_loss_and_gradients_for_a_trainer():
@@ -82,7 +82,7 @@ def test_loss_and_gradients_for_a_trainer():
         losses[-1].backward()
     torch.testing.assert_close(*losses)
     table = theirs.model.embed_tokens.weight.grad
-    torch.testing.assert_close(ours.get_input_embeddings().weight.grad, table, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(ours.get_input_embeddings().weight.grad, table, rtol=3e-4, atol=5e-6)
     mask = torch.tensor([[0, 1, 1, 1, 1, 1]] * 2)
     with pytest.raises(MobileLLMError, match="attention_mask must not pad on the left"):
         ours(ids, attention_mask=mask, labels=ids)

@@ -107,7 +107,7 @@ def test_models_return_the_loss_of_their_logits(kind, tied):
     for a, b in zip(
         torch.autograd.grad(got, parameters), torch.autograd.grad(want, parameters), strict=True
     ):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=4e-6)  # float32, in chunks
 
 
 def test_compiled_losses_are_computed_in_chunks(monkeypatch):

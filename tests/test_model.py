@@ -286,7 +286,7 @@ def test_compiles_to_one_graph():
     model.zero_grad()
     model(ids).sum().backward()
     for name, p in model.named_parameters():
-        torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(grads[name], p.grad, rtol=1e-5, atol=1e-5)
 
 
 def greedy_without_cache(model, prompt, count):

@@ -356,7 +356,7 @@ def test_transforms_of_functions(name):
 
     got, loss_value = torch.func.grad_and_value(loss)(x)
     # float32 sums in another order: some 100 roundings of values around 1
-    close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=2e-5)
+    close = functools.partial(torch.testing.assert_close, rtol=2e-6, atol=4e-6)
     close(got, want)
     close(loss_value, value.detach())
     close(torch.func.vmap(torch.func.grad(loss))(torch.stack((x, x)))[1], want)
@@ -379,9 +379,9 @@ def test_forward_mode_differentiation(name):
     with forward_ad.dual_level():
         value, tangent = forward_ad.unpack_dual(function(forward_ad.make_dual(x, along)))
         assert forward_ad.unpack_dual(function(x)).tangent is None
-    torch.testing.assert_close(value, function(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(value, function(x), rtol=2e-6, atol=4e-6)
     _, want = torch.autograd.functional.jvp(function, x, along)  # by differentiating twice
-    torch.testing.assert_close(tangent, want, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(tangent, want, rtol=2e-6, atol=4e-6)
 
 
 @pytest.mark.parametrize("dtype", ops.FLOATS, ids=str)

@@ -76,7 +76,7 @@ def test_the_loss_compiles_to_one_graph(kind):
     compiled = torch.compile(lm, backend="aot_eager", fullgraph=True)
     got, want = gradients(lm, compiled(ids, ids)), gradients(lm, lm(ids, ids))
     for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6)
 
 
 def test_compiled_by_inductor():
@@ -85,8 +85,8 @@ def test_compiled_by_inductor():
     ids = ids_of(lm, 2, 8)
     compiled = torch.compile(lm, fullgraph=True)
     got, want = gradients(lm, compiled(ids, ids)), gradients(lm, lm(ids, ids))
-    for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=1e-3, atol=1e-5)
+    for name in want:  # other orders of sums in float32
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int8", "int4_g32"])
@@ -103,7 +103,7 @@ def test_export_round_trip(kind, tmp_path):
     for shape in ((2, 9), (1, 30), (5, 3)):
         ids = ids_of(lm, *shape, seed=3)
         with torch.no_grad():
-            torch.testing.assert_close(again(ids), lm(ids), rtol=0, atol=1e-5)
+            torch.testing.assert_close(again(ids), lm(ids), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
