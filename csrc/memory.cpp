@@ -18,13 +18,32 @@ namespace mlf {
 namespace {
 
 constexpr int64_t kHugePage = int64_t{2} << 20;
-constexpr int64_t kFreshSeconds = 24 * 3600;  // after which few files are cached as written
 
 void ask_for_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t nbytes) {
 #ifdef MADV_HUGEPAGE
   madvise(memory, nbytes, MADV_HUGEPAGE);
 #endif
 }
+
+[[noreturn]] void fail(int error) { throw std::system_error(error, std::generic_category()); }
+
+// A regular file, open to be read.
+struct File {
+  explicit File(const char* path)
+      : number(open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {  // do not wait for a pipe
+    if (number < 0) fail(errno);
+  }
+  File(const File&) = delete;
+  ~File() { close(number); }
+  struct stat status() const {
+    struct stat status;
+    if (fstat(number, &status)) fail(errno);
+    if (!S_ISREG(status.st_mode)) fail(S_ISDIR(status.st_mode) ? EISDIR : EINVAL);
+    return status;
+  }
+
+  const int number;
+};
 
 }  // namespace
 
@@ -52,33 +71,25 @@ void release_memory(uint8_t* memory, int64_t nbytes) {
 }
 
 Pages map_file(const char* path, std::string_view magic, int64_t& nbytes) {
-  const int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // do not wait for a pipe
-  if (file < 0) throw std::system_error(errno, std::generic_category());
-  struct stat status;
-  int error = fstat(file, &status) ? errno : 0;
-  if (!error && !S_ISREG(status.st_mode)) error = S_ISDIR(status.st_mode) ? EISDIR : EINVAL;
-  Pages pages;
-  if (!error && status.st_size > 0) {
-    try {
-      pages = allocate_pages(status.st_size);
-    } catch (const std::bad_alloc&) {
-      error = ENOMEM;
-    }
-    if (!error && mmap(pages.get(), status.st_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED,
-                       file, 0) == MAP_FAILED)
-      error = errno;
-    if (!error) {
-      ask_for_huge_pages(pages.get(), status.st_size);
-      const bool cached = is_cached(pages.get(), status.st_size);  // before a byte brings more
-      const auto length = static_cast<int64_t>(magic.size());
-      if (cached && status.st_size >= length && std::memcmp(pages.get(), magic.data(), length) == 0)
-        read_in_huge_pages(pages.get(), status.st_size, file,
-                           std::time(nullptr) - status.st_ctime < kFreshSeconds);
-    }
-  }
-  close(file);
-  if (error) throw std::system_error(error, std::generic_category());
+  const File file(path);
+  const struct stat status = file.status();
   nbytes = status.st_size;
+  if (nbytes == 0) return {};
+  Pages pages;
+  try {
+    pages = allocate_pages(nbytes);
+  } catch (const std::bad_alloc&) {
+    fail(ENOMEM);
+  }
+  if (mmap(pages.get(), nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, file.number, 0) ==
+      MAP_FAILED)
+    fail(errno);
+  ask_for_huge_pages(pages.get(), nbytes);
+  const bool cached = is_cached(pages.get(), nbytes);  // before a byte brings more
+  const auto length = static_cast<int64_t>(magic.size());
+  if (cached && nbytes >= length && std::memcmp(pages.get(), magic.data(), length) == 0)
+    read_in_huge_pages(pages.get(), nbytes, file.number,
+                       is_fresh(status.st_ctime, std::time(nullptr)));
   return pages;
 }
 

@@ -1,5 +1,28 @@
 #include "page_cache.h"
 
+#include <cstdio>
+#include <limits>
+
+namespace mlf {
+
+bool is_fresh(int64_t changed, int64_t now) {
+  constexpr int64_t kDay = 24 * 3600;
+  return changed <= now && now - changed < kDay;
+}
+
+int64_t available_nbytes() {
+  long long kilobytes = -1;
+  if (std::FILE* file = std::fopen("/proc/meminfo", "re")) {
+    char line[256];
+    while (kilobytes < 0 && std::fgets(line, sizeof line, file))
+      if (std::sscanf(line, "MemAvailable: %lld kB", &kilobytes) != 1) kilobytes = -1;
+    std::fclose(file);
+  }
+  return kilobytes < 0 ? std::numeric_limits<int64_t>::max() : kilobytes * 1024;
+}
+
+}  // namespace mlf
+
 #ifdef __linux__
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -49,7 +72,8 @@ bool is_cached(uint8_t* begin, int64_t nbytes) {
 
 int64_t read_in_huge_pages(uint8_t* begin, int64_t nbytes, int file, bool fresh) {
   const int64_t whole = nbytes / kHugePage * kHugePage;
-  if (whole == 0 || sysconf(_SC_PAGESIZE) != kSmallPage || madvise(begin, nbytes, MADV_HUGEPAGE))
+  if (whole == 0 || sysconf(_SC_PAGESIZE) != kSmallPage || nbytes > available_nbytes() ||
+      madvise(begin, nbytes, MADV_HUGEPAGE))
     return 0;
   std::vector<int64_t> small;
   small.reserve(whole / kHugePage);

@@ -137,9 +137,42 @@ void expect(const File& file, const char* what, bool fresh, int64_t want_read, i
   ++failures;
 }
 
+// Reading all of it would take minutes, and put everything else out of memory.
+void a_file_larger_than_memory_is_left_alone() {
+  const int64_t nbytes = 2 * sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
+  const File file;
+  if (ftruncate(file.fd(), nbytes)) return;  // the file system has no such files
+  void* data = mmap(nullptr, nbytes, PROT_READ, MAP_PRIVATE, file.fd(), 0);
+  if (data == MAP_FAILED) return;
+  alarm(20);
+  if (mlf::read_in_huge_pages(static_cast<uint8_t*>(data), nbytes, file.fd(), true) != 0) {
+    std::fprintf(stderr, "a file larger than memory was read again\n");
+    ++failures;
+  }
+  alarm(0);
+  munmap(data, nbytes);
+}
+
+void a_file_is_fresh_for_a_day() {
+  constexpr int64_t kNow = 1000000, kDay = 24 * 3600;
+  const bool right = mlf::is_fresh(kNow, kNow) && mlf::is_fresh(kNow - kDay + 1, kNow) &&
+                     !mlf::is_fresh(kNow - kDay, kNow) && !mlf::is_fresh(kNow + 1, kNow);
+  if (right) return;
+  std::fprintf(stderr, "a file is fresh on another day\n");
+  ++failures;
+}
+
 }  // namespace
 
 int main() {
+  a_file_is_fresh_for_a_day();
+  if (const int64_t available = mlf::available_nbytes();
+      available < kNbytes || available > sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE)) {
+    std::fprintf(stderr, "%lld bytes of memory are available\n", static_cast<long long>(available));
+    ++failures;
+  }
+  a_file_larger_than_memory_is_left_alone();
+  if (failures) return 1;
   const File file;
   file.drop();
   if (is_cached(file)) {
