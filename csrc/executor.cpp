@@ -131,11 +131,8 @@ std::unique_ptr<KVCache> Executor::new_cache() const {
 
 void Executor::forward(const std::vector<Sequence>& sequences, float* logits) {
   std::unique_lock<FairMutex> lock(mutex_);
-  std::vector<int64_t> lengths;
-  for (const Sequence& sequence : sequences) {
-    lengths.push_back(sequence.cache->length() + sequence.count);
-    sequence.cache->reserve(lengths.back());
-  }
+  for (const Sequence& sequence : sequences)
+    sequence.cache->reserve(sequence.cache->length() + sequence.count);
   const std::vector<Chunk> chunks = cut_into_chunks(sequences, chunk_rows_, model_.kv_heads,
                                                     model_.head_dim / 2, model_.vocab, logits);
   for (const Chunk& chunk : chunks) {
@@ -155,7 +152,8 @@ void Executor::forward(const std::vector<Sequence>& sequences, float* logits) {
     const bool late = pool_.run(threads, [&](int thread) { run_chunk(thread, chunk); });
     if (!by_rows) attendance_.note(late);
   }
-  for (size_t i = 0; i < sequences.size(); ++i) sequences[i].cache->set_length(lengths[i]);
+  for (const Sequence& sequence : sequences)
+    sequence.cache->set_length(sequence.cache->length() + sequence.count);
 }
 
 void Executor::for_shares(int64_t count, const std::function<void(Share)>& work) {
