@@ -27,10 +27,10 @@ class Sampling:
             divided by it and negative ones multiplied; 1.0 changes nothing.
         temperature: logits are divided by it; 0 takes the most likely token (the first on ties).
         top_k: keep the k most likely tokens (more if the last ones tie); None keeps all.
-        top_p: keep the smallest set of most likely tokens whose probabilities sum to at least
-            this, in (0, 1]; None keeps all.
+        top_p: keep the smallest set of most likely tokens (the first of equal ones) whose
+            probabilities sum to at least this, in (0, 1]; None keeps all.
         min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1]; None
-            keeps all.
+            keeps all. `candidates` says it all precisely.
         seed: integer >= 0; the same seed gives the same tokens again. None draws a fresh one.
 
     Raises:
@@ -107,33 +107,54 @@ def broken_logits() -> MobileLLMError:
     return MobileLLMError("[generate] the model's logits must be finite, got nan or inf")
 
 
-def distribution(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """Apply temperature > 0, top_k, top_p and min_p: the specification of `_C.Sampler`.
+
+    A token weighs `exp((logit - largest) / temperature)`. Of two tokens the likelier is the one of
+    the larger logit, then the first by id, also where their weights are the same float.
+
+    - `top_k` keeps the k likeliest, and whatever has the logit of the last of them;
+    - `top_p` the fewest of those, likeliest first, that weigh at least p times as much as all of
+      those together. Weights are summed, not probabilities: of equal tokens they are exactly 1,
+      where sums of thousands of rounded probabilities miss p by some tokens;
+    - `min_p` those of the rest that weigh at least p.
 
     Args:
         logits: (vocab,), the largest finite.
     Returns:
-        Token ids (n,) int64, ascending, and their probabilities (n,) float64, which sum to 1.
+        Token ids (n,) int64, ascending, and their weights (n,) float64.
+    Numerics: float64. `_C.Sampler` sums all tokens' weights from float32, within 1e-6: where the
+        sum of some tokens is that close to p, it may keep one more or fewer.
     """
+    logits = logits.astype(np.float64)
     # Dividing what is at most 0 cannot overflow upwards, however small the temperature.
     with np.errstate(over="ignore"):
-        scaled = (logits.astype(np.float64) - logits.max()) / sampling.temperature
-    token_ids = np.arange(scaled.size)
-    for filter_mask, limit in (
-        (top_k_mask, sampling.top_k),
-        (top_p_mask, sampling.top_p),
-        (min_p_mask, sampling.min_p),
-    ):
-        if limit is not None:
-            kept = filter_mask(scaled, limit)
-            token_ids, scaled = token_ids[kept], scaled[kept]
-    return token_ids, softmax(scaled)
+        weights = np.exp((logits - logits.max()) / sampling.temperature)
+    token_ids = np.arange(logits.size)
+    if sampling.top_k is not None:
+        token_ids = token_ids[top_k_mask(logits, sampling.top_k)]
+    if sampling.top_p is not None:
+        token_ids = token_ids[top_p_mask(logits[token_ids], weights[token_ids], sampling.top_p)]
+    if sampling.min_p is not None:
+        token_ids = token_ids[weights[token_ids] >= sampling.min_p]
+    return token_ids, weights[token_ids]
+
+
+def draw(logits: np.ndarray, sampling: Sampling, uniform: float) -> int:
+    """Return the token that a number in [0, 1) chooses: the specification of `_C.Sampler`.
+
+    The first by id at which the cumulated weight of the `candidates` reaches `1 - uniform` times
+    the weight of all of them.
+    """
+    token_ids, weights = candidates(logits, sampling)
+    place = np.searchsorted(weights.cumsum(), weights.sum() * (1 - uniform))
+    return int(token_ids[min(place, len(token_ids) - 1)])
 
 
 def penalise(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
     """Return logits (vocab,) with those marked in `seen` (vocab,) bool made less likely.
 
-    The specification of `_C.Sampler`, as `distribution` is.
+    The specification of `_C.Sampler`, as `candidates` is.
 
     Reference: Keskar et al. 2019 (CTRL), with transformers' rule for negative logits.
     """
@@ -150,30 +171,13 @@ def top_k_mask(logits: np.ndarray, k: int) -> np.ndarray:
     return logits >= np.partition(logits, -k)[-k]
 
 
-def top_p_mask(logits: np.ndarray, p: float) -> np.ndarray:
-    """Mark the smallest set of largest logits (n,) whose probabilities sum to at least p."""
-    if p >= 1:
-        return np.ones(logits.size, bool)
-    probabilities = softmax(logits)
-    # Sorting a whole vocabulary would cost more than the model. Tokens less likely than (1-p)/n
-    # together weigh less than 1-p, so the set lies among the others: usually a few hundred.
-    likely = np.flatnonzero(probabilities >= (1 - p) / logits.size)
-    likely = likely[np.argsort(-probabilities[likely], kind="stable")]
-    count = 1 + np.searchsorted(probabilities[likely].cumsum(), p)
+def top_p_mask(logits: np.ndarray, weights: np.ndarray, p: float) -> np.ndarray:
+    """Mark the fewest of largest logits (n,) whose weights sum to at least p times all weights."""
+    likeliest_first = np.argsort(-logits, kind="stable")
+    count = 1 + np.searchsorted(weights[likeliest_first].cumsum(), p * weights.sum())
     mask = np.zeros(logits.size, bool)
-    mask[likely[:count]] = True
+    mask[likeliest_first[: count if p < 1 else None]] = True
     return mask
-
-
-def min_p_mask(logits: np.ndarray, p: float) -> np.ndarray:
-    """Mark logits (n,) whose probability is at least p times the largest one."""
-    return np.exp(logits - logits.max()) >= p
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Return the probabilities of logits (n,)."""
-    weights = np.exp(logits - logits.max())
-    return weights / weights.sum()
 
 
 def logprob(logits: np.ndarray, token_id: int) -> float:

@@ -6,7 +6,7 @@ import pytest
 from mobilellm_fast import _C
 from mobilellm_fast import sampling as s
 from mobilellm_fast.errors import MobileLLMError
-from mobilellm_fast.sampling import Sampler, Sampling, distribution, logprob
+from mobilellm_fast.sampling import Sampler, Sampling, candidates, logprob
 
 VOCAB = 2000
 
@@ -20,6 +20,10 @@ def warped(warper, logits, ids=()):
     torch = pytest.importorskip("torch")
     ids = torch.tensor([list(ids)], dtype=torch.long)
     return warper(ids, torch.from_numpy(np.array(logits))[None].double())[0].numpy()
+
+
+def weights_of(logits):
+    return np.exp(logits - logits.max())
 
 
 def kept(warper, logits):
@@ -44,13 +48,14 @@ class TestFiltersAgreeWithTransformers:
     @pytest.mark.parametrize("p", [1e-9, 0.1, 0.5, 0.9, 0.999, 1.0])
     def test_top_p(self, hf, seed, spread, p):
         logits = random_logits(seed, spread).astype(np.float64)
-        mask = s.top_p_mask(logits, p)
+        mask = s.top_p_mask(logits, weights_of(logits), p)
         np.testing.assert_array_equal(mask, kept(hf.TopPLogitsWarper(p), logits))
 
     @pytest.mark.parametrize("p", [0.0, 1e-4, 0.05, 0.5, 1.0])
     def test_min_p(self, hf, seed, spread, p):
-        logits = random_logits(seed, spread).astype(np.float64)
-        np.testing.assert_array_equal(s.min_p_mask(logits, p), kept(hf.MinPLogitsWarper(p), logits))
+        logits = random_logits(seed, spread)
+        ids, _ = candidates(logits, Sampling(temperature=1.0, min_p=p))
+        np.testing.assert_array_equal(ids, np.flatnonzero(kept(hf.MinPLogitsWarper(p), logits)))
 
     @pytest.mark.parametrize("penalty", [0.8, 1.3])
     def test_repetition_penalty(self, hf, seed, spread, penalty):
@@ -70,26 +75,27 @@ class TestFiltersAgreeWithTransformers:
         expected = warped(hf.TopPLogitsWarper(0.8), expected)
         expected = warped(hf.MinPLogitsWarper(0.05), expected)
         weights = np.exp(expected - expected.max())
-        ids, probabilities = distribution(logits, options)
+        ids, ours = candidates(logits, options)
         np.testing.assert_array_equal(ids, np.flatnonzero(weights))
-        np.testing.assert_allclose(probabilities, (weights / weights.sum())[ids], rtol=1e-9)
+        np.testing.assert_allclose(ours / ours.sum(), (weights / weights.sum())[ids], rtol=1e-9)
 
 
 def test_top_p_is_the_smallest_set_that_reaches_p():
     logits = np.log([0.1, 0.4, 0.2, 0.3])
     for p, expected in ((0.39, [1]), (0.41, [1, 3]), (0.69, [1, 3]), (0.71, [1, 2, 3]), (0.95, 4)):
         expected = range(4) if expected == 4 else expected
-        assert list(np.flatnonzero(s.top_p_mask(logits, p))) == list(expected)
+        assert list(np.flatnonzero(s.top_p_mask(logits, weights_of(logits), p))) == list(expected)
     # 0.5 and 0.25 are exact in binary: reaching p exactly is enough
     exact = np.log2([0.25, 0.5, 0.25]) * np.log(2)
-    assert list(np.flatnonzero(s.top_p_mask(exact, 0.5))) == [1]
+    assert list(np.flatnonzero(s.top_p_mask(exact, weights_of(exact), 0.5))) == [1]
 
 
 def test_top_p_prefers_the_first_of_equals():
     levels = np.random.default_rng(0).integers(3, size=VOCAB).astype(np.float64)
     top = np.flatnonzero(levels == 2)
-    half = s.softmax(levels)[top].sum() / 2
-    kept = np.flatnonzero(s.top_p_mask(levels, half))
+    weights = weights_of(levels)
+    half = weights[top].sum() / weights.sum() / 2
+    kept = np.flatnonzero(s.top_p_mask(levels, weights, half))
     assert 0.49 < len(kept) / len(top) < 0.51
     np.testing.assert_array_equal(kept, top[: len(kept)])
 
@@ -156,7 +162,8 @@ def test_draws_are_those_of_the_specification(isa, spread, size):
             "min_p": rng.choice([None, 0.0, 0.05, 0.9, 1.0]),
         }
         sampling, uniform = Sampling(**filters), rng.random()
-        token_ids, probabilities = distribution(logits, sampling)
+        token_ids, weights = candidates(logits, sampling)
+        probabilities = weights / weights.sum()
         cumulative = probabilities.cumsum()
         got = draw(logits, sampling, uniform, isa)
         # the same token, unless the number lies within rounding of the step between two
@@ -164,6 +171,23 @@ def test_draws_are_those_of_the_specification(isa, spread, size):
         below = cumulative[place - 1] if place else 0.0
         assert probabilities[place] > 0
         assert below - 1e-5 <= 1 - uniform <= cumulative[place] + 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 300}, {"top_k": 900, "min_p": 1.0}])
+@pytest.mark.parametrize("p", [None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999999])
+@pytest.mark.parametrize("size", [1000, 3000])
+@pytest.mark.parametrize("alike", ["equal", "at 1e300"])
+def test_of_tokens_that_weigh_the_same_exactly_the_specified_are_kept(alike, size, p, options):
+    """At 1e300 all weights are 1, too, but the larger logit is still the likelier."""
+    logits = random_logits(1)[np.arange(size) % VOCAB] * (alike != "equal")
+    sampling = Sampling(temperature=1.0 if alike == "equal" else 1e300, top_p=p, **options)
+    token_ids, _ = candidates(logits, sampling)
+    of_top_k = size if alike == "equal" else options.get("top_k", size)
+    assert p is None or len(token_ids) == np.ceil(p * (logits >= np.sort(logits)[-of_top_k]).sum())
+    for place in np.linspace(0, len(token_ids) - 1, 60).astype(int):
+        uniform = 1 - (place + 0.5) / len(token_ids)
+        assert s.draw(logits, sampling, uniform) == token_ids[place]
+        assert draw(logits, sampling, uniform) == token_ids[place]
 
 
 def test_draws_at_the_ends_of_the_range():
