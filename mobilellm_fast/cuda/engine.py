@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from ..config import MobileLLMConfig
 from ..engine import Engine
 from ..errors import MobileLLMError
 from ..packing import check_format, load_image
-from ..sampling import Sampler
+from ..tokenizer import Tokenizer
 from ..weights import Weights
+from .cache import CudaCache
 from .executor import CudaExecutor, check_cuda, check_options
 from .weights import CudaWeights
 
@@ -38,7 +38,7 @@ class CudaEngine(Engine):
         format: str,
         *,
         device: str = "cuda",
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         chat_template: str | None = None,
         name: str = "model",
         kv_format: str | None = None,
@@ -102,10 +102,8 @@ class CudaEngine(Engine):
             tier=tier,
         )
 
-    def next_token(self, token_id: int, cache, sampler: Sampler) -> tuple[int, float]:
-        """Append a token to a cache and choose the next, on the CPU."""
-        return sampler.choose(self.forward([token_id], cache)[0])
-
-    def decode(self, *args: Any, **options: Any) -> tuple[list[int], list[float]]:
+    def decode(
+        self, cache: CudaCache, token_id: int, count: int, temperature: float = 0.0, seed: int = 0
+    ) -> tuple[list[int], list[float]]:
         """Read a token, then what is chosen after it, see `CudaExecutor.decode`."""
-        return self.executor.decode(*args, **options)
+        return self.executor.decode(cache, token_id, count, temperature, seed)

@@ -16,6 +16,7 @@ from ..config import MobileLLMConfig
 from ..errors import MobileLLMError
 from ..executor import checked_ids
 from ..rope import cos_sin
+from ..sampling import Sampler
 from .cache import FORMATS, CudaCache
 from .weights import CudaWeights
 
@@ -115,6 +116,10 @@ class CudaExecutor:
             self._steps.run(cache, int(ids[0]), 1, 0.0, 0)
             return self._steps.logits.cpu().numpy()[None].copy()
         return self._read(ids, cache, all_logits).cpu().numpy()
+
+    def next_token(self, token_id: int, cache: CudaCache, sampler: Sampler) -> tuple[int, float]:
+        """Append a token and choose the next on the CPU, see `Executor.next_token`."""
+        return sampler.choose(self.forward([token_id], cache)[0])
 
     @_one_at_a_time
     def forward_batch(
