@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 from .errors import MobileLLMError
 from .interface import TextEngine
@@ -31,6 +32,20 @@ class Options(Sampling):
     stop: str | Sequence[str] | None = None
     prompt_lookup: int | None = None
     prompt_lookup_ngram: int = 3
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Options:
+        """Check the keyword arguments of a call.
+
+        Raises:
+            MobileLLMError: there is no such option, or its value is wrong.
+        """
+        known = [field.name for field in fields(cls)]
+        if unknown := [name for name in given if name not in known]:
+            raise MobileLLMError(
+                f"[generate] options must be among {', '.join(known)}, got {unknown[0]!r}"
+            )
+        return cls(**given)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -212,7 +212,7 @@ def stream(engine: TextEngine, prompt: Prompt, **options: Any) -> Stream:
     Raises:
         MobileLLMError: a bad argument; nothing was computed.
     """
-    checked = Options(**options)
+    checked = Options.of(options)
     return Stream(engine, prompt_ids(engine, prompt, "[generate] prompt"), checked)
 
 
@@ -241,7 +241,7 @@ def generate(
         MobileLLMError: as `stream`; names the prompt of a list.
     """
     if is_batch(prompt):
-        return generate_batch(engine, prompt, Options(**options))
+        return generate_batch(engine, prompt, Options.of(options))
     return stream(engine, prompt, **options).run_to_end()
 
 
@@ -258,7 +258,7 @@ def stream_chat(
         MobileLLMError: a bad argument, no chat template or tokenizer, a template that refuses
             the messages, or a chat that fills the context.
     """
-    checked = Options(**options)
+    checked = Options.of(options)
     # An answer is a text of its own: no space before its first word.
     return Stream(engine, chat_ids(engine, messages), checked, continues_prompt=False)
 

@@ -56,7 +56,7 @@ class Session:
 
     def stream(self, prompt: str | Sequence[int], **options: Any) -> Stream:
         """Start continuing a prompt; see `generate.stream`."""
-        checked = Options(**options)
+        checked = Options.of(options)
         ids = prompt_ids(self._engine, prompt, "[generate] prompt")
         return Stream(self._engine, ids, checked, context=self._context)
 
@@ -77,7 +77,7 @@ class Session:
         """
         if not isinstance(message, str):
             raise MobileLLMError(f"[chat] message must be a string, got {type(message).__name__}")
-        checked = Options(**options)
+        checked = Options.of(options)
         messages = self.messages
         question = {"role": "user", "content": message}
         ids = chat_ids(self._engine, [*messages, question])

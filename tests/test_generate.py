@@ -298,6 +298,7 @@ def test_bad_prompts_are_refused_before_any_work(prompt, message):
         ({"stop": ["a", ""]}, "stop"),
         ({"stop": 5}, "stop"),
         ({"stop": [5]}, "stop"),
+        ({"max_tokens": 5}, "options must be among .*max_new_tokens, .*got 'max_tokens'"),
     ],
 )
 def test_bad_options_are_refused_before_any_work(options, message):
