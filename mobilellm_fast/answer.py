@@ -38,11 +38,12 @@ class Options(Sampling):
         """Check the keyword arguments of a call.
 
         Raises:
-            MobileLLMError: there is no such option, or its value is wrong.
+            TypeError: there is no such option, as for any other function's arguments.
+            MobileLLMError: its value is wrong.
         """
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in given if name not in known]:
-            raise MobileLLMError(
+            raise TypeError(
                 f"[generate] options must be among {', '.join(known)}, got {unknown[0]!r}"
             )
         return cls(**given)
