@@ -173,24 +173,29 @@ bool all_countable(const float* logits, int64_t vocab) {
   return others == 0;
 }
 
+// Call visit(i) for the logits of at least `least`, in order.
+template <class Visit>
+void for_each_from(float least, const float* logits, int64_t vocab,
+                   const std::vector<float>& maxima, Visit visit) {
+  for (size_t block = 0; block < maxima.size(); ++block) {
+    if (maxima[block] < least) continue;
+    const int64_t first = static_cast<int64_t>(block) * kSoftmaxBlock;
+    for (int64_t i = first; i < std::min(first + kSoftmaxBlock, vocab); ++i)
+      if (logits[i] >= least) visit(i);
+  }
+}
+
 // The k-th largest logit. The k-th largest of the blocks' maxima is at most that, so only logits
 // from there on need to be sorted.
-float kth_largest(const KernelTable& kernels, const float* logits, int64_t vocab, int64_t k,
-                  const ForShares& for_shares) {
-  const std::vector<float> maxima = block_maxima(kernels, logits, vocab, for_shares);
+float kth_largest(const float* logits, int64_t vocab, int64_t k, const std::vector<float>& maxima) {
   std::vector<float> large;
-  const int64_t blocks = maxima.size();
-  if (k > blocks) {
+  if (k > static_cast<int64_t>(maxima.size())) {
     large.assign(logits, logits + vocab);
   } else {
     std::vector<float> sorted = maxima;
     std::nth_element(sorted.begin(), sorted.begin() + k - 1, sorted.end(), std::greater<>());
-    for (int64_t block = 0; block < blocks; ++block) {
-      if (maxima[block] < sorted[k - 1]) continue;
-      const int64_t end = std::min((block + 1) * kSoftmaxBlock, vocab);
-      for (int64_t i = block * kSoftmaxBlock; i < end; ++i)
-        if (logits[i] >= sorted[k - 1]) large.push_back(logits[i]);
-    }
+    for_each_from(sorted[k - 1], logits, vocab, maxima,
+                  [&](int64_t i) { large.push_back(logits[i]); });
   }
   std::nth_element(large.begin(), large.begin() + k - 1, large.end(), std::greater<>());
   return large[k - 1];
@@ -240,9 +245,8 @@ int64_t draw(const KernelTable& kernels, const float* logits, int64_t vocab, flo
   };
   double total = 0;  // of the weights before top_p
   if (filters.top_k > 0 && filters.top_k < vocab) {
-    const float least = kth_largest(kernels, logits, vocab, filters.top_k, for_shares);
-    for (int64_t i = 0; i < vocab; ++i)
-      if (logits[i] >= least) add(i);
+    const std::vector<float> maxima = block_maxima(kernels, logits, vocab, for_shares);
+    for_each_from(kth_largest(logits, vocab, filters.top_k, maxima), logits, vocab, maxima, add);
     for (const Candidate& candidate : candidates) total += candidate.weight;
   } else {
     const Weights weights(kernels, logits, vocab, max, filters.temperature, for_shares);
