@@ -28,7 +28,7 @@ def load(
         source: a Hugging Face directory, a hub id, a .gguf or .mlf file, "tiny" for the small model
             in this package, or None for SmolLM2-135M-Instruct (98 MB, fetched once).
         device: `"cpu"`, `"cuda"` or `"cuda:N"`; `"auto"` takes a GPU if there is one, unless
-            something is asked for that only the CPU has.
+            something is asked for that only the CPU has, or the file is an image in `w8a8`.
         format: `"fp32"`, `"bf16"`, `"int8"`, `"w8a8"` (CPU only), `"int4"`, `"int4_all"`, or
             `"auto"`: the file's own grid if it is a quantized GGUF, else `"int8"` on a CPU and
             `"bf16"` on a GPU.
@@ -50,24 +50,32 @@ def load(
         raise MobileLLMError(
             f"[load] device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}"
         )
+    from .model import MobileLLM
+
     if device == "auto":
         for_cpu = threads is not None or format == "w8a8" or kv_format in ("int8", "int16")
-        device = "cuda" if not for_cpu and _has_gpu() else "cpu"
-    if device != "cpu":
-        from .cuda.engine import CudaEngine
-        from .model import MobileLLM
+        on_gpu = not for_cpu and _has_gpu()
+    else:
+        on_gpu = device != "cpu"
+    if on_gpu:
+        from .cuda.engine import CudaEngine, OnlyOnCPU
 
         check_threads(threads)
-        engine = CudaEngine.load(
-            source, device=device, format=format, revision=revision, kv_format=kv_format
-        )
-        return MobileLLM.from_engine(engine).eval()
+        try:
+            engine = CudaEngine.load(
+                source,
+                device="cuda" if device == "auto" else device,
+                format=format,
+                revision=revision,
+                kv_format=kv_format,
+            )
+            return MobileLLM.from_engine(engine).eval()
+        except OnlyOnCPU:
+            if device != "auto":
+                raise
     engine = Engine.load(
         source, format=format, threads=threads, revision=revision, kv_format=kv_format
     )
-
-    from .model import MobileLLM
-
     return MobileLLM.from_engine(engine).eval()
 
 

@@ -11,7 +11,10 @@ from helpers import random_ids, random_weights, tiny_config
 from safetensors.numpy import save_file
 
 import mobilellm_fast
+import mobilellm_fast.cuda.engine
+from mobilellm_fast import cuda, loading
 from mobilellm_fast.errors import CheckpointError, MobileLLMError
+from mobilellm_fast.packing import pack_checkpoint
 
 
 @pytest.fixture
@@ -85,6 +88,18 @@ def test_format_auto_is_int8_for_a_float_checkpoint(folder):
 def test_bad_arguments(folder, arguments, message):
     with pytest.raises(MobileLLMError, match=message):
         mobilellm_fast.load(folder, **arguments)
+
+
+def test_auto_takes_the_cpu_for_what_the_gpu_cannot(folder, tmp_path, monkeypatch):
+    """An image's format shows only when it is opened."""
+    image = tmp_path / "model.mlf"
+    pack_checkpoint(folder, format="w8a8").save(image)
+    monkeypatch.setattr(loading, "_has_gpu", lambda: True)
+    monkeypatch.setattr(cuda.engine, "check_cuda", lambda device: None)
+    lm = mobilellm_fast.load(image)
+    assert (lm.engine.format, lm.engine.on_gpu) == ("w8a8", False)
+    with pytest.raises(MobileLLMError, match=r"format of .* must be one of .* on cuda, got 'w8a8'"):
+        mobilellm_fast.load(image, device="cuda")
 
 
 def test_missing_source(tmp_path):

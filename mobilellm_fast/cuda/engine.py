@@ -17,6 +17,10 @@ from .weights import CudaWeights
 FORMATS = ("auto", "fp32", "bf16", "int8", "int4", "int4_all")
 
 
+class OnlyOnCPU(MobileLLMError):
+    """The source turned out to have a format that only the CPU has kernels for."""
+
+
 class CudaEngine(Engine):
     """Generates text on a GPU; `mobilellm_fast.load(device="cuda")` returns one inside a model.
 
@@ -75,6 +79,7 @@ class CudaEngine(Engine):
 
         Raises:
             MobileLLMError: an argument is out of range, or there is no GPU or no Triton.
+            OnlyOnCPU: the source is an image in `w8a8`.
             CheckpointError: the source cannot be found, read or trusted.
         """
         check_format(format)
@@ -86,7 +91,7 @@ class CudaEngine(Engine):
         check_cuda(device)
         image = load_image(source, format, revision, float_format="bf16")
         if image.format not in FORMATS:
-            raise MobileLLMError(
+            raise OnlyOnCPU(
                 f"[load] format of {source} must be one of {', '.join(FORMATS[1:])} on cuda, "
                 f"got {image.format!r}"
             )
