@@ -10,16 +10,20 @@ end of the one before: so the wait for its inputs belongs to it.
 import argparse
 import importlib.util
 import re
+import sys
 import tempfile
 from pathlib import Path
 from time import perf_counter
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+
 from gpu_models import nbytes_per_token, shape
+from random_cuda_weights import random_cuda_weights
 
 from mobilellm_fast.cuda import steps
 from mobilellm_fast.cuda.executor import TIERS, CudaExecutor
-from mobilellm_fast.cuda.weights import CudaWeights
 
 STEPS, ROUNDS = 64, 5
 WATCHED = 33  # every so many programs one stores the clock
@@ -53,7 +57,7 @@ def main() -> None:
     for model in args.models:
         name, _, kind = model.partition("/")
         config = shape(name, False)
-        weights = CudaWeights.random(config, kind or "bf16")
+        weights = random_cuda_weights(config, kind or "bf16")
         nbytes = nbytes_per_token(config, kind or "bf16", args.context)
         for tier in args.tiers:
             executor = CudaExecutor(config, weights, tier)

@@ -13,10 +13,11 @@ from emulated_cuda import compile_kernel
 
 pytest.importorskip("triton")
 
+from random_cuda_weights import random_cuda_matrix, random_cuda_weights
+
 from mobilellm_fast.config import MobileLLMConfig
 from mobilellm_fast.cuda import executor, ring
 from mobilellm_fast.cuda.executor import CudaExecutor
-from mobilellm_fast.cuda.weights import CudaWeights, Matrix
 from mobilellm_fast.errors import MobileLLMError
 
 TINY = MobileLLMConfig(
@@ -61,7 +62,7 @@ def make(
     weights=None,
     **constants,
 ):
-    weights = weights or CudaWeights.random(config, kind, 0, "cpu")
+    weights = weights or random_cuda_weights(config, kind, 0, "cpu")
     if tier != "ring":
         return CudaExecutor(config, weights, tier, kv_format)
     constants |= {"WARPS": warps, "THREADS": 32 * warps, "SHARED_LIMIT": 1 << 18}
@@ -126,10 +127,10 @@ def test_kinds_of_weights(seed, kind):
 
 def test_scales_of_groups_of_int8(seed):
     config = dataclasses.replace(TINY, intermediate_size=1088, num_attention_heads=4)
-    weights = CudaWeights.random(config, "int8", 0, "cpu")
+    weights = random_cuda_weights(config, "int8", 0, "cpu")
     generator = torch.Generator().manual_seed(0)
     body = {
-        name: Matrix.random("int8_g32", (1, matrix.rows, matrix.cols), 0.3, generator)
+        name: random_cuda_matrix("int8_g32", (1, matrix.rows, matrix.cols), 0.3, generator)
         for name in ("qkv", "output", "gate_up", "down")
         for matrix in [getattr(weights, name)]
     }
@@ -217,8 +218,8 @@ def test_models_that_it_does_not_take(changes, kind, message):
 
 
 def test_blocks_of_several_kinds_are_not_taken():
-    weights = CudaWeights.random(TINY, "fp32", 0, "cpu")
-    mixed = dataclasses.replace(weights, down=CudaWeights.random(TINY, "int8", 0, "cpu").down)
+    weights = random_cuda_weights(TINY, "fp32", 0, "cpu")
+    mixed = dataclasses.replace(weights, down=random_cuda_weights(TINY, "int8", 0, "cpu").down)
     assert "one kind of weights, got fp32, fp32, fp32, int8" in ring.obstacle(mixed, "fp32")
 
 
@@ -230,7 +231,7 @@ def test_auto_falls_back_where_the_ring_cannot_be(monkeypatch):
 
     monkeypatch.setattr(executor, "best_tier", lambda *_: "ring")
     monkeypatch.setattr(ring.RingSteps, "__init__", fails)
-    weights = CudaWeights.random(TINY, "fp32", 0, "cpu")
+    weights = random_cuda_weights(TINY, "fp32", 0, "cpu")
     assert CudaExecutor(TINY, weights).tier == "pdl"
     with pytest.raises(MobileLLMError, match="more shared memory"):
         CudaExecutor(TINY, weights, "ring")

@@ -9,9 +9,10 @@ from interpreted import HAS_GPU
 
 pytest.importorskip("triton")
 
+from random_cuda_weights import random_cuda_weights
+
 from mobilellm_fast.config import MobileLLMConfig
 from mobilellm_fast.cuda.executor import CudaExecutor
-from mobilellm_fast.cuda.weights import CudaWeights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")]
 
@@ -50,7 +51,7 @@ def decoded(executor, context):
     ],
 )
 def test_the_ring_equals_pdl(kind, constants):
-    weights = CudaWeights.random(CONFIG, kind)
+    weights = random_cuda_weights(CONFIG, kind)
     oracle = CudaExecutor(CONFIG, weights, "pdl", "fp16")
     ours = CudaExecutor(CONFIG, weights, "ring", "fp16", constants=constants)
     for context in (0, 100, 700, 2500):

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from .. import quant
 from ..config import MobileLLMConfig
-from ..errors import MobileLLMError
 from ..quant import GROUP, PackedWeight
 from ..row_major import stored_kind, to_row_major
 
@@ -91,28 +90,6 @@ class Matrix:
             scales = torch.stack([torch.cat([scales for _, scales in block]) for block in blocks])
             scales = scales.to(device)
         return cls(stored_kind(parts[0][0].kind), rows, parts[0][0].cols, codes.to(device), scales)
-
-    @classmethod
-    def random(
-        cls, kind: str, shape: tuple[int, ...], std: float, generator: torch.Generator
-    ) -> Matrix:
-        """Draw a matrix (..., rows, cols) of normal values, on the device of the generator."""
-        *blocks, rows, cols = shape
-        device = generator.device
-        if kind in FLOAT_DTYPES:
-            codes = torch.empty(shape, dtype=FLOAT_DTYPES[kind], device=device)
-            return cls(kind, rows, cols, codes.normal_(0, std, generator=generator))
-        groups = -(-cols // GROUP)
-        width = groups * GROUP // 2 if kind == "int4_g32" else cols
-        low, high, dtype = (0, 256, torch.uint8) if kind == "int4_g32" else (-127, 128, torch.int8)
-        shape = (*blocks, rows, width)
-        codes = torch.randint(low, high, shape, dtype=dtype, device=device, generator=generator)
-        step = std * 12**0.5 / (15 if kind == "int4_g32" else 254)  # of a uniform distribution
-        sizes = {"int8": (rows,), "int8_g32": (rows, groups), "int4_g32": (rows, groups, 2)}[kind]
-        scales = torch.full((*blocks, *sizes), step, device=device)
-        if kind == "int4_g32":
-            scales[..., 1] *= -7.5
-        return cls(kind, rows, cols, codes, scales if kind == "int8" else scales.to(torch.float16))
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,49 +164,6 @@ class CudaWeights:
             final_norm=torch.from_numpy(np.array(weights["model.norm.weight"])).to(device),
             embedding=embedding,
             head=head,
-        )
-
-    @classmethod
-    def random(
-        cls,
-        config: MobileLLMConfig,
-        kind: str = "bf16",
-        seed: int = 0,
-        device: torch.device | str = "cuda",
-    ) -> CudaWeights:
-        """Draw weights for measurements: `bf16`, `fp32`, `int8`, or `int4` with an int8 head."""
-        if kind not in ("bf16", "fp32", "int8", "int4"):
-            raise MobileLLMError(f"[random] kind must be bf16, fp32, int8 or int4, got {kind!r}")
-        generator = torch.Generator(device).manual_seed(seed)
-        blocks, hidden, inner = (
-            config.num_hidden_layers,
-            config.hidden_size,
-            config.intermediate_size,
-        )
-        queries = config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
-        body, ends = {"int4": ("int4_g32", "int8")}.get(kind, (kind, kind))
-        std = config.initializer_range
-
-        def draw(rows: int, cols: int) -> Matrix:
-            return Matrix.random(body, (blocks, rows, cols), std, generator)
-
-        def table() -> Matrix:
-            return Matrix.random(ends, (config.vocab_size, hidden), std, generator)
-
-        embedding = table()
-        norms = torch.ones(blocks, hidden, device=device)
-        return cls(
-            config,
-            qkv=draw(queries + 2 * keys, hidden),
-            output=draw(hidden, queries),
-            gate_up=draw(2 * inner, hidden),
-            down=draw(hidden, inner),
-            attention_norms=norms,
-            ffn_norms=norms.clone(),
-            final_norm=torch.ones(hidden, device=device),
-            embedding=embedding,
-            head=embedding if config.tie_word_embeddings else table(),
         )
 
 
