@@ -1,4 +1,5 @@
-.PHONY: test-kernels wheel-aarch64 wheel-aarch64-manylinux runner-aarch64 runner arm-test arm-model fuzz help dev build test bench ci lint format wheel sanitize clean
+.PHONY: help dev build test test-kernels bench ci lint format wheel runner wheel-aarch64 \
+  wheel-aarch64-manylinux runner-aarch64 arm-test arm-model fuzz sanitize clean
 PYTHON ?= python3
 SANITIZER ?= address
 SANITIZER_LIBRARY = $(subst address,asan,$(subst undefined,ubsan,$(subst thread,tsan,$(SANITIZER))))
@@ -7,7 +8,7 @@ BUILD = build/$(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_t
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 help:            ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 26
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 26
 
 dev:             ## editable install with every development tool
 	$(PYTHON) -m pip install -c constraints.txt -e '.[dev]'

@@ -138,112 +138,124 @@ class StagedSteps(Steps):
         return graph
 
     def _launch_step(self) -> None:
+        schedule = self.weights.config.schedule
+        following = (*schedule[1:], schedule[-1])  # nothing follows the last: it asks for itself
+        for slot, (block, next_block) in enumerate(zip(schedule, following, strict=True)):
+            self._launch_attention(slot, block)
+            self._launch_feed_forward(block, next_block)
+        self._launch_choice()
+
+    def _launch_attention(self, slot: int, block: int) -> None:
+        """Stages `query`, `attend` and `output` of a position of the schedule."""
         weights, attention = self.weights, self.geometry.attention
-        hidden, inner = weights.config.hidden_size, weights.config.intermediate_size
-        eps = weights.config.rms_norm_eps
-        schedule = weights.config.schedule
-        for slot, block in enumerate(schedule):
-            qkv, output, gate_up, down = (
-                matrix[block]
-                for matrix in (weights.qkv, weights.output, weights.gate_up, weights.down)
-            )
-            attention_norm, ffn_norm = weights.attention_norms[block], weights.ffn_norms[block]
-            cache_place = (self._address, self._capacity, slot)
-            programs = _programs(qkv.rows // 2)
-            decode_step.query_kernel[(programs,)](
-                qkv.codes,
-                scales_of(qkv),
-                self._x,
-                attention_norm,
-                eps,
-                self._position,
-                self.cos,
-                self.sin,
-                *cache_place,
-                self._qkv,
-                *_ahead(gate_up),
-                AHEAD=self._ahead,
-                KV=self.kv,
-                HEADS=attention["HEADS"],
-                KV_HEADS=attention["KV_HEADS"],
-                HEAD_DIM=attention["HEAD_DIM"],
-                COLS=hidden,
-                KIND=qkv.kind,
-                WARPS=STAGE_WARPS,
-                PROGRAMS=programs,
-                WAIT=self._wait,
-                **self._launch,
-            )
-            decode_step.attention_kernel[(attention["HEADS"] * attention["SPLITS"], 1)](
-                self._position,
-                *cache_place,
-                self._qkv,
-                softmax_scale(weights),
-                self._partial,
-                self._attended,
-                KV=self.kv,
-                WARPS=ATTENTION_WARPS,
-                WAIT=self._wait,
-                **attention,
-                **(self._launch | {"num_warps": ATTENTION_WARPS}),
-            )
-            decode_step.output_kernel[(self._output_programs,)](
-                output.codes,
-                scales_of(output),
-                self._partial,
-                self._position,
-                self._attended,
-                self._x,
-                self._middle,
-                *_ahead(down),
-                AHEAD=self._ahead,
-                HIDDEN=hidden,
-                KIND=output.kind,
-                WARPS=STAGE_WARPS,
-                PROGRAMS=self._output_programs,
-                WAIT=self._wait,
-                **self.geometry.merging,
-                **self._launch,
-            )
-            programs = _programs(inner)
-            decode_step.gate_up_kernel[(programs,)](
-                gate_up.codes,
-                scales_of(gate_up),
-                self._middle,
-                ffn_norm,
-                eps,
-                self._inner,
-                *_ahead(weights.qkv[schedule[min(slot + 1, len(schedule) - 1)]]),
-                AHEAD=self._ahead,
-                INNER=inner,
-                COLS=hidden,
-                KIND=gate_up.kind,
-                WARPS=STAGE_WARPS,
-                PROGRAMS=programs,
-                WAIT=self._wait,
-                **self._launch,
-            )
-            decode_step.project_kernel[(self._output_programs,)](
-                down.codes,
-                scales_of(down),
-                self._inner,
-                self._middle,
-                self._x,
-                OUTPUTS=hidden,
-                COLS=inner,
-                KIND=down.kind,
-                WARPS=STAGE_WARPS,
-                PROGRAMS=self._output_programs,
-                WAIT=self._wait,
-                **self._launch,
-            )
+        qkv, output = weights.qkv[block], weights.output[block]
+        gate_up, down = weights.gate_up[block], weights.down[block]
+        cache_place = (self._address, self._capacity, slot)
+        programs = _programs(qkv.rows // 2)
+        decode_step.query_kernel[(programs,)](
+            qkv.codes,
+            scales_of(qkv),
+            self._x,
+            weights.attention_norms[block],
+            weights.config.rms_norm_eps,
+            self._position,
+            self.cos,
+            self.sin,
+            *cache_place,
+            self._qkv,
+            *_ahead(gate_up),
+            AHEAD=self._ahead,
+            KV=self.kv,
+            HEADS=attention["HEADS"],
+            KV_HEADS=attention["KV_HEADS"],
+            HEAD_DIM=attention["HEAD_DIM"],
+            COLS=weights.config.hidden_size,
+            KIND=qkv.kind,
+            WARPS=STAGE_WARPS,
+            PROGRAMS=programs,
+            WAIT=self._wait,
+            **self._launch,
+        )
+        decode_step.attention_kernel[(attention["HEADS"] * attention["SPLITS"], 1)](
+            self._position,
+            *cache_place,
+            self._qkv,
+            softmax_scale(weights),
+            self._partial,
+            self._attended,
+            KV=self.kv,
+            WARPS=ATTENTION_WARPS,
+            WAIT=self._wait,
+            **attention,
+            **(self._launch | {"num_warps": ATTENTION_WARPS}),
+        )
+        decode_step.output_kernel[(self._output_programs,)](
+            output.codes,
+            scales_of(output),
+            self._partial,
+            self._position,
+            self._attended,
+            self._x,
+            self._middle,
+            *_ahead(down),
+            AHEAD=self._ahead,
+            HIDDEN=weights.config.hidden_size,
+            KIND=output.kind,
+            WARPS=STAGE_WARPS,
+            PROGRAMS=self._output_programs,
+            WAIT=self._wait,
+            **self.geometry.merging,
+            **self._launch,
+        )
+
+    def _launch_feed_forward(self, block: int, next_block: int) -> None:
+        """Stages `gate_up` and `down`; meanwhile the next block's weights are asked for."""
+        weights = self.weights
+        gate_up, down = weights.gate_up[block], weights.down[block]
+        inner = weights.config.intermediate_size
+        programs = _programs(inner)
+        decode_step.gate_up_kernel[(programs,)](
+            gate_up.codes,
+            scales_of(gate_up),
+            self._middle,
+            weights.ffn_norms[block],
+            weights.config.rms_norm_eps,
+            self._inner,
+            *_ahead(weights.qkv[next_block]),
+            AHEAD=self._ahead,
+            INNER=inner,
+            COLS=weights.config.hidden_size,
+            KIND=gate_up.kind,
+            WARPS=STAGE_WARPS,
+            PROGRAMS=programs,
+            WAIT=self._wait,
+            **self._launch,
+        )
+        decode_step.project_kernel[(self._output_programs,)](
+            down.codes,
+            scales_of(down),
+            self._inner,
+            self._middle,
+            self._x,
+            OUTPUTS=weights.config.hidden_size,
+            COLS=inner,
+            KIND=down.kind,
+            WARPS=STAGE_WARPS,
+            PROGRAMS=self._output_programs,
+            WAIT=self._wait,
+            **self._launch,
+        )
+
+    def _launch_choice(self) -> None:
+        """The head, and the choice of the next token from what it gives."""
+        weights = self.weights
         head, embedding = weights.head, weights.embedding
         decode_step.candidate_kernel[(self._head_programs,)](
             head.codes,
             scales_of(head),
             self._x,
             weights.final_norm,
-            eps,
+            weights.config.rms_norm_eps,
             self.logits,
             self._candidates,
             self._temperature,
