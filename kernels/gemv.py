@@ -35,13 +35,24 @@ def group_count(COLS):
 
 
 @triton.constexpr_function
+def warp_inputs(KIND):
+    """Inputs of a long row that a warp takes at once."""
+    return 32 * {"fp32": 4, "bf16": 8, "fp16": 8, "int4_g32": 32}.get(KIND, 16)
+
+
+@triton.constexpr_function
+def row_warps(COLS, KIND, WARPS):
+    """Warps along the inputs: more than one where a row is long."""
+    if COLS <= 1024:
+        return 1
+    warps = -(-COLS // warp_inputs(KIND))
+    return min(1 << (warps - 1).bit_length(), WARPS)
+
+
+@triton.constexpr_function
 def lane_count(COLS, KIND, WARPS):
     """Threads along the inputs."""
-    if COLS <= 1024:
-        return 32
-    per_warp = 32 * {"fp32": 4, "bf16": 8, "fp16": 8, "int4_g32": 32}.get(KIND, 16)
-    warps = -(-COLS // per_warp)
-    return 32 * min(1 << (warps - 1).bit_length(), WARPS)
+    return 32 * row_warps(COLS, KIND, WARPS)
 
 
 @triton.constexpr_function
@@ -49,13 +60,12 @@ def piece_size(COLS, KIND, WARPS):
     """Inputs of a piece, those beyond the last included: a power of two."""
     if COLS <= 1024:
         return max(1 << (COLS - 1).bit_length(), 256)
-    per_warp = 32 * {"fp32": 4, "bf16": 8, "fp16": 8, "int4_g32": 32}.get(KIND, 16)
-    warps = -(-COLS // per_warp)
-    return per_warp * min(1 << (warps - 1).bit_length(), WARPS)
+    return warp_inputs(KIND) * row_warps(COLS, KIND, WARPS)
 
 
 @triton.constexpr_function
 def piece_count(COLS, KIND, WARPS):
+    """Pieces of a row."""
     return -(-COLS // piece_size(COLS, KIND, WARPS))
 
 
@@ -71,6 +81,7 @@ def vector_width(COLS, KIND, WARPS):
 
 @triton.constexpr_function
 def chunk_count(COLS, KIND, WARPS):
+    """Loads of a lane in a piece."""
     per_lane = piece_size(COLS, KIND, WARPS) // lane_count(COLS, KIND, WARPS)
     inputs = 32 if KIND == "int4_g32" else vector_width(COLS, KIND, WARPS)
     return max(per_lane // inputs, 1)

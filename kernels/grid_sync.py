@@ -132,6 +132,7 @@ def per_thread(SIZE, WARPS, PARTS):
 
 @triton.constexpr_function
 def poll_dtypes(PARTS):
+    """Types of what `poll_asm` returns: the bits of a float for each part."""
     return (tl.int32,) * PARTS
 
 
@@ -166,6 +167,7 @@ def poll_asm(SIZE, WARPS, PARTS, STRIDE):
 
 @triton.constexpr_function
 def poll_constraints(SIZE, WARPS, PARTS):
+    """Registers of `poll_asm`: results, then addresses, epochs, and how many parts are live."""
     count = per_thread(SIZE, WARPS, PARTS)
     return ",".join(["=&r"] * count * PARTS + ["l"] * count + ["r"] * count * 2)
 

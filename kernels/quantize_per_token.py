@@ -48,6 +48,7 @@ def _quantize_per_token(x, codes, scales, cols, BLOCK: tl.constexpr):
 
 @triton.jit
 def round_row(values):  # (BLOCK,) float32 -> (BLOCK,) int8, scale
+    """Round to codes in [-127, 127] of the largest; what is all but zero becomes zero."""
     peak = tl.max(tl.abs(values), 0)
     live = peak >= TINY
     # divisions as the reference rounds them: to the nearest

@@ -95,6 +95,7 @@ def depth(stages: int) -> int:
 def load_tile(
     matrix, row, col, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr
 ):  # -> (ROWS, COLS), zeros outside of the matrix
+    """Load a tile by the copy engine (TMA), or through pointers."""
     if TMA:
         return matrix.load([row, col])
     else:
@@ -108,6 +109,7 @@ def load_tile(
 def store_tile(
     matrix, values, row, col, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr
 ):
+    """Store what of a tile lies within the matrix."""
     if TMA:
         matrix.store([row, col], values)
     else:

@@ -107,10 +107,12 @@ class Executor:
 
     @property
     def threads(self) -> int:
+        """How many threads there are; decoding may leave some out for a while."""
         return self._executor.threads
 
     @property
     def isa(self) -> str:
+        """Name of the kernel table in use."""
         return self._executor.isa
 
     @property

@@ -93,6 +93,7 @@ def pack_checkpoint(
 
 
 def check_format(format: str) -> None:
+    """Refuse what is neither "auto" nor one of `quant.FORMATS`."""
     known = ("auto", *quant.FORMATS)
     if format not in known:
         raise MobileLLMError(f"[load] format must be one of {', '.join(known)}, got {format!r}")

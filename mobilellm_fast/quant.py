@@ -61,6 +61,7 @@ class QuantizedTensor:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(rows, cols)."""
         return self.codes.shape
 
     @property
@@ -108,6 +109,7 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of `data`: tiles with their scales and padding."""
         return self.data.nbytes
 
     def dequantize(self) -> np.ndarray:

@@ -72,6 +72,7 @@ class Detokenizer:
                 break
 
     def push(self, token_id: int) -> str:
+        """Take the next token, return the text that it completes."""
         self._window.append(token_id)
         text = self._decode(self._window)
         new = text.rstrip(REPLACEMENT)[self._shown_characters :]
@@ -92,6 +93,7 @@ class Detokenizer:
         return length
 
     def finish(self) -> str:
+        """Return what is left: an unfinished character, as U+FFFD."""
         return self._decode(self._window)[self._shown_characters :]
 
 
@@ -108,6 +110,7 @@ class StopScanner:
         self.found = False
 
     def push(self, text: str) -> str:
+        """Take the next text, return what cannot belong to a stop string; nothing after one."""
         if self.found:
             return ""
         text = self._held + text
@@ -118,6 +121,7 @@ class StopScanner:
         return text[:safe]
 
     def finish(self) -> str:
+        """Return what was held back, when no more text will come."""
         rest, self._held = self._held, ""
         return rest
 

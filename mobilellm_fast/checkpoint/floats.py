@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -30,7 +31,7 @@ def read_floats(path: Path, offset: int, shape: tuple[int, ...], dtype: str) -> 
     return out.reshape(shape)
 
 
-def read_array(file, dtype: np.dtype, count: int) -> np.ndarray:
+def read_array(file: BinaryIO, dtype: np.dtype, count: int) -> np.ndarray:
     """Read `count` elements at the file's position; a short file is an error, not a short array."""
     array = np.fromfile(file, dtype, count)
     if array.size != count:

@@ -33,6 +33,7 @@ class CudaCache:
 
     @property
     def data(self) -> torch.Tensor:
+        """All keys and values: (positions, 2, KV heads, capacity, head_dim)."""
         return self._data
 
     @property
@@ -42,14 +43,17 @@ class CudaCache:
 
     @property
     def address(self) -> int:
+        """Where `data` lies on the device; growing moves it."""
         return self._data.data_ptr()
 
     @property
     def nbytes(self) -> int:
+        """Bytes of `data`."""
         return self._data.nbytes
 
     @property
     def page_nbytes(self) -> int:
+        """Bytes of a page of `PAGE` tokens, as `pages` gives them."""
         heads = self._shape[0] * self._shape[1] * self._shape[2]
         return heads * PAGE * self._config.head_dim * self._data.element_size()
 

@@ -75,4 +75,5 @@ def scales_of(matrix: Matrix) -> Tensor:
 
 
 def softmax_scale(weights: CudaWeights) -> float:
+    """What scores are multiplied by: 1 / sqrt(head_dim)."""
     return 1 / math.sqrt(weights.config.head_dim)

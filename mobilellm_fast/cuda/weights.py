@@ -54,6 +54,7 @@ class Matrix:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of codes and scales."""
         return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     def dequantize(self) -> Tensor:
