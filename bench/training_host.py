@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from mobilellm_fast import MobileLLMConfig, ops
-from mobilellm_fast.model import Block
+from mobilellm_fast.decoder import Block
 
 TOKENS = 16
 CALLS = 20  # at a time: they end before a queue of launches is full

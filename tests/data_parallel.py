@@ -45,10 +45,10 @@ def use_kernels() -> list[str]:
     import interpreted
 
     interpreted.interpret_kernels()
-    from mobilellm_fast import layers, model, op_cuda
+    from mobilellm_fast import decoder, layers, op_cuda
 
     op_cuda.takes_one_half = op_cuda.takes_one_dtype
-    layers.ops = model.ops = interpreted.ops_with_kernels()[0]
+    layers.ops = decoder.ops = interpreted.ops_with_kernels()[0]
     from mobilellm_fast.kernels import decoder_block
 
     ran, backward = [], decoder_block.decoder_block_backward

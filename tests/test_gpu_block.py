@@ -8,7 +8,7 @@ from interpreted import HAS_GPU
 from torch.library import opcheck
 
 pytest.importorskip("triton")
-from mobilellm_fast import model, ops, reference
+from mobilellm_fast import decoder, ops, reference
 from mobilellm_fast.errors import MobileLLMError
 
 pytestmark = [pytest.mark.gpu] if HAS_GPU else []
@@ -143,12 +143,12 @@ def plain_block(ops_on_gpu, monkeypatch):
     torch.manual_seed(0)
     config = tiny_config(hidden_size=WIDTH, head_dim=HEAD_DIM)
     hidden, *_, cos, sin, _, _ = arguments()
-    block = model.Block(config)
+    block = decoder.Block(config)
     for layer in block.modules():
         if isinstance(layer, torch.nn.Linear):
             torch.nn.init.normal_(layer.weight, std=0.1)
     block.to(hidden.device, HALF)
-    monkeypatch.setattr(model, "ops", ops_on_gpu[0])
+    monkeypatch.setattr(decoder, "ops", ops_on_gpu[0])
     assert block._plain_weights() is not None
     return block, (hidden.requires_grad_(), cos, sin)
 

@@ -12,7 +12,7 @@ from helpers import packed_weights, random_ids, random_weights, tiny_config
 from interpreted import DEVICE, HAS_GPU
 
 pytest.importorskip("triton")
-from mobilellm_fast import layers, loss, model
+from mobilellm_fast import decoder, layers, loss
 from mobilellm_fast.model import MobileLLM
 
 pytestmark = [pytest.mark.gpu] if HAS_GPU else []
@@ -46,7 +46,7 @@ def use_kernels(ops_on_gpu, monkeypatch):
     def use():
         torch.use_deterministic_algorithms(True, warn_only=True)
         monkeypatch.setattr(loss, "GPU_CHUNK", 256)
-        for module in (layers, model):
+        for module in (layers, decoder):
             monkeypatch.setattr(module, "ops", ops_on_gpu[0])
 
     yield use

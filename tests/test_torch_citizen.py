@@ -166,7 +166,7 @@ def test_longer_than_the_table_of_rotations(monkeypatch):
     lm = build()
     ids = ids_of(lm, 1, 40)
     want = lm(ids)
-    monkeypatch.setattr("mobilellm_fast.model.TABLE_LENGTH", 16)
+    monkeypatch.setattr("mobilellm_fast.decoder.TABLE_LENGTH", 16)
     again = MobileLLM.from_weights(lm.config, lm.weights())
     assert len(again.model._tables[0]) == 16
     assert_logits_close(again(ids), want, 1e-6)
