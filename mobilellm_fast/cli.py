@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from .errors import MobileLLMError
 from .version import __version__
@@ -56,10 +56,16 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         SystemExit: --help and --version (0), wrong usage (2).
     """
+    if sys.stderr is None:  # closed, as may be the others; print() would take standard output
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     args = _parser().parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know a model's characters
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="strict")
     try:
+        if sys.stdout is None:
+            raise MobileLLMError("standard output must be open to write, got a closed one")
         args.run(args)
         sys.stdout.flush()
         return 0
@@ -68,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever reads us (`| head`) has seen enough: no failure of ours
         _discard_unwritable_output()
         return 0
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         _print_error(f"the input is not valid UTF-8: {error.reason} at byte {error.start}")
     except OSError as error:
         _discard_unwritable_output()
@@ -88,7 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, run, help: str, epilog: str = "") -> argparse.ArgumentParser:
+    def command(
+        name: str, run, help: str, epilog: str = "", runs: bool = True
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help, epilog=epilog)
         sub.set_defaults(run=run)
         model = sub.add_argument_group("model")
@@ -97,15 +105,15 @@ def _parser() -> argparse.ArgumentParser:
         model.add_argument(
             "--format", default="auto", help="auto, fp32, bf16, int8, w8a8, int4 or int4_all"
         )
+        if not runs:
+            return sub
         model.add_argument(
             "--kv-format",
             metavar="FORMAT",
             help="of the KV cache: fp16, fp32, int16, int8 (CPU) or bf16 (GPU)",
         )
         model.add_argument("--threads", type=int, metavar="N", help="default: chosen for you")
-        model.add_argument(
-            "--device", default="cpu", help="cpu (the default), cuda or cuda:N; not for pack"
-        )
+        model.add_argument("--device", default="cpu", help="cpu (the default), cuda or cuda:N")
         model.add_argument("--isa", metavar="NAME", help="force an instruction set ('info' lists)")
         return sub
 
@@ -127,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         "each starting with no more than one token of context",
     )
 
-    sub = command("pack", _pack, "write a model as one file that loads in milliseconds")
+    sub = command("pack", _pack, "write a model as one file that loads in milliseconds", runs=False)
     sub.add_argument("output", metavar="FILE", help="to write, such as model.mlf")
 
     command("info", _info, "describe the model and how it would run here")
@@ -198,7 +206,7 @@ def _generate(args: argparse.Namespace) -> None:
     from .generate import stream
 
     options = _generation_options(args)
-    prompt = args.prompt
+    prompt = _argument(args.prompt)
     if prompt == "-":  # as typed with `echo`: the newline that ends the input is not meant
         prompt = _read("-").removesuffix("\n")
     _show(stream(_load(args), prompt, **options), args.verbose)
@@ -210,10 +218,10 @@ def _chat(args: argparse.Namespace) -> None:
 
     options = _generation_options(args)
     engine = _load(args)
-    beginning = [{"role": "system", "content": args.system}] if args.system else []
+    beginning = [{"role": "system", "content": _argument(args.system)}] if args.system else []
     # A model that cannot chat should say so before the first question, not after it.
     chat_ids(engine, [*beginning, {"role": "user", "content": "Hello"}])
-    interactive = sys.stdin.isatty()
+    interactive = _stdin().isatty()
     session = Session(engine, beginning)
     for message in _messages(interactive):
         if message == "/exit":
@@ -323,8 +331,19 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _read(name: str) -> str:
-    data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    data = _stdin().buffer.read() if name == "-" else Path(name).read_bytes()
     return data.decode()
+
+
+def _argument(text: str) -> str:
+    """Return a text of the command line, where bytes that Python could not read are surrogates."""
+    return text.encode("utf-8", "surrogateescape").decode()
+
+
+def _stdin() -> TextIO:
+    if sys.stdin is None:
+        raise MobileLLMError("standard input must be open to read, got a closed one")
+    return sys.stdin
 
 
 def _print_error(message: str) -> None:

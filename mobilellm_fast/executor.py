@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -280,9 +281,13 @@ def check_threads(threads: int | None) -> int:
     """Return a thread count: `threads`, or for None what this process may use."""
     if threads is None:
         return available_cpus()
-    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 1024:
+    try:
+        count = 0 if isinstance(threads, bool) else operator.index(threads)
+    except TypeError:
+        count = 0
+    if not 1 <= count <= 1024:
         raise MobileLLMError(f"[load] threads must be an integer in 1..1024, got {threads!r}")
-    return threads
+    return count
 
 
 def check_isa(isa: str | None) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import CheckpointError
+from .errors import CheckpointError, MobileLLMError
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -21,12 +21,26 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if "\\u" in text:  # half of a pair would be no text to anyone
+            json.dumps(value, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({brief(error)})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: must be a JSON object, got {type(value).__name__}")
     return value
+
+
+def checked_path(name: str, value: Any) -> Path:
+    """Return an argument as a path; `name` is what an error calls it: "[operation] argument".
+
+    Raises:
+        MobileLLMError: it is no path, or an empty one, which would be the working directory.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise MobileLLMError(f"{name} must be a path, got {brief(value)}")
+    return Path(value)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -65,6 +79,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 def brief(value: object) -> str:
     """Return an exception's text, or the repr of anything else, as one short line."""
+    if isinstance(value, OSError) and value.strerror:
+        return value.strerror  # without the file's name, which may be a temporary one
     if isinstance(value, Exception):
         text = str(value).strip() or type(value).__name__
         return text.splitlines()[0][:200]

@@ -22,7 +22,7 @@ from .checkpoint.huggingface import CHAT_TEMPLATE_FILE
 from .checkpoint.packed_tensors import METHOD, packed_name
 from .checkpoint.safetensors_file import write_safetensors
 from .errors import CheckpointError
-from .files import brief
+from .files import brief, checked_path
 from .quant import QUANTIZED_KINDS, PackedWeight
 from .tokenizer import OWN_FILE, Tokenizer
 
@@ -56,9 +56,10 @@ def save_pretrained(
         format: one of `quant.FORMATS`, for quantized weights.
 
     Raises:
+        MobileLLMError: `directory` is no path.
         CheckpointError: it cannot be written.
     """
-    directory = Path(directory)
+    directory = checked_path("[save_pretrained] directory", directory)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))

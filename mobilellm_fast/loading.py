@@ -46,9 +46,10 @@ def load(
         MobileLLMError: an argument is out of range.
         CheckpointError: the source cannot be found, read or trusted.
     """
+    chosen, device = device, str(device)  # one of torch.device is as good
     if device not in ("auto", "cpu") and device.partition(":")[0] != "cuda":
         raise MobileLLMError(
-            f"[load] device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}"
+            f"[load] device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {chosen!r}"
         )
     from .model import MobileLLM
 

@@ -337,6 +337,8 @@ def embed(ids: Tensor, packed: Tensor, kind: str, rows: int, cols: int) -> Tenso
     """
     if kind in ("fp32", "bf16"):
         return F.embedding(ids, dequantize(packed, kind, rows, cols))
+    if not ids.numel():
+        return packed.new_zeros(*ids.shape, cols, dtype=torch.float32)
     # only the tiles that hold the wanted rows are unpacked
     tiles, place = torch.unique(ids // TILE_ROWS, return_inverse=True)
     wanted = packed.view(-1, tile_nbytes(kind, cols))[tiles]

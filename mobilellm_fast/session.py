@@ -9,7 +9,7 @@ from typing import Any
 from .answer import Generation, Options
 from .context import Context
 from .errors import MobileLLMError
-from .files import brief
+from .files import brief, checked_path
 from .generate import Stream
 from .interface import StoredEngine
 from .prompt import chat_ids, prompt_ids
@@ -101,11 +101,12 @@ class Session:
         The file has about 23 kB per token of a 125M model, and the conversation's text.
 
         Raises:
+            MobileLLMError: `path` is none.
             CheckpointError: it cannot be written.
         """
         from .session_file import save
 
-        save(Path(path), self._engine, self._context, self.messages)
+        save(checked_path("[save] path", path), self._engine, self._context, self.messages)
 
     @classmethod
     def restore(cls, path: str | Path, engine: StoredEngine) -> Session:
@@ -116,7 +117,7 @@ class Session:
         """
         from .session_file import restore
 
-        context, messages = restore(Path(path), engine)
+        context, messages = restore(checked_path("[restore] path", path), engine)
         session = cls(engine, messages)
         session._context = context
         return session

@@ -216,6 +216,7 @@ def test_sources_that_are_none(source):
     [
         ("", "config.json: not readable as JSON"),
         ("{", "config.json: not readable as JSON"),
+        ('{"name": "\\ud800"}', "config.json: not readable as JSON"),
         ("[1]", "must be a JSON object"),
         ("[" * 100_000, "config.json: not readable as JSON"),
         ("{}", "model_type"),

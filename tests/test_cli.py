@@ -19,6 +19,7 @@ from mobilellm_fast.errors import CheckpointError
 from mobilellm_fast.generate import Options, score
 from mobilellm_fast.version import __version__
 
+BROKEN = "the input is not valid UTF-8: invalid start byte"
 SCRIPT = "Grüße 🙂\nbye".encode()
 
 
@@ -177,7 +178,14 @@ class TestErrors:
 
     @pytest.mark.parametrize(
         "argv",
-        [[], ["sing"], ["generate"], ["generate", "x", "--top-k", "many"], ["bench", "-o", "x"]],
+        [
+            [],
+            ["sing"],
+            ["generate"],
+            ["generate", "x", "--top-k", "many"],
+            ["bench", "-o", "x"],
+            ["pack", "x", "--threads", "1"],
+        ],
     )
     def test_wrong_usage_is_exit_code_2(self, argv, capsys):
         with pytest.raises(SystemExit) as caught:
@@ -439,6 +447,44 @@ class TestProcess:
             pytest.skip("no /dev/full here")
         with open("/dev/full", "wb") as full, launch(["generate", "x"], stdout=full) as process:
             assert process.stderr.read() == b"error: No space left on device\n"
+        assert process.returncode == 1
+
+    @pytest.mark.parametrize(
+        ("argv", "closed", "message"),
+        [
+            (["generate", "x"], 1, "standard output must be open to write, got a closed one"),
+            (["generate", "-"], 0, "standard input must be open to read, got a closed one"),
+            (["chat"], 0, "standard input must be open to read, got a closed one"),
+            (["score", "-"], 0, "standard input must be open to read, got a closed one"),
+            (["generate", "a\udcff"], None, f"{BROKEN} at byte 1"),
+        ],
+    )
+    def test_closed_files_and_broken_arguments_are_one_line(self, argv, closed, message):
+        def close():
+            if closed is not None:
+                os.close(closed)
+
+        with launch(argv, preexec_fn=close) as process:
+            assert process.stderr.read().decode() == f"error: {message}\n"
+        assert process.returncode == 1
+
+    def test_a_closed_standard_error_keeps_errors_out_of_the_output(self):
+        code = LAUNCHER.format(script=b"", argv=["generate", "x", "--temperature", "-1"])
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            preexec_fn=lambda: os.close(2),
+            timeout=60,
+        )
+        assert (done.returncode, done.stdout) == (1, b"")
+
+    def test_messages_that_are_not_utf8_are_one_line_in_any_locale(self):
+        env = environment(LC_ALL="C")
+        pipe = subprocess.PIPE
+        with launch(["chat"], b"yes", env=env, stdin=pipe, stdout=pipe) as process:
+            _, err = process.communicate(b"a\xff\n", timeout=60)
+        assert err == f"error: {BROKEN} at byte 1\n".encode()
         assert process.returncode == 1
 
     def test_ctrl_c_ends_generate_with_130(self):

@@ -75,6 +75,10 @@ def test_format_auto_is_int8_for_a_float_checkpoint(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"device": None}, r"\[load\] device must be 'auto', .*, got None"),
+        ({"device": 1}, r"\[load\] device must be 'auto', .*, got 1"),
+        ({"device": torch.device("meta")}, r"device must be 'auto', .*, got device\(type='meta'\)"),
+        ({"device": torch.device("cuda", 99)}, "device 'cuda:99' must be a GPU that torch can use"),
         ({"device": "tpu"}, r"\[load\] device must be 'auto', 'cpu', 'cuda' or .*, got 'tpu'"),
         ({"device": "cuda:99"}, "device 'cuda:99' must be a GPU that torch can use, got"),
         ({"device": "cuda:x"}, "device 'cuda:x' must be a GPU that torch can use, got"),
@@ -100,6 +104,36 @@ def test_auto_takes_the_cpu_for_what_the_gpu_cannot(folder, tmp_path, monkeypatc
     assert (lm.engine.format, lm.engine.on_gpu) == ("w8a8", False)
     with pytest.raises(MobileLLMError, match=r"format of .* must be one of .* on cuda, got 'w8a8'"):
         mobilellm_fast.load(image, device="cuda")
+
+
+def test_devices_and_numbers_of_other_libraries_will_do(folder):
+    lm = mobilellm_fast.load(folder, device=torch.device("cpu"), threads=np.int64(1))
+    assert lm.engine.executor.threads == 1
+
+
+@pytest.mark.parametrize("path", [None, 1, "", b"x"])
+def test_what_is_no_path_is_an_error(folder, path):
+    """An empty one would be the working directory."""
+    lm = mobilellm_fast.load(folder, threads=1)
+    for function, name in (
+        (lm.save_pretrained, r"\[save_pretrained\] directory"),
+        (lm.session().save, r"\[save\] path"),
+        (lm.restore_session, r"\[restore\] path"),
+    ):
+        with pytest.raises(MobileLLMError, match=rf"{name} must be a path, got {path!r}"):
+            function(path)
+    if path is not None:
+        with pytest.raises(CheckpointError, match="source must be a path or a hub id, got"):
+            mobilellm_fast.load(path)
+
+
+def test_errors_of_files_name_no_temporary_one(folder):
+    lm = mobilellm_fast.load(folder, threads=1)
+    for function in (lm.save_pretrained, lm.session().save):
+        with pytest.raises(CheckpointError) as caught:
+            function(folder / "config.json" / "below")
+        assert "Errno" not in str(caught.value)
+        assert str(caught.value).count(str(folder)) == 1
 
 
 def test_missing_source(tmp_path):

@@ -267,6 +267,14 @@ def test_wrong_inputs_are_refused_in_one_line(ids, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["fp32", *QUANTIZED_KINDS])
+def test_a_batch_of_nothing_has_no_logits(kind):
+    config = tiny_config()
+    model = MobileLLM.from_weights(config, packed_weights(random_weights(config), kind))
+    with torch.no_grad():
+        assert model(torch.zeros(0, 3, dtype=torch.int64)).shape == (0, 3, config.vocab_size)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_integer_inputs(dtype):
     model, _ = build(tiny_config())

@@ -336,7 +336,7 @@ def test_ids_beyond_the_vocabulary_have_no_text(any_tokenizer):
     assert any_tokenizer.decode(np.array(ids)) == "hi"
 
 
-@pytest.mark.parametrize("ids", [[-1], [1.5], ["1"], [None]])
+@pytest.mark.parametrize("ids", [[-1], [1.5], ["1"], [None], None, 7])
 def test_wrong_ids(any_tokenizer, ids):
     with pytest.raises(MobileLLMError, match="ids must be integers from 0"):
         any_tokenizer.decode(ids)

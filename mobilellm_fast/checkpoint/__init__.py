@@ -25,7 +25,7 @@ def locate(source: str | Path | None = None, revision: str | None = None) -> tup
     Raises:
         CheckpointError: the source is missing or cannot be fetched; says what is wrong.
     """
-    if source is not None and not isinstance(source, (str, Path)):
+    if source is not None and not (isinstance(source, (str, Path)) and str(source)):
         raise CheckpointError(f"source must be a path or a hub id, got {brief(source)}")
     path = None if source is None else _existing(source)
     if path is None and source == TINY and revision is None:

@@ -72,6 +72,8 @@ class Tokenizer:
         Raises:
             MobileLLMError: an id is not an integer, or is negative.
         """
+        if not isinstance(ids, Iterable):
+            raise MobileLLMError(f"[decode] ids must be integers from 0, got {ids!r}")
         known = []
         for token_id in ids:
             try:
