@@ -37,6 +37,10 @@ struct Span {
   // A lone token's pages are tasks of their own, so that one long sequence keeps all threads busy.
   bool alone() const { return rows == 1; }
   int64_t pages() const { return ceil_div(start + rows, kPageTokens); }
+  // Tokens of a page that the last of these tokens sees.
+  int seen(int64_t page) const {
+    return static_cast<int>(std::min<int64_t>(start + rows - page * kPageTokens, kPageTokens));
+  }
 };
 
 // One KV head of one page of a lone token, or of kAttentionRows tokens of a longer span.

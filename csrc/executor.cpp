@@ -51,6 +51,10 @@ namespace {
 
 constexpr int64_t kFetchAhead = 2048;  // bytes of a stream
 
+// Bytes that attention of a lone token fetches ahead: as few as arrive in time, because the first
+// page of a thread and layer has nobody who fetches them.
+constexpr int64_t kAttentionAhead = 12 << 10;
+
 // Split one buffer of (queries) x (padded_dim + 2) floats.
 AttentionState attention_state(float* buffer, int64_t queries, int64_t padded_dim) {
   float* max = buffer + queries * padded_dim;
@@ -380,37 +384,40 @@ void Executor::attend(int thread, const Chunk& chunk, int position) {
 }
 
 // What a thread reads after a page of a lone token: task number `next` if there is one, else its
-// share of the output projection. Null where nobody knows.
-const uint8_t* Executor::read_after(int thread, const Chunk& chunk, int64_t next,
-                                    int position) const {
+// share of the output projection. Nothing where nobody knows.
+PageAhead Executor::read_after(int thread, const Chunk& chunk, int64_t next, int position) const {
+  PageAhead ahead{kAttentionAhead};
   if (next < static_cast<int64_t>(chunk.tasks.size())) {
     const AttentionTask& task = chunk.tasks[next];
-    if (!task.span->alone()) return nullptr;
-    return task.span->cache->view(position, task.part, task.kv_head).data;
+    if (!task.span->alone()) return ahead;
+    ahead.next = task.span->cache->view(position, task.part, task.kv_head).data;
+    ahead.next_tokens = task.span->seen(task.part);
+  } else if (chunk.rows == 1 && model_.activation != ActivationKind::floating) {
+    const Weight& o = model_.blocks[model_.schedule[position]].o;
+    ahead.next =
+        o.data + share(o.tiles(), thread, pool_.active()).begin * tile_nbytes(o.kind, o.cols);
   }
-  if (chunk.rows > 1 || model_.activation == ActivationKind::floating) return nullptr;
-  const Weight& o = model_.blocks[model_.schedule[position]].o;
-  return o.data + share(o.tiles(), thread, pool_.active()).begin * tile_nbytes(o.kind, o.cols);
+  return ahead;
 }
 
 // A lone token, one KV head and page. Each thread rotates the queries for itself, and whoever has
 // the last page stores the new key and value, so no stage of its own is needed for it.
-// Meanwhile it fetches what this thread is likely to read `next`, as much as a page.
-void Executor::attend_one(int thread, const AttentionTask& task, const uint8_t* next,
+// `ahead` says what this thread is likely to read next.
+void Executor::attend_one(int thread, const AttentionTask& task, const PageAhead& ahead,
                           int position) {
   Scratch& scratch = scratch_[thread];
   const Span& span = *task.span;
   const int dim = model_.head_dim, kv_head = task.kv_head;
   const int64_t page = task.part, pages = span.pages(), state_size = group() * (padded_dim() + 2);
-  const int in_last = static_cast<int>(span.start % kPageTokens) + 1;
-  const bool last = page == pages - 1;
+  const int tokens = span.seen(page);
   PageView view = span.cache->view(position, page, kv_head);
-  if (next) view.ahead = next - view.data;
+  view.ahead = ahead;
+  view.ahead.tokens = tokens;
   const float* qkv = qkv_.data() + span.row * qkv_size();
-  if (last) {
+  if (page == pages - 1) {
     const float* key = qkv + q_size() + kv_head * dim;
     kernels_.rope(key, span.cos, span.sin, scratch.normed.data(), 1, dim);
-    kernels_.kv_store(scratch.normed.data(), key + kv_size(), view, in_last - 1);
+    kernels_.kv_store(scratch.normed.data(), key + kv_size(), view, tokens - 1);
   }
   const int64_t first = static_cast<int64_t>(kv_head) * group();
   const Queries queries = scratch.prepared(first, dim, padded_dim());
@@ -421,7 +428,7 @@ void Executor::attend_one(int thread, const AttentionTask& task, const uint8_t* 
                   group(), dim);
     kernels_.attend_prepare(queries, model_.kv_kind, group(), dim);
   }
-  std::fill_n(scratch.visible.begin(), group(), last ? in_last : kPageTokens);
+  std::fill_n(scratch.visible.begin(), group(), tokens);
   float* state =
       partials_.data() + (span.partials * model_.kv_heads + kv_head * pages + page) * state_size;
   kernels_.attend_page(queries, view, scratch.visible.data(),
@@ -499,8 +506,8 @@ void Executor::attend_many(int thread, const AttentionTask& task, int position) 
       scratch.visible[i] = static_cast<int>(std::clamp<int64_t>(seen, 0, kPageTokens));
     }
     PageView view = span.cache->view(position, page, kv_head);
-    if (page + 1 < pages)
-      view.ahead = span.cache->view(position, page + 1, kv_head).data - view.data;
+    view.ahead.distance = view.nbytes();
+    if (page + 1 < pages) view.ahead.next = span.cache->view(position, page + 1, kv_head).data;
     kernels_.attend_page(prepared, view, scratch.visible.data(), page ? page_state : state, queries,
                          scale);
     if (page) kernels_.attend_merge(state, page_state, queries, padded_dim());

@@ -100,8 +100,8 @@ class Executor {
   Tiles tiles(const Part& part, int position, const Weight BlockWeights::* weight,
               int unit = 1) const;
   void attend(int thread, const Chunk& chunk, int position);
-  const uint8_t* read_after(int thread, const Chunk& chunk, int64_t next, int position) const;
-  void attend_one(int thread, const AttentionTask& task, const uint8_t* next, int position);
+  PageAhead read_after(int thread, const Chunk& chunk, int64_t next, int position) const;
+  void attend_one(int thread, const AttentionTask& task, const PageAhead& ahead, int position);
   void report(int thread, int kv_head, int position);
   void merge(const Span& span, int kv_head);
   void attend_many(int thread, const AttentionTask& task, int position);

@@ -27,6 +27,7 @@ namespace {
 #include "kernels/embed.h"
 #include "kernels/rope.h"
 #include "kernels/softmax.h"
+#include "kernels/page_ahead.h"
 #include "kernels/float_page.h"
 #include "kernels/page_softmax.h"
 #include "kernels/coded_page.h"

@@ -23,6 +23,15 @@ MLF_INLINE constexpr const char* name_of(KVKind kind) {
 }
 MLF_INLINE constexpr bool is_coded(KVKind kind) { return kind >= KVKind::int16; }
 
+// What attention fetches while it reads a page: what it reads so many bytes later, of the same page
+// and of what follows it.
+struct PageAhead {
+  int64_t distance = 0;           // 0 to fetch nothing
+  int tokens = kPageTokens;       // of this page, which are read
+  const uint8_t* next = nullptr;  // a page of the same kind, or weights; null if nobody knows
+  int next_tokens = kPageTokens;  // of that page; all for weights
+};
+
 // One KV head of one page: keys, then values.
 //   fp32, fp16  keys in tiles of 16 tokens, [tile][head_dim][16], so that a vector of scores needs
 //               no horizontal sum; values as rows, [token][padded_dim]
@@ -34,7 +43,7 @@ struct PageView {
   uint8_t* data;
   KVKind kind;
   int head_dim;
-  int64_t ahead = 0;  // distance in bytes to the page that is wanted next, 0 for none
+  PageAhead ahead{};
 
   MLF_INLINE int64_t padded_dim() const { return round_up(head_dim, 16); }
   MLF_INLINE int64_t scales_nbytes() const { return is_coded(kind) ? 4 * kPageTokens : 0; }

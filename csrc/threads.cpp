@@ -15,9 +15,9 @@ inline void pause() {
 #endif
 }
 
-// Tens of microseconds of pauses on x86: longer than the stages of a step differ between threads,
-// shorter than anyone notices when the other thread has lost its processor.
-constexpr int kSpins = 1500;
+// Between two calls, longer than a program takes from one step to the next: to wake a worker takes
+// 25 us (measured, docs/performance.md).
+constexpr int kSpinsBetweenCalls = 6000;
 
 int64_t now() {  // in nanoseconds
   const auto time = std::chrono::steady_clock::now().time_since_epoch();
@@ -37,8 +37,8 @@ void WaitCounter::increment() {
   }
 }
 
-int64_t WaitCounter::wait_while(uint32_t seen) {
-  for (int spin = 0; spin < kSpins; ++spin) {
+int64_t WaitCounter::wait_while(uint32_t seen, int spins) {
+  for (int spin = 0; spin < spins; ++spin) {
     if (get() != seen) return 0;
     pause();
   }
@@ -142,7 +142,7 @@ void ThreadPool::stop_workers() {
 
 void ThreadPool::work(int thread, uint32_t seen) {
   for (;; ++seen) {
-    meeting_->started[thread].calls.wait_while(seen);
+    meeting_->started[thread].calls.wait_while(seen, kSpinsBetweenCalls);
     if (stop_) return;
     (*task_)(thread);
     barrier();

@@ -7,16 +7,16 @@
 
 template <class Body>
 inline void with_page(const PageView& page, Body body) {
-  NextPage next(page);
+  AheadOfPage ahead(page);
   switch (page.kind) {
     case KVKind::fp32:
-      return body(FloatPage<float>{page, next});
+      return body(FloatPage<float>{page, ahead});
     case KVKind::fp16:
-      return body(FloatPage<uint16_t>{page, next});
+      return body(FloatPage<uint16_t>{page, ahead});
     case KVKind::int16:
-      return body(CodedPage<WordCodes>{page, next});
+      return body(CodedPage<WordCodes>{page, ahead});
     case KVKind::int8:
-      return body(CodedPage<ByteCodes>{page, next});
+      return body(CodedPage<ByteCodes>{page, ahead});
   }
 }
 
@@ -31,7 +31,7 @@ void attend_prepare(const Queries& q, KVKind kind, int64_t queries, int64_t head
 
 inline VecF keep_upto(VecF v, int n, float fill) { return n == 16 ? v : keep_first(v, n, fill); }
 
-// Lines of the next page to fetch beside 16 scores and 16 weights, see kLinesByRounding.
+// Lines to fetch ahead beside 16 scores and 16 weights, see kLinesByRounding.
 constexpr int kLinesByMax = 1, kLinesByWeights = 2;
 
 // Turn the scores p[i][0 .. tokens[i] - 1] of Q queries into weights 2^(score - largest score),
@@ -40,11 +40,11 @@ constexpr int kLinesByMax = 1, kLinesByWeights = 2;
 // queries, because each step ends in a long chain of operations on one number.
 template <int Q>
 inline void softmax(float (*p)[kPageTokens], const int* tokens, int end, const float* factors,
-                    const AttentionState& out, float* heaviest, NextPage& next) {
+                    const AttentionState& out, float* heaviest, AheadOfPage& ahead) {
   for (int i = 0; i < Q; ++i) {
     VecF largest = splat(-INFINITY);
     for_each_vec(tokens[i], [&](int64_t t, int lanes) {
-      next.fetch<kLinesByMax>();
+      ahead.fetch<kLinesByMax>();
       largest = max(keep_upto(load(p[i] + t), lanes, -INFINITY), largest);  // skips NaN
     });
     out.max[i] = max_lane(largest);
@@ -61,7 +61,7 @@ inline void softmax(float (*p)[kPageTokens], const int* tokens, int end, const f
     const VecF shift = splat(out.max[i]);
     VecF total = splat(0.0f), largest = splat(0.0f);
     for_each_vec(n, [&](int64_t t, int lanes) {
-      next.fetch<kLinesByWeights>();
+      ahead.fetch<kLinesByWeights>();
       VecF weight = keep_upto(exp2_negative(sub(load(p[i] + t), shift)), lanes, 0.0f);
       total = add(total, weight);
       if (factors) {
@@ -83,7 +83,7 @@ inline void attend_queries(const Page& page, const Queries& q, const int* tokens
   for (int i = 0; i < Q; ++i) longest = tokens[i] > longest ? tokens[i] : longest;
   float p[Q][kPageTokens], heaviest[Q];
   page.template scores<Q>(q, longest, scale, p);
-  softmax<Q>(p, tokens, longest, page.factors(), out, heaviest, page.next);
+  softmax<Q>(p, tokens, longest, page.factors(), out, heaviest, page.ahead);
   page.template mix<Q>(p, heaviest, longest, out.values);
 }
 
@@ -100,7 +100,7 @@ void attend_page(const Queries& q, const PageView& page, const int* tokens,
               {q.values + i * dim, q.codes + i * codes_nbytes, q.scales + i, q.offsets + i},
               tokens + i, {out.values + i * padded, out.max + i, out.sum + i},
               queries - i < kTogether ? queries - i : kTogether, scale_log2);
-        while (stored.next.at < stored.next.end) stored.next.template fetch<4>();
+        stored.ahead.fetch_rest();
         return;
       }
     }
@@ -110,7 +110,7 @@ void attend_page(const Queries& q, const PageView& page, const int* tokens,
       const AttentionState block{out.values + i * padded, out.max + i, out.sum + i};
       attend_queries<decltype(count)::value>(stored, some, tokens + i, block, scale_log2);
     });
-    while (stored.next.at < stored.next.end) stored.next.template fetch<4>();
+    stored.ahead.fetch_rest();
   });
 }
 

@@ -20,7 +20,7 @@ inline VecI round_codes(const float* x, int lanes, float inverse) {
   return round_to_int(mul(load_upto(x, lanes), splat(inverse)));
 }
 
-// Lines of the next page to fetch beside 16 weights that are rounded. These and the kKeyLines and
+// Lines to fetch ahead beside 16 weights that are rounded. These and the kKeyLines and
 // kValueLines beside 8 lines of this page are as the time that they take, and with three queries
 // together as many as a page has (heads of 64).
 constexpr int kLinesByRounding = 2;
@@ -49,10 +49,10 @@ struct ByteCodes {
   // Write the codes of weights, padded with zeros to a page, and what the sums of both halves start
   // from.
   static void round_weights(const float* x, int64_t n, float inverse, int8_t* codes,
-                            int32_t* offsets, NextPage& next) {
+                            int32_t* offsets, AheadOfPage& ahead) {
     VecI low_total = splat_int(0), high_total = splat_int(0);
     for (int64_t i = 0; i < kPageTokens; i += 16) {
-      next.fetch<kLinesByRounding>();
+      ahead.fetch<kLinesByRounding>();
       const int lanes = n - i < 16 ? (n > i ? static_cast<int>(n - i) : 0) : 16;
       const VecF code = to_float(round_codes(x + i, lanes, inverse));
       // the quarter keeps halves away, whose low byte would be +128
@@ -88,9 +88,9 @@ struct WordCodes {
   static VecI result(const Sum& sum) { return sum; }
 
   static void round_weights(const float* x, int64_t n, float inverse, int16_t* codes,
-                            int32_t* offsets, NextPage& next) {
+                            int32_t* offsets, AheadOfPage& ahead) {
     for (int64_t i = 0; i < n; i += 16) {
-      next.fetch<kLinesByRounding>();
+      ahead.fetch<kLinesByRounding>();
       store_words(codes + i, round_codes(x + i, 16, inverse));
     }
     offsets[0] = 0;
@@ -112,9 +112,9 @@ MLF_INLINE void coded_step(const uint8_t* tile, int64_t tile_nbytes,
 
 // y[m * T + t] (16 outputs) = inputs[m] . tile t, exactly; tiles lie `tile_nbytes` apart; inputs
 // (M, Halves, padded), offsets (M, Halves). Both halves of the inputs at once, if registers hold
-// their sums. Fetches Lines of the next page beside 8 lines of this one.
-template <class Codes, int M, int T, int Halves, int Lines, class Next>
-MLF_INLINE void coded_tiles(const uint8_t* tile, int64_t tile_nbytes, int64_t steps, Next& next,
+// their sums. Fetches Lines ahead beside 8 lines of this one.
+template <class Codes, int M, int T, int Halves, int Lines, class Ahead>
+MLF_INLINE void coded_tiles(const uint8_t* tile, int64_t tile_nbytes, int64_t steps, Ahead& ahead,
                             const typename Codes::Code* inputs, int64_t padded,
                             const int32_t* offsets, VecI* y) {
   constexpr int H = Halves * M * T <= 16 ? Halves : 1, kSteps = 4;
@@ -127,7 +127,7 @@ MLF_INLINE void coded_tiles(const uint8_t* tile, int64_t tile_nbytes, int64_t st
     int64_t step = 0;
     for (; step + kSteps <= steps;
          step += kSteps, in += kSteps * Codes::kStep, at += kSteps * kStepBytes) {
-      next.template fetch<(Lines * kSteps * T + 7) / 8>();
+      ahead.template fetch<(Lines * kSteps * T + 7) / 8>();
       MLF_UNROLL for (int i = 0; i < kSteps; ++i) coded_step<Codes, M, T, H, Halves>(
           at + i * kStepBytes, tile_nbytes, in + i * Codes::kStep, padded, acc);
     }
@@ -154,7 +154,7 @@ struct CodedPage {
   static constexpr int kTiles = Codes::kTiles, kQueries = Codes::kQueries;
 
   const PageView& page;
-  NextPage& next;
+  AheadOfPage& ahead;
 
   void put(const float* key, const float* value, int slot) const {
     constexpr int kStep = Codes::kStep;
@@ -200,18 +200,18 @@ struct CodedPage {
   // p[i] = scale * q[i] . keys: the exact sum of codes, times the scales of query and key.
   template <int Q>
   void scores(const Queries& q, int tokens, float scale, float (*p)[kPageTokens]) const {
-    scores_beside<Q>(q, tokens, scale, p, next);
+    scores_beside<Q>(q, tokens, scale, p, ahead);
   }
-  template <int Q, class Next>
+  template <int Q, class Ahead>
   MLF_INLINE void scores_beside(const Queries& q, int tokens, float scale, float (*p)[kPageTokens],
-                                Next& following) const {
+                                Ahead& following) const {
     if (page.head_dim == 64) scores_of<Q, 64>(q, tokens, scale, p, following);
     else scores_of<Q, 0>(q, tokens, scale, p, following);
   }
   // Dim, if not 0, is head_dim, so that sizes are in the instructions.
-  template <int Q, int Dim, class Next>
+  template <int Q, int Dim, class Ahead>
   MLF_INLINE void scores_of(const Queries& q, int tokens, float scale, float (*p)[kPageTokens],
-                            Next& following) const {
+                            Ahead& following) const {
     for_each_whole_block<kTiles>(ceil_div(tokens, 16), [&](auto count, int64_t first) {
       constexpr int T = decltype(count)::value;
       const int head_dim = Dim ? Dim : page.head_dim;
@@ -241,14 +241,14 @@ struct CodedPage {
     for (int i = 0; i < Q; ++i) {
       scales[i] = code_scale(largest[i], Codes::weight_limit());
       Codes::round_weights(p[i], round_up(tokens, 16), scales[i].inverse, inputs[i][0], offsets[i],
-                           next);
+                           ahead);
     }
     for_each_whole_block<kTiles>(padded / 16, [&](auto count, int64_t first) {
       constexpr int T = decltype(count)::value;
       constexpr int64_t kNbytes = 16 * kPageTokens * sizeof(Code);
       VecI dots[Q * T];
       coded_tiles<Codes, Q, T, kHalves, Codes::kValueLines>(page.values() + first * kNbytes,
-                                                            kNbytes, steps, next, inputs[0][0],
+                                                            kNbytes, steps, ahead, inputs[0][0],
                                                             kPageTokens, offsets[0], dots);
       MLF_UNROLL for (int i = 0; i < Q * T; ++i)
           store(out + i / T * padded + 16 * (first + i % T),
@@ -268,11 +268,11 @@ struct CodedPage {
                        int64_t queries, float scale) const {
     const int64_t dim = page.head_dim, padded = page.padded_dim();
     WordWeightsOf<kTogether> weights;
-    // the next page block by block
-    const int64_t lines = (next.end - next.at) / kStepBytes * kQueries / queries;
+    // block by block
+    const int64_t lines = page.nbytes() / kStepBytes * kQueries / queries;
     for_each_block<kQueries>(queries, [&](auto count, int64_t i) {
       constexpr int Q = decltype(count)::value;
-      for (int64_t line = 0; line < lines; line += 4) next.template fetch<4>();
+      for (int64_t line = 0; line < lines; line += 4) ahead.template fetch<4>();
       const Queries some{q.values + i * dim, q.codes + i * padded * sizeof(Code), q.scales + i,
                          q.offsets + i};
       weigh<Q>(some, tokens + i, {nullptr, out.max + i, out.sum + i}, scale, weights, i);
@@ -286,7 +286,7 @@ struct CodedPage {
   MLF_INLINE void weigh(const Queries& q, const int* tokens, const AttentionState& out, float scale,
                         WordWeightsOf<kTogether>& weights, int64_t first) const {
     alignas(64) float p[Q][kPageTokens];
-    NoNextPage none;
+    NothingAhead none;
     int longest = 0, shortest = kPageTokens;
     for (int i = 0; i < Q; ++i) {
       longest = tokens[i] > longest ? tokens[i] : longest;
@@ -314,7 +314,7 @@ struct CodedPage {
       tiles = reinterpret_cast<const uint8_t*>(wide);
     }
 #endif
-    NoNextPage none;
+    NothingAhead none;
     const int32_t offsets[WordCodes::kQueries] = {};
     for_each_block<WordCodes::kQueries>(queries, [&](auto count, int64_t i) {
       constexpr int Q = decltype(count)::value;

@@ -1,5 +1,6 @@
 // A pool of threads in a process that forks.
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -86,6 +87,28 @@ void a_child_can_use_a_pool() {
   expect_end("used in a child", child);
 }
 
+// To wake it takes longer than a program needs between two steps. A few times it may sleep, when
+// other programs keep this one from calling.
+void a_worker_is_awake_for_the_next_call() {
+#if defined(RUSAGE_THREAD)
+  if (std::thread::hardware_concurrency() < 2) return;
+  constexpr int kCalls = 200;
+  constexpr auto kBetween = std::chrono::microseconds(60);
+  ThreadPool pool(2);
+  long sleeps[kCalls];
+  for (long& seen : sleeps) {
+    pool.run([&](int thread) {
+      rusage usage{};
+      if (thread == 1 && getrusage(RUSAGE_THREAD, &usage) == 0) seen = usage.ru_nvcsw;
+    });
+    const auto called = std::chrono::steady_clock::now();
+    while (std::chrono::steady_clock::now() - called < kBetween) {
+    }
+  }
+  expect("a worker is awake for the next call", sleeps[kCalls - 1] - sleeps[0] < kCalls / 2);
+#endif
+}
+
 // Who has it twice in a row would keep it from others for as long as it likes.
 void a_mutex_is_had_in_the_order_of_asking() {
   FairMutex mutex;
@@ -146,6 +169,7 @@ void a_child_can_use_and_destroy_a_mutex() {
 int main() {
   a_mutex_is_had_in_the_order_of_asking();
   a_child_can_use_and_destroy_a_mutex();
+  a_worker_is_awake_for_the_next_call();
   a_child_can_destroy_a_pool();
   a_child_can_use_a_pool();
   return failures ? 1 : 0;
