@@ -12,6 +12,7 @@ import numpy as np
 from . import _C, quant
 from .config import MobileLLMConfig
 from .errors import MobileLLMError
+from .files import brief
 from .rope import cos_sin
 from .sampling import Sampler, broken_logits
 from .weights import Weights
@@ -158,6 +159,7 @@ class Executor:
         """
         # Few calls of numpy: between two steps none of its code is in the caches.
         ids = checked_ids(token_ids, self.config.vocab_size)
+        check_cache(cache)
         count, start = len(ids), cache.length
         if count > self._piece:
             return self.forward_batch([ids], [cache], all_logits)
@@ -210,6 +212,8 @@ class Executor:
         """
         ids = [checked_ids(part, self.config.vocab_size) for part in sequences]
         counts = [len(part) for part in ids]
+        for cache in caches:
+            check_cache(cache)
         starts = [cache.length for cache in caches]
         if not counts or len(counts) != len(starts):
             raise MobileLLMError(
@@ -275,6 +279,12 @@ def checked_ids(token_ids: Sequence[int], vocab_size: int) -> np.ndarray:
     if len(bad):
         raise MobileLLMError(f"[forward] token_ids must be in [0, {vocab_size}), got {bad[0]}")
     return ids.astype(np.int32)
+
+
+def check_cache(cache: _C.KVCache) -> None:
+    """Refuse what is no KV cache of a CPU."""
+    if not isinstance(cache, _C.KVCache):
+        raise MobileLLMError(f"[forward] cache must be of new_cache(), got {brief(cache)}")
 
 
 def check_threads(threads: int | None) -> int:

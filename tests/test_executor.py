@@ -739,6 +739,12 @@ def test_bad_arguments():
     ]:
         with pytest.raises(MobileLLMError, match=message):
             executor.forward(ids, cache)
+    for wrong in (None, "cache"):
+        message = rf"\[forward\] cache must be of new_cache\(\), got {wrong!r}"
+        with pytest.raises(MobileLLMError, match=message):
+            executor.forward([1], wrong)
+        with pytest.raises(MobileLLMError, match=message):
+            executor.forward_batch([[1], [2]], [cache, wrong])
     assert cache.length == 0
     with pytest.raises(MobileLLMError, match=r"threads must be an integer in 1\.\.1024, got 0"):
         make_executor(tiny_config(), threads=0)

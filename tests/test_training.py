@@ -208,6 +208,12 @@ def test_sequences_beyond_the_context_are_refused(corpus):
         Trainer(model(), corpus, dataclasses.replace(RECIPE, seq_len=300))
 
 
+def test_a_tokenizer_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"file: cannot be written \([A-Z][a-z ]+\)$"):
+        text.write_tokenizer(text.train_tokenizer(WORDS, 300), tmp_path / "file")
+
+
 def test_splitting_a_text_loses_and_repeats_nothing():
     lines = [f"line {i} " + "x" * (i % 90) + "\n" for i in range(20_000)]
     train, validation = text.split("".join(lines))

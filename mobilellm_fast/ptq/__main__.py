@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     except MobileLLMError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..errors import CheckpointError, MobileLLMError
-from ..files import brief
+from ..files import brief, whole_file
 from ..tokenizer import Tokenizer
 
 END = "<|endoftext|>"
@@ -120,14 +120,22 @@ def train_tokenizer(text: str, vocab_size: int) -> bytes:
 
 
 def write_tokenizer(data: bytes, folder: Path) -> Tokenizer:
-    """Write a `tokenizer.json` of `train_tokenizer` with its settings, and open it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_bytes(data)
+    """Write a `tokenizer.json` of `train_tokenizer` with its settings, and open it.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END,
         "eos_token": END,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    try:
+        with whole_file(folder / "tokenizer.json") as file:
+            file.write(data)
+        with whole_file(folder / "tokenizer_config.json") as file:
+            file.write((json.dumps(settings, indent=2) + "\n").encode())
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written ({brief(error)})") from None
     return Tokenizer.from_directory(folder)
