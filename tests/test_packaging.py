@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import mobilellm_fast
+from mobilellm_fast import _C
 from mobilellm_fast.version import __version__
 
 # VEX and EVEX instructions begin with v; the rest is BMI. tzcnt is left out: every x86-64 runs it.
@@ -62,6 +63,13 @@ def test_types_of_the_public_names_are_visible():
     assert mobilellm_fast.__all__ == sorted(["__version__", *seen])
     for name in mobilellm_fast.__all__:
         getattr(mobilellm_fast, name)
+
+
+def test_the_types_of_a_cache_are_its_members():
+    stub = (importlib.resources.files("mobilellm_fast") / "_C.pyi").read_text(encoding="utf-8")
+    (cache,) = (node for node in ast.parse(stub).body if isinstance(node, ast.ClassDef))
+    stated = {node.name for node in cache.body if isinstance(node, ast.FunctionDef)}
+    assert stated == {name for name in dir(_C.KVCache) if not name.startswith("_")}
 
 
 def test_command_is_installed():
