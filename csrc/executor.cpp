@@ -49,8 +49,6 @@ struct Executor::Scratch {
 
 namespace {
 
-constexpr int64_t kFetchAhead = 2048;  // bytes of a stream
-
 // Bytes that attention of a lone token fetches ahead: as few as arrive in time, because the first
 // page of a thread and layer has nobody who fetches them.
 constexpr int64_t kAttentionAhead = 12 << 10;
@@ -320,15 +318,12 @@ void Executor::project_qkv(const Part& part, const Activations& x, int position)
   }
 }
 
-// Back to the residual stream, and added to it. Hardware prefetchers are slow to follow streams
-// again after attention: the output projection has its own fetched by software.
+// Back to the residual stream, and added to it.
 void Executor::project(const Part& part, const Activations& x, int position,
                        const Weight BlockWeights::* weight) {
-  Tiles mine = tiles(part, position, weight);
-  if (weight == &BlockWeights::o && part.single && mine.ahead == 0) mine.ahead = kFetchAhead;
   kernels_.linear(x, model_.blocks[model_.schedule[position]].*weight,
                   hidden_.data() + part.rows.begin * model_.hidden, part.count(), model_.hidden,
-                  mine, true);
+                  tiles(part, position, weight), true);
 }
 
 // The head is many times larger than a block: threads always split its tiles.
@@ -455,10 +450,8 @@ void Executor::merge(const Span& span, int kv_head) {
   float* partial =
       partials_.data() + (span.partials * model_.kv_heads + kv_head * pages) * state_size;
   const AttentionState state = attention_state(partial, group(), padded_dim());
-  for (int64_t page = 1; page < pages; ++page)
-    kernels_.attend_merge(state,
-                          attention_state(partial + page * state_size, group(), padded_dim()),
-                          group(), padded_dim());
+  kernels_.attend_merge(state, attention_state(partial + state_size, group(), padded_dim()),
+                        pages - 1, state_size, group(), padded_dim());
   kernels_.attend_finish(
       state, attention_.data() + span.row * q_size() + kv_head * group() * model_.head_dim, group(),
       model_.head_dim);
@@ -510,7 +503,7 @@ void Executor::attend_many(int thread, const AttentionTask& task, int position) 
     if (page + 1 < pages) view.ahead.next = span.cache->view(position, page + 1, kv_head).data;
     kernels_.attend_page(prepared, view, scratch.visible.data(), page ? page_state : state, queries,
                          scale);
-    if (page) kernels_.attend_merge(state, page_state, queries, padded_dim());
+    if (page) kernels_.attend_merge(state, page_state, 1, 0, queries, padded_dim());
   }
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t i = row * group();

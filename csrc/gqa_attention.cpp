@@ -39,7 +39,7 @@ void gqa_attention(const KernelTable& kernels, const float* q, const float* k, c
                   static_cast<int>(std::min<int64_t>(seen - page * kPageTokens, kPageTokens)));
         kernels.attend_page(queries, cache.view(0, page, static_cast<int>(head)), visible.data(),
                             view(page ? page_state : state), group, scale);
-        if (page) kernels.attend_merge(view(state), view(page_state), group, padded);
+        if (page) kernels.attend_merge(view(state), view(page_state), 1, 0, group, padded);
       }
       kernels.attend_finish(view(state), out + at, group, dim);
     }

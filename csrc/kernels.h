@@ -118,9 +118,9 @@ struct Tiles {
   /* Attend to the first tokens[i] >= 0 tokens of a page, per query. */                             \
   X(attend_page,         void(const Queries& q, const PageView& page, const int* tokens,            \
                               const AttentionState& out, int64_t queries, float scale))             \
-  /* into = into and from together, in that order. */                                               \
+  /* into = into and `count` states from `from` on, `stride` floats apart, together, in that order. */ \
   X(attend_merge,        void(const AttentionState& into, const AttentionState& from,               \
-                              int64_t queries, int64_t padded_dim))                                 \
+                              int64_t count, int64_t stride, int64_t queries, int64_t padded_dim))  \
   /* out (queries, head_dim) = values / sum */                                                      \
   X(attend_finish,       void(const AttentionState& state, float* out, int64_t queries,             \
                               int64_t head_dim))                                                    \

@@ -114,26 +114,40 @@ void attend_page(const Queries& q, const PageView& page, const int* tokens,
   });
 }
 
-void attend_merge(const AttentionState& into, const AttentionState& from, int64_t queries,
-                  int64_t padded_dim) {
-  for_each_vec(queries, [&](int64_t i, int n) {
-    const VecF a = load_upto(into.max + i, n), b = load_upto(from.max + i, n);
-    const VecF largest = max(a, b), keep = exp2_negative(sub(a, largest)),
-               take = exp2_negative(sub(b, largest));
-    store_upto(into.max + i, largest, n);
-    store_upto(into.sum + i,
-               fma(load_upto(from.sum + i, n), take, mul(load_upto(into.sum + i, n), keep)), n);
-    float keeps[16], takes[16];
-    store(keeps, keep);
-    store(takes, take);
-    for (int j = 0; j < n; ++j) {
-      float* to = into.values + (i + j) * padded_dim;
-      const float* add = from.values + (i + j) * padded_dim;
-      const VecF k = splat(keeps[j]), t = splat(takes[j]);
-      for (int64_t d = 0; d < padded_dim; d += 16)
-        store(to + d, fma(load(add + d), t, mul(load(to + d), k)));
-    }
-  });
+void attend_merge(const AttentionState& into, const AttentionState& from, int64_t count,
+                  int64_t stride, int64_t queries, int64_t padded_dim) {
+  constexpr int64_t kMost = 32;  // states whose factors are known at once
+  float keeps[kMost][16], takes[kMost][16];
+  for (int64_t first = 0; first < count; first += kMost) {
+    const int64_t states = count - first < kMost ? count - first : kMost;
+    for_each_vec(queries, [&](int64_t i, int n) {
+      VecF largest = load_upto(into.max + i, n), total = load_upto(into.sum + i, n);
+      for (int64_t s = 0, at = first * stride + i; s < states; ++s, at += stride) {
+        const VecF a = largest, b = load_upto(from.max + at, n);
+        largest = max(a, b);
+        const VecF keep = exp2_negative(sub(a, largest)), take = exp2_negative(sub(b, largest));
+        total = fma(load_upto(from.sum + at, n), take, mul(total, keep));
+        store(keeps[s], keep);
+        store(takes[s], take);
+      }
+      store_upto(into.max + i, largest, n);
+      store_upto(into.sum + i, total, n);
+      for (int j = 0; j < n; ++j)  // values stay in registers from state to state
+        for_each_whole_block<4>(padded_dim / 16, [&](auto vecs, int64_t vec) {
+          constexpr int V = decltype(vecs)::value;
+          const int64_t at = (i + j) * padded_dim + 16 * vec;
+          const float* add = from.values + first * stride + at;
+          VecF v[V];
+          MLF_UNROLL for (int d = 0; d < V; ++d) v[d] = load(into.values + at + 16 * d);
+          for (int64_t s = 0; s < states; ++s, add += stride) {
+            const VecF keep = splat(keeps[s][j]), take = splat(takes[s][j]);
+            MLF_UNROLL for (int d = 0; d < V; ++d) v[d] =
+                fma(load(add + 16 * d), take, mul(v[d], keep));
+          }
+          MLF_UNROLL for (int d = 0; d < V; ++d) store(into.values + at + 16 * d, v[d]);
+        });
+    });
+  }
 }
 
 void attend_finish(const AttentionState& state, float* out, int64_t queries, int64_t head_dim) {

@@ -197,22 +197,25 @@ struct CodedPage {
     }
   }
 
-  // p[i] = scale * q[i] . keys: the exact sum of codes, times the scales of query and key.
+  // p[i] = scale * q[i] . keys: the exact sum of codes, times the scales of query and key. A few
+  // queries wait for memory: here and in mix(), tiles are read in the order in which they lie.
+  // Where two were read side by side, hardware prefetchers did less, and less in the next stages,
+  // too (docs/performance.md).
   template <int Q>
   void scores(const Queries& q, int tokens, float scale, float (*p)[kPageTokens]) const {
-    scores_beside<Q>(q, tokens, scale, p, ahead);
+    scores_beside<Q, 1>(q, tokens, scale, p, ahead);
   }
-  template <int Q, class Ahead>
+  template <int Q, int Most, class Ahead>
   MLF_INLINE void scores_beside(const Queries& q, int tokens, float scale, float (*p)[kPageTokens],
                                 Ahead& following) const {
-    if (page.head_dim == 64) scores_of<Q, 64>(q, tokens, scale, p, following);
-    else scores_of<Q, 0>(q, tokens, scale, p, following);
+    if (page.head_dim == 64) scores_of<Q, Most, 64>(q, tokens, scale, p, following);
+    else scores_of<Q, Most, 0>(q, tokens, scale, p, following);
   }
-  // Dim, if not 0, is head_dim, so that sizes are in the instructions.
-  template <int Q, int Dim, class Ahead>
+  // Most tiles at once. Dim, if not 0, is head_dim, so that sizes are in the instructions.
+  template <int Q, int Most, int Dim, class Ahead>
   MLF_INLINE void scores_of(const Queries& q, int tokens, float scale, float (*p)[kPageTokens],
                             Ahead& following) const {
-    for_each_whole_block<kTiles>(ceil_div(tokens, 16), [&](auto count, int64_t first) {
+    for_each_whole_block<Most>(ceil_div(tokens, 16), [&](auto count, int64_t first) {
       constexpr int T = decltype(count)::value;
       const int head_dim = Dim ? Dim : page.head_dim;
       const int64_t steps = ceil_div(head_dim, Codes::kStep), nbytes = kStepBytes * steps;
@@ -243,17 +246,15 @@ struct CodedPage {
       Codes::round_weights(p[i], round_up(tokens, 16), scales[i].inverse, inputs[i][0], offsets[i],
                            ahead);
     }
-    for_each_whole_block<kTiles>(padded / 16, [&](auto count, int64_t first) {
-      constexpr int T = decltype(count)::value;
+    for (int64_t tile = 0; tile < padded / 16; ++tile) {
       constexpr int64_t kNbytes = 16 * kPageTokens * sizeof(Code);
-      VecI dots[Q * T];
-      coded_tiles<Codes, Q, T, kHalves, Codes::kValueLines>(page.values() + first * kNbytes,
-                                                            kNbytes, steps, ahead, inputs[0][0],
-                                                            kPageTokens, offsets[0], dots);
-      MLF_UNROLL for (int i = 0; i < Q * T; ++i)
-          store(out + i / T * padded + 16 * (first + i % T),
-                mul(to_float(dots[i]), splat(scales[i / T].scale)));
-    });
+      VecI dots[Q];
+      coded_tiles<Codes, Q, 1, kHalves, Codes::kValueLines>(page.values() + tile * kNbytes, kNbytes,
+                                                            steps, ahead, inputs[0][0], kPageTokens,
+                                                            offsets[0], dots);
+      MLF_UNROLL for (int i = 0; i < Q; ++i)
+          store(out + i * padded + 16 * tile, mul(to_float(dots[i]), splat(scales[i].scale)));
+    }
   }
 
   // Attend to the first tokens[i] tokens, per query, for up to kTogether queries: they take turns
@@ -292,7 +293,7 @@ struct CodedPage {
       longest = tokens[i] > longest ? tokens[i] : longest;
       shortest = tokens[i] < shortest ? tokens[i] : shortest;
     }
-    scores_beside<Q>(q, longest, scale, p, none);
+    scores_beside<Q, kTiles>(q, longest, scale, p, none);
     const float limit = Codes::weight_limit();
     if (shortest == kPageTokens)
       PageSoftmax<true>{p, tokens, factors()}(Q, out, limit, weights, first);

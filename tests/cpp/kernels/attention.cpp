@@ -327,6 +327,32 @@ MLF_TEST(attend_page) {
   check_together(check);
 }
 
+// Several states at once give the bits of one after the other.
+void check_chain(Check& check) {
+  Random random(7);
+  for (const int64_t queries : {1, 3, 17})
+    for (const int64_t padded : {16, 64, 80})
+      for (const int64_t count : {0, 1, 2, 31, 32, 33, 70}) {
+        const int64_t n = queries * padded, stride = n + 2 * queries + 5;
+        std::vector<float> into = random.vector(n + 2 * queries, 8.0f),
+                           from = random.vector(count * stride, 8.0f);
+        const auto view = [&](float* p) { return AttentionState{p, p + n, p + n + queries}; };
+        if (count > 2) {
+          from[2 * stride + n + queries] = NAN;                           // a sum
+          for (int64_t i = 0; i < queries; ++i) from[n + i] = -INFINITY;  // nothing seen
+        }
+        std::vector<float> at_once = into, chain = into;
+        check.table().attend_merge(view(at_once.data()), view(from.data()), count, stride, queries,
+                                   padded);
+        for (int64_t s = 0; s < count; ++s)
+          check.table().attend_merge(view(chain.data()), view(from.data() + s * stride), 1, 0,
+                                     queries, padded);
+        check.same(
+            sizes({{"queries", queries}, {"padded_dim", padded}, {"count", count}}) + ", at once",
+            at_once, chain);
+      }
+}
+
 MLF_TEST(attend_merge) {
   Random random(4);
   for (const int64_t queries : {1, 3, 15, 16, 17, 33})
@@ -342,7 +368,7 @@ MLF_TEST(attend_merge) {
           check.run<float>(name, n + 2 * queries, [&](const KernelTable& table, float* out) {
             std::copy(into.begin(), into.end(), out);
             std::vector<float> other = from;
-            table.attend_merge(view(out), view(other.data()), queries, padded);
+            table.attend_merge(view(out), view(other.data()), 1, 0, queries, padded);
           });
       std::vector<double> want(got.size()), bound(got.size());
       for (int64_t i = 0; i < queries; ++i) {
@@ -359,6 +385,7 @@ MLF_TEST(attend_merge) {
       }
       check.close(name, got, want, bound);
     }
+  check_chain(check);
 }
 
 MLF_TEST(attend_finish) {
