@@ -20,7 +20,7 @@ class Attendance {
   void note(bool late) {
     suspicion_ = late ? suspicion_ + kLate : std::max(suspicion_ - 1, 0);
     const int threads = this->threads();
-    if (threads > 1 && (suspicion_ >= kSuspicious || (late && trial_ > 0))) {
+    if (threads > 1 && suspicion_ >= (trial_ > 0 ? kSuspiciousInTrial : kSuspicious)) {
       threads_.store(threads - 1, std::memory_order_relaxed);
       rest_ = next_rest_;
       next_rest_ = std::min(2 * next_rest_, kLongestRest);
@@ -31,15 +31,18 @@ class Attendance {
     if (threads == all_ || trial_ > 0 || --rest_ > 0) return;
     threads_.store(threads + 1, std::memory_order_relaxed);
     rest_ = kFirstRest;
+    suspicion_ = 0;
     trial_ = kTrial;
   }
 
  private:
   // Four late steps of five or six: one or two are noise, and a thread fewer costs more than they.
-  static constexpr int kLate = 3, kSuspicious = 10;
+  // In a trial two of two or three.
+  static constexpr int kLate = 3, kSuspicious = 10, kSuspiciousInTrial = 5;
   // Steps until one more is tried, longer with every failure: a trial that fails takes as long as
-  // several steps. And steps that it must pass.
-  static constexpr int kFirstRest = 32, kLongestRest = 512, kTrial = 8;
+  // some steps. But not long at first, as the system itself now and then puts two threads on one
+  // processor for four or five steps. And steps that a trial must pass.
+  static constexpr int kFirstRest = 8, kLongestRest = 128, kTrial = 8;
 
   const int all_;
   std::atomic<int> threads_;
