@@ -15,9 +15,12 @@ inline void pause() {
 #endif
 }
 
-// Between two calls, longer than a program takes from one step to the next: to wake a worker takes
-// 25 us (measured, docs/performance.md).
-constexpr int kSpinsBetweenCalls = 6000;
+// Tens of microseconds of pauses on x86: longer than the stages of a step differ between threads,
+// shorter than anyone notices when the other thread has lost its processor.
+constexpr int kSpins = 1500;
+// Nanoseconds between two calls, longer than a program takes from one step to the next: to wake a
+// worker takes 25 us (measured, docs/performance.md). No number of pauses: they take 3 to 50 ns.
+constexpr int64_t kAwakeBetweenCalls = 150'000;
 
 int64_t now() {  // in nanoseconds
   const auto time = std::chrono::steady_clock::now().time_since_epoch();
@@ -37,11 +40,14 @@ void WaitCounter::increment() {
   }
 }
 
-int64_t WaitCounter::wait_while(uint32_t seen, int spins) {
-  for (int spin = 0; spin < spins; ++spin) {
-    if (get() != seen) return 0;
-    pause();
-  }
+int64_t WaitCounter::wait_while(uint32_t seen, int64_t awake) {
+  const int64_t until = awake > 0 ? now() + awake : 0;
+  do {
+    for (int spin = 0; spin < kSpins; ++spin) {
+      if (get() != seen) return 0;
+      pause();
+    }
+  } while (awake > 0 && now() < until);
   const int64_t begin = now();
   std::unique_lock<std::mutex> lock(mutex_);
   sleepers_.fetch_add(1, std::memory_order_seq_cst);
@@ -142,7 +148,7 @@ void ThreadPool::stop_workers() {
 
 void ThreadPool::work(int thread, uint32_t seen) {
   for (;; ++seen) {
-    meeting_->started[thread].calls.wait_while(seen, kSpinsBetweenCalls);
+    meeting_->started[thread].calls.wait_while(seen, kAwakeBetweenCalls);
     if (stop_) return;
     (*task_)(thread);
     barrier();

@@ -17,12 +17,9 @@ class WaitCounter {
  public:
   uint32_t get() const { return value_.load(std::memory_order_acquire); }
   void increment();
-  // Return once the counter differs from `seen`: the nanoseconds slept until then.
-  int64_t wait_while(uint32_t seen, int spins = kSpins);
-
-  // Tens of microseconds of pauses on x86: longer than the stages of a step differ between threads,
-  // shorter than anyone notices when the other thread has lost its processor.
-  static constexpr int kSpins = 1500;
+  // Return once the counter differs from `seen`: the nanoseconds slept until then. Sleeps only
+  // after at least `awake` nanoseconds.
+  int64_t wait_while(uint32_t seen, int64_t awake = 0);
 
  private:
   std::atomic<uint32_t> value_{0};
