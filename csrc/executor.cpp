@@ -1,7 +1,6 @@
 #include "executor.h"
 
 #include <algorithm>
-#include <cmath>
 #include <mutex>
 #include <utility>
 
@@ -26,38 +25,12 @@ struct Executor::Part {
 
 // Buffers of one thread, or of all threads together.
 struct Executor::Scratch {
-  ActivationBuffer input;            // of a linear layer
-  std::vector<float> normed;         // (widest layer input)
-  std::vector<float> queries;        // (queries, head_dim)
-  std::vector<uint8_t> query_codes;  // Queries of those
-  std::vector<float> query_scales;
-  std::vector<int32_t> query_offsets;
-  std::vector<const Span*> prepared_for;  // of lone tokens: whose queries each KV head's are
-  std::vector<int64_t> pages_done;        // of those, see report
-  std::vector<int> visible;               // tokens of a page that each query sees
-  std::vector<float> state, page_state;   // AttentionState of those queries
-  IdleFetch idle;                         // of what this thread reads next
-
-  void forget_queries() { std::fill(prepared_for.begin(), prepared_for.end(), nullptr); }
-  // From query number `first` on; codes have the widest distance.
-  Queries prepared(int64_t first, int64_t dim, int64_t padded_dim) {
-    return {queries.data() + first * dim,
-            query_codes.data() + first * padded_dim * static_cast<int64_t>(sizeof(int16_t)),
-            query_scales.data() + first, query_offsets.data() + first};
-  }
+  ActivationBuffer input;     // of a linear layer
+  std::vector<float> normed;  // (widest layer input)
+  IdleFetch idle;             // of what this thread reads next
 };
 
 namespace {
-
-// Bytes that attention of a lone token fetches ahead: as few as arrive in time, because the first
-// page of a thread and layer has nobody who fetches them.
-constexpr int64_t kAttentionAhead = 12 << 10;
-
-// Split one buffer of (queries) x (padded_dim + 2) floats.
-AttentionState attention_state(float* buffer, int64_t queries, int64_t padded_dim) {
-  float* max = buffer + queries * padded_dim;
-  return {buffer, max, max + queries};
-}
 
 Plan plan_of(const Model& model, int64_t cache_nbytes, bool fetch_ahead) {
   std::vector<int64_t> block_nbytes;
@@ -102,25 +75,13 @@ Executor::Executor(Model model, int threads, const KernelTable& kernels, int64_t
       chunk_rows_(std::clamp(kRowsPerThread * threads, kMinChunkRows, kMaxChunkRows)),
       attendance_(threads),
       hidden_(chunk_rows_ * model_.hidden),
-      qkv_(chunk_rows_ * qkv_size()),
-      attention_(chunk_rows_ * q_size()),
-      next_task_(model_.schedule.size()),
+      attention_(model_, kernels, threads, chunk_rows_),
       scratch_(threads + 1) {
-  const int64_t widest = std::max({model_.hidden, q_size(), model_.intermediate});
-  const int64_t queries = std::max(kAttentionRows, model_.kv_heads) * int64_t{group()};
+  const int64_t widest = std::max({model_.hidden, model_.q_size(), model_.intermediate});
   ffn_.resize(chunk_rows_, model_.intermediate);
   for (Scratch& scratch : scratch_) {
     scratch.input.resize(&scratch == &scratch_.back() ? chunk_rows_ : 1, widest);
     scratch.normed.resize(widest);
-    scratch.queries.resize(queries * model_.head_dim);
-    scratch.query_codes.resize(queries * padded_dim() * sizeof(int16_t));  // at most
-    scratch.query_scales.resize(queries);
-    scratch.query_offsets.resize(queries);
-    scratch.prepared_for.resize(model_.kv_heads);
-    scratch.pages_done.resize(model_.kv_heads);
-    scratch.visible.resize(queries);
-    scratch.state.resize(queries * (padded_dim() + 2));
-    scratch.page_state.resize(queries * (padded_dim() + 2));
   }
 }
 
@@ -142,15 +103,9 @@ void Executor::forward(const std::vector<Sequence>& sequences, float* logits) {
       lock.unlock();
       lock.lock();
     }
-    partials_.resize(chunk.partial_pages * model_.heads * (padded_dim() + 2));
-    if (const size_t counters = chunk.partial_pages * model_.kv_heads;
-        counters > pages_done_.size())
-      pages_done_ = std::vector<std::atomic<int64_t>>(2 * counters);
-    for (auto& done : pages_done_) done.store(0, std::memory_order_relaxed);
     const bool by_rows = splits_rows(chunk);
     const int threads = by_rows ? pool_.size() : attendance_.threads();
-    // Each thread begins with the tasks of its own number.
-    for (auto& next : next_task_) next.store(threads, std::memory_order_relaxed);
+    attention_.begin(chunk, threads);
     const bool late = pool_.run(threads, [&](int thread) { run_chunk(thread, chunk); });
     if (!by_rows) attendance_.note(late);
   }
@@ -199,6 +154,12 @@ void Executor::expect(const Part& part, std::initializer_list<const Weight*> mat
   }
 }
 
+// Where the thread begins to read a matrix, if the chunk has a single row; else null.
+const uint8_t* Executor::first_read(const Part& part, const Weight& matrix) const {
+  if (!part.single || model_.activation == ActivationKind::floating) return nullptr;
+  return matrix.data + part.of(matrix.tiles()).begin * tile_nbytes(matrix.kind, matrix.cols);
+}
+
 // The whole model, as one thread sees it. A barrier follows wherever the next stage reads what
 // other threads have written: around attention always, elsewhere where threads split the weights.
 void Executor::run_chunk(int thread, const Chunk& chunk) {
@@ -217,12 +178,12 @@ void Executor::run_chunk(int thread, const Chunk& chunk) {
     project_qkv(part, attention_in, position);
     expect(part, {&block.o});
     sync(part);
-    store_rotated(part, chunk, position);
+    attention_.store_rotated(part.own, chunk, position);
     if (part.by_rows || chunk.has_runs) wait(thread);
-    attend(thread, chunk, position);
+    attention_.attend(thread, chunk, position, first_read(part, block.o));
     wait(thread);
     const Activations attention_out =
-        prepare(part, attention_.data(), nullptr, q_size(), wide_before({&block.o}));
+        prepare(part, attention_.out(), nullptr, model_.q_size(), wide_before({&block.o}));
     project(part, attention_out, position, &BlockWeights::o);
     expect(part, {&block.gate, &block.up}, kTilesPerGroup);
     sync(part);
@@ -304,7 +265,7 @@ void Executor::prepare_row(int thread, const float* x, const float* norm, const 
 void Executor::project_qkv(const Part& part, const Activations& x, int position) {
   const BlockWeights& block = model_.blocks[model_.schedule[position]];
   const Share mine = part.of(block.q.tiles() + block.k.tiles() + block.v.tiles());
-  float* out = qkv_.data() + part.rows.begin * qkv_size();
+  float* out = attention_.qkv(part.rows.begin);
   int64_t before = 0;  // tiles of the matrices so far
   for (const auto weight : {&BlockWeights::q, &BlockWeights::k, &BlockWeights::v}) {
     const Weight& matrix = block.*weight;
@@ -312,7 +273,7 @@ void Executor::project_qkv(const Part& part, const Activations& x, int position)
     some.begin = std::max<int64_t>(mine.begin - before, 0);
     some.end = std::min(mine.end - before, matrix.tiles());
     if (some.begin < some.end)
-      kernels_.linear(x, matrix, out, part.count(), qkv_size(), some, false);
+      kernels_.linear(x, matrix, out, part.count(), model_.qkv_size(), some, false);
     before += matrix.tiles();
     out += matrix.rows;
   }
@@ -341,177 +302,6 @@ void Executor::head(int thread, const Chunk& chunk) {
   const Share tiles = share(model_.head.tiles(), thread, pool_.active());
   kernels_.linear(in, model_.head, chunk.logits, rows, model_.vocab, {tiles.begin, tiles.end},
                   false);
-}
-
-// Tasks differ in length and threads in luck, so whoever is free takes the next ones: all KV heads
-// of a page, which lie behind each other, but towards the end one by one. Those of lone tokens are
-// short, and are taken before the ones at hand are done: what a thread fetches meanwhile is then
-// what it comes to.
-void Executor::attend(int thread, const Chunk& chunk, int position) {
-  const int64_t tasks = chunk.tasks.size(), run = model_.kv_heads, active = pool_.active();
-  const int64_t runs = std::max<int64_t>(tasks / run / active - 1, 0) * active;
-  const bool early = !chunk.has_runs;
-  const auto first_of = [&](int64_t taken) {
-    return taken < runs ? taken * run : std::min(runs * run + taken - runs, tasks);
-  };
-  std::atomic<int64_t>& next = next_task_[position];
-  const auto take = [&next] { return next.fetch_add(1, std::memory_order_relaxed); };
-  Scratch& scratch = scratch_[thread];
-  scratch.forget_queries();
-  // of a step that a fork() cut short
-  std::fill(scratch.pages_done.begin(), scratch.pages_done.end(), 0);
-  for (int64_t taken = thread, following; first_of(taken) < tasks; taken = following) {
-    following = early ? take() : taken + active;
-    const int64_t end = first_of(taken + 1);
-    for (int64_t i = first_of(taken); i < end; ++i) {
-      const AttentionTask& task = chunk.tasks[i];
-      if (!task.span->alone()) {
-        attend_many(thread, task, position);
-        continue;
-      }
-      const int64_t likely = i + 1 < end ? i + 1 : first_of(following);
-      attend_one(thread, task, read_after(thread, chunk, likely, position), position);
-      if (!early || taken >= runs) report(thread, task.kv_head, position);
-    }
-    if (!early) following = take();
-  }
-  for (int kv_head = 0; kv_head < model_.kv_heads; ++kv_head) report(thread, kv_head, position);
-}
-
-// What a thread reads after a page of a lone token: task number `next` if there is one, else its
-// share of the output projection. Nothing where nobody knows.
-PageAhead Executor::read_after(int thread, const Chunk& chunk, int64_t next, int position) const {
-  PageAhead ahead{kAttentionAhead};
-  if (next < static_cast<int64_t>(chunk.tasks.size())) {
-    const AttentionTask& task = chunk.tasks[next];
-    if (!task.span->alone()) return ahead;
-    ahead.next = task.span->cache->view(position, task.part, task.kv_head).data;
-    ahead.next_tokens = task.span->seen(task.part);
-  } else if (chunk.rows == 1 && model_.activation != ActivationKind::floating) {
-    const Weight& o = model_.blocks[model_.schedule[position]].o;
-    ahead.next =
-        o.data + share(o.tiles(), thread, pool_.active()).begin * tile_nbytes(o.kind, o.cols);
-  }
-  return ahead;
-}
-
-// A lone token, one KV head and page. Each thread rotates the queries for itself, and whoever has
-// the last page stores the new key and value, so no stage of its own is needed for it.
-// `ahead` says what this thread is likely to read next.
-void Executor::attend_one(int thread, const AttentionTask& task, const PageAhead& ahead,
-                          int position) {
-  Scratch& scratch = scratch_[thread];
-  const Span& span = *task.span;
-  const int dim = model_.head_dim, kv_head = task.kv_head;
-  const int64_t page = task.part, pages = span.pages(), state_size = group() * (padded_dim() + 2);
-  const int tokens = span.seen(page);
-  PageView view = span.cache->view(position, page, kv_head);
-  view.ahead = ahead;
-  view.ahead.tokens = tokens;
-  const float* qkv = qkv_.data() + span.row * qkv_size();
-  if (page == pages - 1) {
-    const float* key = qkv + q_size() + kv_head * dim;
-    kernels_.rope(key, span.cos, span.sin, scratch.normed.data(), 1, dim);
-    kernels_.kv_store(scratch.normed.data(), key + kv_size(), view, tokens - 1);
-  }
-  const int64_t first = static_cast<int64_t>(kv_head) * group();
-  const Queries queries = scratch.prepared(first, dim, padded_dim());
-  if (scratch.prepared_for[kv_head] != &span) {
-    report(thread, kv_head, position);
-    scratch.prepared_for[kv_head] = &span;
-    kernels_.rope(qkv + first * dim, span.cos, span.sin, scratch.queries.data() + first * dim,
-                  group(), dim);
-    kernels_.attend_prepare(queries, model_.kv_kind, group(), dim);
-  }
-  std::fill_n(scratch.visible.begin(), group(), tokens);
-  float* state =
-      partials_.data() + (span.partials * model_.kv_heads + kv_head * pages + page) * state_size;
-  kernels_.attend_page(queries, view, scratch.visible.data(),
-                       attention_state(state, group(), padded_dim()), group(),
-                       1.0f / std::sqrt(static_cast<float>(dim)));
-  ++scratch.pages_done[kv_head];
-}
-
-// Count the pages of a lone token and KV head that this thread has done since it last did; whoever
-// counts the last one merges. Not page by page: threads would wait for each other's counts.
-void Executor::report(int thread, int kv_head, int position) {
-  const int64_t mine = std::exchange(scratch_[thread].pages_done[kv_head], 0);
-  if (mine == 0) return;
-  const Span& span = *scratch_[thread].prepared_for[kv_head];
-  // The counter goes on from position to position.
-  std::atomic<int64_t>& done = pages_done_[span.partials * model_.kv_heads + kv_head];
-  if (done.fetch_add(mine, std::memory_order_acq_rel) + mine == span.pages() * (position + 1))
-    merge(span, kv_head);
-}
-
-// The pages of a lone token and KV head together, in order.
-void Executor::merge(const Span& span, int kv_head) {
-  const int64_t pages = span.pages(), state_size = group() * (padded_dim() + 2);
-  float* partial =
-      partials_.data() + (span.partials * model_.kv_heads + kv_head * pages) * state_size;
-  const AttentionState state = attention_state(partial, group(), padded_dim());
-  kernels_.attend_merge(state, attention_state(partial + state_size, group(), padded_dim()),
-                        pages - 1, state_size, group(), padded_dim());
-  kernels_.attend_finish(
-      state, attention_.data() + span.row * q_size() + kv_head * group() * model_.head_dim, group(),
-      model_.head_dim);
-}
-
-// Longer spans: rotate queries in place, rotate and store keys, store values.
-void Executor::store_rotated(const Part& part, const Chunk& chunk, int position) {
-  const int dim = model_.head_dim;
-  chunk.for_each_row(part.own, [&](const Span& span, int64_t i) {
-    if (span.alone()) return;
-    float* q = qkv_.data() + (span.row + i) * qkv_size();
-    float* key = q + q_size();
-    const float *cos = span.cos + i * dim / 2, *sin = span.sin + i * dim / 2;
-    kernels_.rope(q, cos, sin, q, model_.heads, dim);
-    kernels_.rope(key, cos, sin, key, model_.kv_heads, dim);
-    const int64_t at = span.start + i;
-    for (int kv_head = 0; kv_head < model_.kv_heads; ++kv_head, key += dim)
-      kernels_.kv_store(key, key + kv_size(), span.cache->view(position, at / kPageTokens, kv_head),
-                        static_cast<int>(at % kPageTokens));
-  });
-}
-
-// A KV head and a few tokens of a longer span: walks the pages that the last of them sees.
-void Executor::attend_many(int thread, const AttentionTask& task, int position) {
-  Scratch& scratch = scratch_[thread];
-  const Span& span = *task.span;
-  const int dim = model_.head_dim, kv_head = task.kv_head;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
-  const int64_t first = task.part, rows = std::min<int64_t>(kAttentionRows, span.rows - first);
-  scratch.forget_queries();
-  const int64_t queries = rows * group(), start = span.start + first;
-  for (int64_t row = 0; row < rows; ++row)
-    std::copy_n(qkv_.data() + (span.row + first + row) * qkv_size() + kv_head * group() * dim,
-                group() * dim, scratch.queries.data() + row * group() * dim);
-  const Queries prepared = scratch.prepared(0, dim, padded_dim());
-  kernels_.attend_prepare(prepared, model_.kv_kind, queries, dim);
-
-  const AttentionState state = attention_state(scratch.state.data(), queries, padded_dim());
-  const AttentionState page_state =
-      attention_state(scratch.page_state.data(), queries, padded_dim());
-  const int64_t pages = ceil_div(start + rows, kPageTokens);
-  for (int64_t page = 0; page < pages; ++page) {
-    for (int64_t i = 0; i < queries; ++i) {
-      const int64_t seen = start + i / group() + 1 - page * kPageTokens;
-      scratch.visible[i] = static_cast<int>(std::clamp<int64_t>(seen, 0, kPageTokens));
-    }
-    PageView view = span.cache->view(position, page, kv_head);
-    view.ahead.distance = view.nbytes();
-    if (page + 1 < pages) view.ahead.next = span.cache->view(position, page + 1, kv_head).data;
-    kernels_.attend_page(prepared, view, scratch.visible.data(), page ? page_state : state, queries,
-                         scale);
-    if (page) kernels_.attend_merge(state, page_state, 1, 0, queries, padded_dim());
-  }
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t i = row * group();
-    const AttentionState one{state.values + i * padded_dim(), state.max + i, state.sum + i};
-    kernels_.attend_finish(
-        one, attention_.data() + (span.row + first + row) * q_size() + kv_head * group() * dim,
-        group(), dim);
-  }
 }
 
 }  // namespace mlf

@@ -1,7 +1,6 @@
 // Runs whole decode steps and prefill chunks of a model over its schedule.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <initializer_list>
@@ -11,36 +10,15 @@
 #include "activation_buffer.h"
 #include "attendance.h"
 #include "chunk.h"
+#include "chunk_attention.h"
 #include "idle_fetch.h"
 #include "kernels.h"
 #include "kv_cache.h"
+#include "model.h"
 #include "plan.h"
 #include "threads.h"
 
 namespace mlf {
-
-struct BlockWeights {
-  const float* attention_norm;  // (hidden)
-  const float* ffn_norm;        // (hidden)
-  Weight q, k, v, o, gate, up, down;
-
-  int64_t nbytes() const {
-    return q.nbytes() + k.nbytes() + v.nbytes() + o.nbytes() + gate.nbytes() + up.nbytes() +
-           down.nbytes();
-  }
-};
-
-struct Model {
-  int64_t hidden, intermediate, vocab;
-  int heads, kv_heads, head_dim;
-  float norm_eps;
-  ActivationKind activation;
-  KVKind kv_kind;
-  std::vector<int> schedule;  // block of each position
-  std::vector<BlockWeights> blocks;
-  const float* final_norm;  // (hidden)
-  Weight embedding, head;   // (vocab, hidden)
-};
 
 // Rows of a chunk for each thread: enough to reuse each weight from cache many times, few enough
 // that their activations (half a megabyte at a width of 576) stay in a second-level cache.
@@ -89,6 +67,7 @@ class Executor {
   void wait(int thread);
   void sync(const Part& part);
   void expect(const Part& part, std::initializer_list<const Weight*> matrices, int unit = 1);
+  const uint8_t* first_read(const Part& part, const Weight& matrix) const;
   void embed(const Part& part, const Chunk& chunk);
   Activations prepare(const Part& part, const float* x, const float* norm, int64_t cols,
                       bool may_be_wide);
@@ -99,19 +78,6 @@ class Executor {
   void head(int thread, const Chunk& chunk);
   Tiles tiles(const Part& part, int position, const Weight BlockWeights::* weight,
               int unit = 1) const;
-  void attend(int thread, const Chunk& chunk, int position);
-  PageAhead read_after(int thread, const Chunk& chunk, int64_t next, int position) const;
-  void attend_one(int thread, const AttentionTask& task, const PageAhead& ahead, int position);
-  void report(int thread, int kv_head, int position);
-  void merge(const Span& span, int kv_head);
-  void attend_many(int thread, const AttentionTask& task, int position);
-  void store_rotated(const Part& part, const Chunk& chunk, int position);
-
-  int group() const { return model_.heads / model_.kv_heads; }
-  int64_t q_size() const { return static_cast<int64_t>(model_.heads) * model_.head_dim; }
-  int64_t kv_size() const { return static_cast<int64_t>(model_.kv_heads) * model_.head_dim; }
-  int64_t qkv_size() const { return q_size() + 2 * kv_size(); }
-  int64_t padded_dim() const { return round_up(model_.head_dim, 16); }
 
   const Model model_;
   const KernelTable& kernels_;
@@ -120,13 +86,9 @@ class Executor {
   FairMutex mutex_;
   const int64_t chunk_rows_;
   Attendance attendance_;
-  std::vector<float> hidden_;                     // (chunk, hidden): the residual stream
-  std::vector<float> qkv_;                        // (chunk, qkv_size)
-  std::vector<float> attention_;                  // (chunk, q_size)
-  ActivationBuffer ffn_;                          // (chunk, intermediate)
-  std::vector<float> partials_;                   // AttentionState per lone token, KV head and page
-  std::vector<std::atomic<int64_t>> pages_done_;  // of those, see report
-  std::vector<std::atomic<int64_t>> next_task_;   // per position: see attend
+  std::vector<float> hidden_;  // (chunk, hidden): the residual stream
+  ChunkAttention attention_;
+  ActivationBuffer ffn_;          // (chunk, intermediate)
   std::vector<Scratch> scratch_;  // one per thread, and one shared by all at the end
 };
 
