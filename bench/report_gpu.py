@@ -3,7 +3,8 @@
     python bench/report_gpu.py                   # all of bench/results/
     python bench/report_gpu.py RESULT.json ...
 
-Replaces everything below the mark in docs/gpu.md.
+Replaces everything below the mark in docs/gpu.md: of each device the newest run is written out, an
+older one is a line with its ratios and the name of its file.
 """
 
 import argparse
@@ -28,13 +29,13 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     paths = args.results or sorted((ROOT / "bench" / "results").glob("*.json"))
     try:
-        found = [read(path) for path in paths]
+        found = [(path, read(path)) for path in paths]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     page = args.page.read_text()
     head, mark, _ = page.partition(MARK)
-    body = "\n".join(report(data) for data in found) or "Not measured yet.\n"
+    body = results(found) or "Not measured yet.\n"
     part = args.page.with_suffix(".part")
     part.write_text(head + (mark or MARK) + body)
     part.replace(args.page)
@@ -50,16 +51,53 @@ def read(path: Path) -> dict:
     """
     try:
         data = json.loads(path.read_text())
-        if missing := {"goals", "measurements", "versions"} - data.keys():
+        if missing := {"device", "date", "goals", "measurements", "versions"} - data.keys():
             raise KeyError(*missing)
         return data
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a result of the GPU benchmark ({error!r})") from None
 
 
-def report(data: dict) -> str:
-    """Write one result as Markdown."""
-    parts = [f"### {data['device']}\n", stamp(data) + "\n", goals(data)]
+def results(found: list[tuple[Path, dict]]) -> str:
+    """Write results as Markdown, of each device the newest first and in full."""
+    devices: dict[str, list[tuple[Path, dict]]] = {}
+    for path, data in sorted(found, key=lambda item: item[1]["date"], reverse=True):
+        devices.setdefault(data["device"], []).append((path, data))
+    parts = []
+    for runs in devices.values():
+        (path, newest), *older = runs
+        parts.append(report(newest, path, [data for _, data in older]))
+        if older:
+            lines = [f"- {line(data, path)}" for path, data in older]
+            parts.append("\n".join(["**Older runs**\n", *lines]) + "\n")
+    return "\n".join(parts)
+
+
+def line(data: dict, path: Path) -> str:
+    """Write an older result in a line: what its goals reached, by their names in the table."""
+    ratios = [
+        f"{key} {GOALS[key].format(entry['ratio'])}"
+        for key, entry in data["goals"].items()
+        if entry["ratio"] is not None and key in GOALS
+    ]
+    notes = " ".join(data.get("notes", {}).values())
+    text = f"{when(data)}, commit {data['commit']}, `{path.name}`: {', '.join(ratios) or 'no goal'}"
+    return f"{text}.{' ' * bool(notes)}{notes}"
+
+
+def when(data: dict) -> str:
+    return f"{data['date'][:16].replace('T', ' ')} UTC"
+
+
+def report(data: dict, path: Path, older: list[dict]) -> str:
+    """Write one result as Markdown.
+
+    Args:
+        data: the result.
+        path: of its file.
+        older: results of the same device, the newest first, for goals that `data` has no figure of.
+    """
+    parts = [f"### {data['device']}\n", f"{stamp(data)} `{path.name}`.\n", goals(data, older)]
     for kind, title in (("decode", "Decode"), ("op", "Ops")):
         if rows := measurements(data, kind):
             parts += [f"**{title}**\n", rows]
@@ -75,31 +113,40 @@ def stamp(data: dict) -> str:
     dry = " A dry run: its figures mean nothing." if data["dry"] else ""
     driver = f"driver {data['driver']}; " if "driver" in data else ""
     return (
-        f"{data['date'][:16].replace('T', ' ')} UTC; commit {data['commit']}; {driver}{versions}; "
+        f"{when(data)}; commit {data['commit']}; {driver}{versions}; "
         f"`{data['command']}`; {data['seconds']:.0f} s.{dry}"
     )
 
 
-def goals(data: dict) -> str:
-    """The goals and what they reached."""
+def goals(data: dict, older: list[dict]) -> str:
+    """The goals and what they reached, or what the newest older run with a figure says."""
     rows = []
     for key, entry in data["goals"].items():
         goal = GOALS[key]
+        measured = "" if entry["ratio"] is None else goal.format(entry["ratio"])
         faults = {case["fault"] for case in entry["cases"].values() if "fault" in case}
+        verdict = entry["verdict"] + "".join(f": {fault}" for fault in sorted(faults))
+        if not measured:
+            verdict += before(key, older)
         cases = [
             f"{name} {goal.format(case['ratio'])}"
             for name, case in entry["cases"].items()
             if "ratio" in case
         ]
-        measured = "" if entry["ratio"] is None else goal.format(entry["ratio"])
-        verdict = entry["verdict"] + "".join(f": {fault}" for fault in sorted(faults))
-        rows.append(
-            [goal.text, goal.format(goal.must), goal.format(goal.stretch), f"**{measured}**"]
-            if measured
-            else [goal.text, goal.format(goal.must), goal.format(goal.stretch), ""]
-        )
-        rows[-1] += [cell(verdict), ", ".join(cases) if len(cases) > 1 else ""]
-    return table(["goal", "must", "stretch", "measured", "reached", "of"], rows)
+        row = [f"`{key}`", goal.text, goal.format(goal.must), goal.format(goal.stretch)]
+        row += [f"**{measured}**" if measured else "", cell(verdict)]
+        rows.append([*row, ", ".join(cases) if len(cases) > 1 else ""])
+    return table(["", "goal", "must", "stretch", "measured", "reached", "of"], rows)
+
+
+def before(key: str, older: list[dict]) -> str:
+    """Say what the newest of older runs that has a figure of a goal found."""
+    for data in older:
+        entry = data["goals"].get(key, {})
+        if entry.get("ratio") is not None:
+            ratio = GOALS[key].format(entry["ratio"])
+            return f"; {ratio}, {entry['verdict']}, on {when(data)}"
+    return ""
 
 
 def measurements(data: dict, kind: str) -> str:

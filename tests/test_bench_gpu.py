@@ -258,6 +258,34 @@ def test_the_report_has_every_figure_and_fault(results, tmp_path):
     assert report_gpu.main([str(page.with_suffix(".json")), "--page", str(page)]) == 1
 
 
+def test_the_report_has_the_newest_run_of_each_device_and_a_line_of_older_ones(results, tmp_path):
+    results.add("x", measured(ours=[1], them=[1.5]), {}, {"head": ("ours", "them")}, {}, kind="op")
+    data = read(results)
+    runs = {
+        "old": {"device": "A", "date": "2026-01-01T10:00:00+00:00", "notes": {"n": "Old code."}},
+        "middle": {"device": "A", "date": "2026-01-02T10:00:00+00:00", "goals": {}},
+        "newest": {"device": "A", "date": "2026-01-03T10:00:00+00:00"},
+        "other": {"device": "B", "date": "2025-01-01T10:00:00+00:00"},
+    }
+    results.data["measurements"].clear()  # nothing measured
+    runs["newest"]["goals"] = gpu_results.verdicts(results.data)
+    paths = []
+    for name, changes in runs.items():
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps(data | changes))
+    page = tmp_path / "gpu.md"
+    page.write_text(report_gpu.MARK)
+    assert report_gpu.main([*map(str, paths), "--page", str(page)]) == 0
+    text = page.read_text()
+    assert [line for line in text.splitlines() if line.startswith("### ")] == ["### A", "### B"]
+    assert "`newest.json`." in text and "`other.json`." in text
+    first, second = (line for line in text.splitlines() if line.startswith("- 2026"))
+    assert first.startswith("- 2026-01-02 10:00 UTC") and first.endswith("`middle.json`: no goal.")
+    assert second.endswith("`old.json`: head 1.50×. Old code.")
+    assert "| not measured; 1.50×, must, on 2026-01-01 10:00 UTC |" in text  # middle has no figure
+    assert text.count("**1.50×**") == 1  # of B, whose only run is its newest
+
+
 @pytest.mark.parametrize(("kind", "step"), [("bf16", 0), ("int8", 0.5), ("int4", 0.55)])
 def test_executors_get_the_weights_that_peers_have(kind, step):
     """The exact values, or each within half a step (and the rounding of scales) of its grid."""
