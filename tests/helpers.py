@@ -7,6 +7,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from mobilellm_fast.config import MobileLLMConfig, expected_shapes
 from mobilellm_fast.engine import Engine
+from mobilellm_fast.executor import Executor
 from mobilellm_fast.quant import PackedWeight, kind_of, pack
 
 LLAMA3_SCALING = {
@@ -106,14 +107,36 @@ def packed_weights(
     }
 
 
+def weights_in(format: str, config: MobileLLMConfig, seed: int = 0) -> dict:
+    """Random weights, matrices packed as a model of this format has them."""
+    return {
+        name: values if values.ndim == 1 else pack(values, kind_of(format, name, "float32"))
+        for name, values in random_weights(config, seed).items()
+    }
+
+
+def make_executor(
+    config: MobileLLMConfig, format: str = "fp32", seed: int = 0, **options
+) -> Executor:
+    """An `Executor` of random weights."""
+    return Executor(config, weights_in(format, config, seed), format, **options)
+
+
+def run(executor: Executor, ids, chunk: int | None = None) -> np.ndarray:
+    """Logits of all tokens, fed `chunk` tokens at a time."""
+    cache = executor.new_cache()
+    chunk = chunk or len(ids)
+    parts = [ids[i : i + chunk] for i in range(0, len(ids), chunk)]
+    logits = [executor.forward(part, cache, all_logits=True) for part in parts]
+    assert cache.length == len(ids)
+    return np.concatenate(logits)
+
+
 def tiny_engine(format: str = "fp32", threads: int = 2, seed: int = 0, **changes) -> Engine:
     """An engine around random weights, without a tokenizer unless `changes` has one."""
     options = {name: changes.pop(name, None) for name in ("tokenizer", "chat_template")}
     config = tiny_config(**changes)
-    weights = {
-        name: values if values.ndim == 1 else pack(values, kind_of(format, name, "float32"))
-        for name, values in random_weights(config, seed).items()
-    }
+    weights = weights_in(format, config, seed)
     return Engine(config, weights, format, threads=threads, **options)
 
 

@@ -5,7 +5,7 @@ import os
 import time
 
 import pytest
-from helpers import tiny_config
+from helpers import tiny_config, weights_in
 
 from mobilellm_fast import calibration
 from mobilellm_fast.calibration import Choice, choose
@@ -111,8 +111,6 @@ def test_one_processor_leaves_no_choice(monkeypatch, cache):
 
 
 def test_real_steps_are_timed(cache):
-    from test_executor import weights_in
-
     from mobilellm_fast.executor import Executor
 
     config = tiny_config(layer_sharing="immediate")

@@ -4,8 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from helpers import MODEL_CONFIGS, random_ids, tiny_config
-from test_executor import make_executor, run
+from helpers import MODEL_CONFIGS, make_executor, random_ids, run, tiny_config
 
 from mobilellm_fast import _C
 from mobilellm_fast.engine import Engine
