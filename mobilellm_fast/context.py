@@ -28,15 +28,21 @@ class Context:
         self.reader: object = None  # whoever extends it now
         self._engine = engine
 
-    def resume(self, token_ids: list[int]) -> list[int]:
+    def resume(self, token_ids: list[int], reader: object) -> list[int]:
         """Keep what this and a text have in common; return the text's tokens left to read.
 
-        At least one is left, because logits come from reading a token.
+        At least one is left, because logits come from reading a token. `reader` extends it from now
+        on, and nobody else; unless that is refused, because another thread is reading.
         """
         limit = min(len(self.token_ids), len(token_ids) - 1)
         pairs = zip(self.token_ids[:limit], token_ids, strict=False)
         common = next((i for i, (ours, new) in enumerate(pairs) if ours != new), limit)
-        self.rewind(common)
+        before, self.reader = self.reader, reader
+        try:
+            self.rewind(common)
+        except BaseException:
+            self.reader = before
+            raise
         return token_ids[common:]
 
     def rewind(self, length: int) -> None:

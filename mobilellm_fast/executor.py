@@ -182,10 +182,15 @@ class Executor:
         Raises:
             MobileLLMError: as `forward` and `Sampler.choose`.
         """
-        if not 0 <= token_id < self.config.vocab_size:
-            checked_ids([token_id], self.config.vocab_size)  # says so
-        rotary = self._rotary_upto(cache.length + 1)
-        chosen = self._executor.next_token(cache, token_id, rotary, sampler.compiled)
+        try:
+            if not 0 <= token_id < self.config.vocab_size:
+                checked_ids([token_id], self.config.vocab_size)  # says so
+            rotary = self._rotary_upto(cache.length + 1)
+            chosen = self._executor.next_token(cache, token_id, rotary, sampler.compiled)
+        except (AttributeError, TypeError):  # to look before would take 6 us after a step
+            checked_ids([token_id], self.config.vocab_size)
+            check_cache(cache)
+            raise
         if chosen[1] != chosen[1]:  # NaN; a function that tells it would take 6 us after a step
             raise broken_logits()
         return chosen

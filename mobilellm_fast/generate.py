@@ -111,9 +111,8 @@ class Stream(Iterator[Token]):
         prompt_ids = self._answer.prompt_ids
         sampler = Sampler(self._options, prompt_ids, self._engine.config.vocab_size)
         context = self._context or Context(self._engine)
-        context.reader = self
         started = perf_counter()
-        unread = context.resume(prompt_ids)
+        unread = context.resume(prompt_ids, self)
         logits = context.extend(unread)
         self._prefill_seconds = perf_counter() - started
         self._prefill_tokens = len(unread)

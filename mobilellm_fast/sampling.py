@@ -69,7 +69,8 @@ class Sampler:
         prompt_ids: tokens seen before, each in [0, vocab_size).
         vocab_size: how many logits there are.
 
-    `compiled` is what does it, for steps that choose without showing their logits.
+    `compiled` is what does it, for steps that choose without showing their logits. While a call
+    uses it, other threads that want to are refused by a MobileLLMError.
     """
 
     def __init__(self, sampling: Sampling, prompt_ids: list[int], vocab_size: int) -> None:

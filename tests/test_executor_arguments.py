@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_engine import FakeCache
 from helpers import make_executor, random_ids, tiny_config
 
 from mobilellm_fast import _C
@@ -43,6 +44,16 @@ def test_bad_arguments_of_next_token():
     for token_id in (-1, 97):
         with pytest.raises(MobileLLMError, match=rf"must be in \[0, 97\), got {token_id}"):
             executor.next_token(token_id, cache, sampler)
+    for token_id in (1.5, "1", None):
+        with pytest.raises(MobileLLMError, match="token_ids must be a non-empty list of integers"):
+            executor.next_token(token_id, cache, sampler)
+    for wrong in (None, "cache", FakeCache([1, 2])):
+        with pytest.raises(
+            MobileLLMError, match=r"\[forward\] cache must be of new_cache\(\), got"
+        ):
+            executor.next_token(1, wrong, sampler)
+    with pytest.raises(AttributeError):
+        executor.next_token(1, cache, None)
     with pytest.raises(ValueError, match="sampler must be for 97 tokens, got one for 5"):
         executor.next_token(1, cache, Sampler(Sampling(), [], 5))
     other = make_executor(tiny_config(num_hidden_layers=3))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from helpers import make_executor, random_ids, run, tiny_config
 
+from mobilellm_fast import _C
 from mobilellm_fast.errors import MobileLLMError
 from mobilellm_fast.rope import cos_sin
 from mobilellm_fast.sampling import Sampler, Sampling
@@ -167,6 +168,69 @@ def test_a_thread_without_a_core_is_left_out_and_tried_again():
     code = [sys.executable, "-c", ON_ONE_CORE]
     done = subprocess.run(code, capture_output=True, text=True, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_cache_is_in_use_while_it_is_restored():
+    """Which takes a while, in which other threads run."""
+    executor = make_executor(tiny_config(max_position_embeddings=8192, head_dim=64), "int8")
+    cache = executor.new_cache()
+    executor.forward(random_ids(executor.config, 8192), cache)
+    pages, refused = cache.pages(), []
+
+    def look():
+        while not refused and restoring.is_alive():
+            try:
+                _ = cache.nbytes
+            except MobileLLMError as error:
+                refused.append(str(error))
+
+    def restore():
+        for _ in range(100):
+            if not refused:
+                cache.restore(8192, pages)
+
+    restoring = threading.Thread(target=restore)
+    restoring.start()
+    look()
+    restoring.join()
+    assert refused == ["[forward] a cache must be used by one thread at a time"]
+    assert cache.pages() == pages
+
+
+@pytest.mark.parametrize("step", ["choose", "next_token"])
+def test_a_sampler_in_use_is_refused_to_other_threads(step):
+    """Choosing runs without the GIL and changes what the sampler knows."""
+    executor = make_executor(tiny_config())
+    vocab = executor.config.vocab_size
+    entered, leave = threading.Event(), threading.Event()
+
+    def draw():  # in the middle of choosing
+        entered.set()
+        assert leave.wait(60)
+        return [0.5] * 64
+
+    sampler = Sampler(Sampling(), [], vocab)
+    sampler.compiled = _C.Sampler(vocab=vocab, temperature=1.0, repetition_penalty=2.0, draw=draw)
+    logits = executor.forward([1], executor.new_cache())[0]
+    use = {
+        "choose": lambda: sampler.choose(logits),
+        "next_token": lambda: executor.next_token(1, executor.new_cache(), sampler),
+    }[step]
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(use)
+        try:
+            assert entered.wait(60)
+            leave_later = threading.Timer(10, leave.set)  # what is not refused waits, but ends
+            leave_later.start()
+            with pytest.raises(
+                MobileLLMError, match="a sampler must be used by one thread at a time"
+            ):
+                use()
+        finally:
+            leave.set()
+            leave_later.cancel()
+        assert 0 <= first.result()[0] < vocab
+    use()
 
 
 NO_THREADS = """

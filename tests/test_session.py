@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_engine import TEMPLATE, VOCAB, ByteTokenizer, FakeEngine
+from fake_engine import TEMPLATE, VOCAB, ByteTokenizer, FakeCache, FakeEngine
 from helpers import random_ids, tiny_engine
 
 from mobilellm_fast import _C
@@ -104,6 +104,29 @@ def test_a_refused_message_changes_nothing():
     with pytest.raises(MobileLLMError, match="temperature"):
         session.chat("x", temperature=-1)
     assert (session.messages, session.token_ids) == before
+
+
+def test_an_answer_that_is_refused_its_context_ends_no_other(monkeypatch):
+    """As where another thread is in the middle of a step of the first one."""
+    session = Session(FakeEngine(script=b"abcd"))
+    first = session.stream("x")
+    assert next(first).text == "a"
+    truncate = FakeCache.truncate
+
+    def refuse(cache, tokens):
+        raise MobileLLMError("[forward] a cache must be used by one thread at a time")
+
+    monkeypatch.setattr(FakeCache, "truncate", refuse)
+    with pytest.raises(MobileLLMError, match="one thread at a time"):
+        session.generate("y")
+    monkeypatch.setattr(FakeCache, "truncate", truncate)
+    assert first.run_to_end().text == "abcd"
+    # and one that is not refused does
+    first = session.stream("x")
+    next(first)
+    session.generate("y")
+    with pytest.raises(MobileLLMError, match="the session has begun another answer"):
+        next(first)
 
 
 def test_an_interrupted_prompt_is_read_again():

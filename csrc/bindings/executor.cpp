@@ -1,8 +1,6 @@
 // The executor and its KV caches.
 #include "../executor.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <deque>
 
@@ -10,6 +8,7 @@
 #include "../plan.h"
 #include "arguments.h"
 #include "bindings.h"
+#include "in_use.h"
 #include "sampler.h"
 
 namespace py = pybind11;
@@ -23,35 +22,15 @@ struct BoundExecutor {
   std::unique_ptr<Executor> executor;
 };
 
-// A cache, and the process in which a step uses it now. Steps run without the GIL: another thread
-// of Python could copy or replace pages that are being written.
+// A cache, and whether a step or restore() writes to it now.
 struct BoundCache {
   KVCache cache;
-  int stepping_in = 0;  // a child forked during the step is another process, and has no such step
+  InUse in_use{"[forward] a cache must be used by one thread at a time"};
 
   KVCache& idle() {
-    if (stepping_in == getpid()) {
-      const py::object error = py::module_::import("mobilellm_fast.errors").attr("MobileLLMError");
-      py::set_error(error, "[forward] a cache must be used by one thread at a time");
-      throw py::error_already_set();
-    }
+    in_use.check();
     return cache;
   }
-};
-
-// Marks a cache while a step uses it. Made and destroyed with the GIL held.
-class Stepping {
- public:
-  explicit Stepping(BoundCache& bound) : cache(bound.idle()), bound_(bound) {
-    bound_.stepping_in = getpid();
-  }
-  Stepping(const Stepping&) = delete;
-  ~Stepping() { bound_.stepping_in = 0; }
-
-  KVCache& cache;
-
- private:
-  BoundCache& bound_;
 };
 
 BoundExecutor make_executor(int64_t hidden, int64_t intermediate, int64_t vocab, int heads,
@@ -133,13 +112,14 @@ py::array forward(BoundExecutor& self, const std::vector<BoundCache*>& caches,
       throw py::value_error("token ids must be in 0.." + std::to_string(model.vocab - 1) +
                             ", got " + std::to_string(id));
   std::vector<Sequence> sequences;
-  std::deque<Stepping> stepping;
+  std::deque<Using> in_use;
   int64_t first = 0, wanted = 0;
   for (size_t i = 0; i < caches.size(); ++i) {
     if (!caches[i]) throw py::value_error("caches must not be None");
     if (std::find(caches.begin(), caches.begin() + i, caches[i]) != caches.begin() + i)
       throw py::value_error("caches must differ from each other");
-    KVCache* cache = &stepping.emplace_back(*caches[i]).cache;
+    in_use.emplace_back(caches[i]->in_use);
+    KVCache* cache = &caches[i]->cache;
     if (!cache->fits(static_cast<int>(model.schedule.size()), model.kv_heads, model.head_dim,
                      model.kv_kind))
       throw py::value_error("cache was made by another model");
@@ -167,8 +147,8 @@ py::tuple next_token(BoundExecutor& self, BoundCache& bound, int64_t token, cons
                      BoundSampler& sampler) {
   Executor& executor = *self.executor;
   const Model& model = executor.model();
-  const Stepping stepping(bound);
-  KVCache& cache = stepping.cache;
+  const Using using_cache(bound.in_use), using_sampler(sampler.in_use);
+  KVCache& cache = bound.cache;
   const int64_t half = model.head_dim / 2, position = cache.length();
   if (!cache.fits(static_cast<int>(model.schedule.size()), model.kv_heads, model.head_dim,
                   model.kv_kind))
@@ -200,24 +180,26 @@ py::tuple next_token(BoundExecutor& self, BoundCache& bound, int64_t token, cons
 }
 
 void restore(BoundCache& bound, int64_t length, const std::vector<py::buffer>& pages) {
-  KVCache& cache = bound.idle();
+  const Using in_use(bound.in_use);
+  KVCache& cache = bound.cache;
   if (length < 0 || static_cast<int64_t>(pages.size()) != ceil_div(length, kPageTokens))
     throw py::value_error(std::to_string(length) + " tokens must lie in " +
                           std::to_string(ceil_div(length, kPageTokens)) + " pages, got " +
                           std::to_string(pages.size()));
+  std::vector<py::buffer_info> given;
   for (const py::buffer& page : pages) {
-    const py::buffer_info info = page.request();
+    const py::buffer_info& info = given.emplace_back(page.request());
     if (!PyBuffer_IsContiguous(info.view(), 'C') ||
         info.size * info.itemsize != cache.page_nbytes())
       throw py::value_error("a page must have " + std::to_string(cache.page_nbytes()) +
                             " contiguous bytes, got " + std::to_string(info.size * info.itemsize));
   }
+  py::gil_scoped_release release;
   KVCache fresh = cache;  // so that a failure leaves the cache as it was
   fresh.set_length(0);
   fresh.reserve(length);
-  for (size_t i = 0; i < pages.size(); ++i) {
-    std::copy_n(static_cast<const uint8_t*>(pages[i].request().ptr), cache.page_nbytes(),
-                fresh.page(i));
+  for (size_t i = 0; i < given.size(); ++i) {
+    std::copy_n(static_cast<const uint8_t*>(given[i].ptr), cache.page_nbytes(), fresh.page(i));
     if (!fresh.is_sound(i))
       throw py::value_error("page " + std::to_string(i) + " must have " + cache.format() +
                             " codes and scales in their range, got others");
@@ -243,7 +225,8 @@ void bind_executor(py::module_& m) {
       .def(
           "pages",
           [](BoundCache& self) {
-            KVCache& cache = self.idle();
+            const Using in_use(self.in_use);
+            KVCache& cache = self.cache;
             py::list pages;
             for (int64_t i = 0; i < cache.pages(); ++i)
               pages.append(

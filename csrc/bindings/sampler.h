@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../sampling.h"
+#include "in_use.h"
 
 namespace mlf {
 
@@ -17,6 +18,7 @@ struct BoundSampler {
   std::vector<double> uniforms = {};
   size_t used = 0;                 // of those
   std::vector<float> logits = {};  // (vocab), of the executor's last step for it
+  InUse in_use{"[generate] a sampler must be used by one thread at a time"};
 
   double next_uniform();
 };

@@ -29,6 +29,7 @@ std::unique_ptr<BoundSampler> make_sampler(int64_t vocab, double temperature, in
 }
 
 py::tuple choose_from(BoundSampler& self, const py::array& logits) {
+  const Using in_use(self.in_use);
   const float* x = floats(logits, "logits", {self.sampler.vocab()});
   const double uniform = self.next_uniform();
   Choice choice;
