@@ -1,24 +1,10 @@
 #include "page_cache.h"
 
-#include <cstdio>
-#include <limits>
-
 namespace mlf {
 
 bool is_fresh(int64_t changed, int64_t now) {
   constexpr int64_t kDay = 24 * 3600;
   return changed <= now && now - changed < kDay;
-}
-
-int64_t available_nbytes() {
-  long long kilobytes = -1;
-  if (std::FILE* file = std::fopen("/proc/meminfo", "re")) {
-    char line[256];
-    while (kilobytes < 0 && std::fgets(line, sizeof line, file))
-      if (std::sscanf(line, "MemAvailable: %lld kB", &kilobytes) != 1) kilobytes = -1;
-    std::fclose(file);
-  }
-  return kilobytes < 0 ? std::numeric_limits<int64_t>::max() : kilobytes * 1024;
 }
 
 }  // namespace mlf
@@ -31,6 +17,8 @@ int64_t available_nbytes() {
 #include <algorithm>
 #include <iterator>
 #include <vector>
+
+#include "available_memory.h"
 
 namespace mlf {
 namespace {

@@ -25,8 +25,4 @@ int64_t read_in_huge_pages(uint8_t* begin, int64_t nbytes, int file, bool fresh)
 // What a clock that was set back calls the future is not, as it would be for years. In seconds.
 bool is_fresh(int64_t changed, int64_t now);
 
-// Bytes that the system could give to programs and the page cache, which counts as given; the
-// largest number where it does not tell.
-int64_t available_nbytes();
-
 }  // namespace mlf

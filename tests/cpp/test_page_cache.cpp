@@ -166,11 +166,6 @@ void a_file_is_fresh_for_a_day() {
 
 int main() {
   a_file_is_fresh_for_a_day();
-  if (const int64_t available = mlf::available_nbytes();
-      available < kNbytes || available > sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE)) {
-    std::fprintf(stderr, "%lld bytes of memory are available\n", static_cast<long long>(available));
-    ++failures;
-  }
   a_file_larger_than_memory_is_left_alone();
   if (failures) return 1;
   const File file;
