@@ -97,6 +97,12 @@ bool FairMutex::try_lock() {
   return true;
 }
 
+int64_t FairMutex::users() {
+  Queue& queue = this->queue();
+  std::lock_guard<std::mutex> lock(queue.mutex);
+  return static_cast<int64_t>(queue.last - queue.served);
+}
+
 void FairMutex::unlock() {
   Queue& queue = *queue_.load();
   {

@@ -40,6 +40,8 @@ class FairMutex {
   // Whether it was free, nobody waiting for it, and is now locked.
   bool try_lock();
   void unlock();
+  // How many threads have it or wait for it.
+  int64_t users();
 
  private:
   struct Queue;

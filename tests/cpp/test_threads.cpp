@@ -121,6 +121,10 @@ void a_worker_is_awake_for_the_next_call() {
   expect("a worker is awake for the next call", awake);
 }
 
+void wait_for_users(FairMutex& mutex, int64_t users) {
+  while (mutex.users() < users) rest(1);
+}
+
 // Who has it twice in a row would keep it from others for as long as it likes.
 void a_mutex_is_had_in_the_order_of_asking() {
   FairMutex mutex;
@@ -134,7 +138,7 @@ void a_mutex_is_had_in_the_order_of_asking() {
       if (had++ != i) ordered = false;
       mutex.unlock();
     });
-    rest(100);
+    wait_for_users(mutex, i + 2);
   }
   expect("a mutex in use is not free", !mutex.try_lock());
   mutex.unlock();
@@ -155,7 +159,7 @@ void a_child_can_use_and_destroy_a_mutex() {
     mutex->lock();
     mutex->unlock();
   });
-  rest(100);
+  wait_for_users(*mutex, 2);
   const pid_t child = fork();
   if (child == 0) {
     const bool free = mutex->try_lock();
