@@ -5,7 +5,7 @@ import operator
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from .config_json import read_fields
 from .errors import CheckpointError, MobileLLMError
@@ -65,7 +65,7 @@ class MobileLLMConfig:
     num_hidden_layers: int = 30
     num_attention_heads: int = 9
     num_key_value_heads: int = 3
-    head_dim: int | None = None
+    head_dim: int = cast(int, None)  # hidden_size // num_attention_heads
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0

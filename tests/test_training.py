@@ -208,6 +208,14 @@ def test_sequences_beyond_the_context_are_refused(corpus):
         Trainer(model(), corpus, dataclasses.replace(RECIPE, seq_len=300))
 
 
+def test_a_trainer_without_a_checkpoint_neither_resumes_nor_saves(corpus):
+    message = r"\[train\] checkpoint must be the path of a file, got None"
+    with pytest.raises(MobileLLMError, match=message):
+        Trainer(model(), corpus, RECIPE, resume=True)
+    with pytest.raises(MobileLLMError, match=message):
+        Trainer(model(), corpus, RECIPE).save()
+
+
 def test_a_tokenizer_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=r"file: cannot be written \([A-Z][a-z ]+\)$"):

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,7 +57,7 @@ class Checkpoint:
     name: str
     path: Path
     config: MobileLLMConfig
-    tensors: Mapping[str, StoredTensor] = field(repr=False)
+    tensors: dict[str, StoredTensor] = field(repr=False)
     tokenizer: Tokenizer | None = field(default=None, repr=False)
     chat_template: str | None = field(default=None, repr=False)
     format: str | None = None

@@ -34,6 +34,7 @@ class Trainer:
 
     Raises:
         CheckpointError: the checkpoint to resume from is missing, damaged or of another run.
+        MobileLLMError: sequences longer than the context, or none to resume from.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Trainer:
         self._run: nn.Module | Callable = torch.compile(model) if compiled else model
         if resume:
             self.state = checkpoints.restore(
-                checkpoint, model, self.optimizer, recipe, corpus.digest
+                self._file(), model, self.optimizer, recipe, corpus.digest
             )
 
     def run(self) -> Iterator[State]:
@@ -81,10 +82,19 @@ class Trainer:
             yield self.state
 
     def save(self) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint.
+
+        Raises:
+            MobileLLMError: there is no file for it.
+        """
         checkpoints.save(
-            self.checkpoint, self.model, self.optimizer, self.recipe, self.state, self.corpus.digest
+            self._file(), self.model, self.optimizer, self.recipe, self.state, self.corpus.digest
         )
+
+    def _file(self) -> Path:
+        if self.checkpoint is None:
+            raise MobileLLMError("[train] checkpoint must be the path of a file, got None")
+        return self.checkpoint
 
     @torch.no_grad()
     def validate(self) -> float:
