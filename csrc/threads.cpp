@@ -15,11 +15,11 @@ inline void pause() {
 #endif
 }
 
-// Tens of microseconds of pauses on x86: longer than the stages of a step differ between threads,
-// shorter than anyone notices when the other thread has lost its processor.
-constexpr int kSpins = 1500;
+// Pauses between two looks at the clock, which most waits at a barrier end before: it would cost
+// them as much as the barrier does. They take 3 to 50 ns each, so no number of them is a time.
+constexpr int kSpins = 200;
 // Nanoseconds between two calls, longer than a program takes from one step to the next: to wake a
-// worker takes 25 us (measured, docs/performance.md). No number of pauses: they take 3 to 50 ns.
+// worker takes 25 us (measured, docs/performance.md).
 constexpr int64_t kAwakeBetweenCalls = 150'000;
 
 int64_t now() {  // in nanoseconds
@@ -41,14 +41,18 @@ void WaitCounter::increment() {
 }
 
 int64_t WaitCounter::wait_while(uint32_t seen, int64_t awake) {
-  const int64_t until = awake > 0 ? now() + awake : 0;
-  do {
+  const auto changes_soon = [&] {
     for (int spin = 0; spin < kSpins; ++spin) {
-      if (get() != seen) return 0;
+      if (get() != seen) return true;
       pause();
     }
-  } while (awake > 0 && now() < until);
-  const int64_t begin = now();
+    return false;
+  };
+  if (changes_soon()) return 0;
+  int64_t begin = now();
+  const int64_t until = begin + awake;
+  for (; begin < until; begin = now())
+    if (changes_soon()) return 0;
   std::unique_lock<std::mutex> lock(mutex_);
   sleepers_.fetch_add(1, std::memory_order_seq_cst);
   changed_.wait(lock, [&] { return value_.load(std::memory_order_seq_cst) != seen; });

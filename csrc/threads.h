@@ -19,7 +19,7 @@ class WaitCounter {
   void increment();
   // Return once the counter differs from `seen`: the nanoseconds slept until then. Sleeps only
   // after at least `awake` nanoseconds.
-  int64_t wait_while(uint32_t seen, int64_t awake = 0);
+  int64_t wait_while(uint32_t seen, int64_t awake);
 
  private:
   std::atomic<uint32_t> value_{0};
@@ -77,7 +77,7 @@ class ThreadPool {
     if (arrive()) return;
     while (passed.get() == seen && idle()) {
     }
-    if (const int64_t slept = passed.wait_while(seen))
+    if (const int64_t slept = passed.wait_while(seen, kAwakeAtBarrier))
       slept_.fetch_add(slept, std::memory_order_relaxed);
   }
   void barrier() {
@@ -85,6 +85,10 @@ class ThreadPool {
   }
 
  private:
+  // Nanoseconds: longer than the stages of a step differ between threads, shorter than anyone
+  // notices when the other thread has lost its processor.
+  static constexpr int64_t kAwakeAtBarrier = 40'000;
+
   void start();
   void forget_workers();
   void stop_workers();

@@ -180,12 +180,49 @@ void a_child_can_use_and_destroy_a_mutex() {
   waiting.join();
 }
 
+// How often a worker slept at some barriers that the other thread came to a little later.
+long sleeps_at_barriers(int barriers) {
+  long slept = 0;
+#if defined(RUSAGE_THREAD)
+  constexpr auto kLater = std::chrono::microseconds(20);
+  ThreadPool pool(2);
+  pool.run([&](int thread) {
+    for (int i = 0; i < barriers; ++i) {
+      pool.barrier();
+      rusage before{}, after{};
+      if (thread != 0) getrusage(RUSAGE_THREAD, &before);
+      const auto begin = std::chrono::steady_clock::now();
+      while (thread == 0 && std::chrono::steady_clock::now() - begin < kLater) {
+      }
+      pool.barrier();
+      if (thread == 0) continue;
+      getrusage(RUSAGE_THREAD, &after);
+      slept += after.ru_nvcsw - before.ru_nvcsw;
+    }
+  });
+#else
+  static_cast<void>(barriers);
+#endif
+  return slept;
+}
+
+// As long as stages differ, whatever a pause takes.
+void a_worker_is_awake_at_a_barrier() {
+  if (std::thread::hardware_concurrency() < 2) return;
+  constexpr int kAttempts = 200, kBarriers = 20;
+  bool awake = false;
+  for (int attempt = 0; attempt < kAttempts && !awake; ++attempt)
+    awake = sleeps_at_barriers(kBarriers) < kBarriers / 2;
+  expect("a worker is awake at a barrier", awake);
+}
+
 }  // namespace
 
 int main() {
   a_mutex_is_had_in_the_order_of_asking();
   a_child_can_use_and_destroy_a_mutex();
   a_worker_is_awake_for_the_next_call();
+  a_worker_is_awake_at_a_barrier();
   a_child_can_destroy_a_pool();
   a_child_can_use_a_pool();
   return failures ? 1 : 0;
