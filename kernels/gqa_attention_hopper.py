@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the name up to Triton 3.6
 ROWS = 64  # of a group of warps: the height of its matrix products
 # Registers of a thread, by the number of groups. The loading warp needs few.
 REGISTERS = {2: 232, 3: 160}
@@ -121,7 +122,7 @@ def _attend(
     pointers = q + (token * q_stride_seq + member * q_stride_head)[:, None] + columns[None, :]
     q_tile.store(gl.load(pointers, mask=in_memory, other=0.0))
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
 
     row = start + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     position = kv_seq - seq + row // GROUP  # the last key that a row sees

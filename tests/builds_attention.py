@@ -72,6 +72,7 @@ def _attention(
     warps = constants.pop("num_warps")
     constants["GROUP"] = group
     types = _types(ARGUMENTS[kernel], dtype, SIZES)
+    arches = {"hopper": ("sm_90",), "hip": ("gfx942",)}.get(backend, ("sm_80", "sm_90"))
     if kernel == "forward":
         constants["DESCRIPTORS"] = descriptors
         if descriptors:
@@ -85,7 +86,7 @@ def _attention(
         constants,
         warps=warps,
         needs={} if dtype == "fp32" or descriptors else _needs(tile.stages),
-        arches=options.pop("arches", ("gfx942",) if backend == "hip" else ("sm_80", "sm_90")),
+        arches=options.pop("arches", arches),
         **options,
     )
 
@@ -151,13 +152,19 @@ def _decode(dtype="bf16", head_dim=64, group=3, kernel="_decode", early=False, *
 def _builds():
     for kernel in ("forward", "backward_queries", "backward_keys"):
         # 128 registers: two programs of 8 warps on an SM, one computes while the other waits
-        options = dict(registers=128, arches=("sm_90",)) if kernel == "forward" else {}
+        options = {
+            "forward": dict(registers=128, arches=("sm_90",)),
+            "backward_keys": dict(arches=("sm_80",)),
+        }.get(kernel, {})
         yield _attention(kernel, quick=kernel != "backward_queries", **options)
         yield from (_attention(kernel, group=group, **options) for group in (1, 5))
         yield _attention(kernel, "fp16", **options)
         yield from (_attention(kernel, head_dim=head_dim) for head_dim in (80, 128))
         yield _attention(kernel, "fp32")
         yield from (_attention(kernel, head_dim=dim, backend="hip") for dim in (64, 80, 128))
+    yield _attention("backward_keys", backend="hopper", quick=True)
+    yield from (_attention("backward_keys", backend="hopper", group=group) for group in (1, 5))
+    yield _attention("backward_keys", "fp16", backend="hopper")
     yield _attention("forward", group=4, arches=("sm_80",))
     yield _attention("forward", descriptors=True, registers=128, arches=("sm_90",))
     yield _specialized(quick=True)
