@@ -164,10 +164,11 @@ MLF_TEST(swiglu) {
                      other = kind == WeightKind::int8 ? WeightKind::int4_g32 : WeightKind::int8,
                      up_kind = is_quantized(kind) && p.cols % 2 ? other : kind;
     const Matrix up = make_matrix(up_kind, p.outputs, p.cols, Fill::random, 7);
+    Tiles tiles{0, gate.weight.tiles()};
     const auto call = [&](const KernelTable& table, const Activations& out) {
       Inputs inputs;
       make_inputs(inputs, table, p.activation, x, p.rows, p.cols, p.may_be_wide);
-      table.swiglu(inputs.view, gate.weight, up.weight, out, p.rows, {0, gate.weight.tiles()});
+      table.swiglu(inputs.view, gate.weight, up.weight, out, p.rows, tiles);
     };
     ActivationBuffer buffer;
     buffer.resize(p.rows, p.outputs);
@@ -206,6 +207,12 @@ MLF_TEST(swiglu) {
       return both;
     };
     check.same(name + ", codes", bytes(codes.view), bytes(rounded.view));
+
+    // In other streams, fetching meanwhile what comes next: as the second of two passes does.
+    tiles.ahead = gate.weight.nbytes() / kStepBytes * kStepBytes;
+    tiles.stride = 2, tiles.phase = 1;
+    call(check.table(), codes.view);
+    check.same(name + ", from cache", bytes(codes.view), bytes(rounded.view));
   });
 }
 
