@@ -1,6 +1,7 @@
 """Small helpers around files that others wrote."""
 
 import contextlib
+import errno
 import json
 import os
 import reprlib
@@ -60,12 +61,14 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file to write that appears complete under its name, or not at all.
 
     Args:
-        path: a file there is replaced.
+        path: a file there is replaced; a device or a pipe is not, which a rename would destroy.
 
     Raises:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not (path.is_file() or path.is_dir()):  # rename refuses directories itself
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:

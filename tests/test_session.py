@@ -257,6 +257,19 @@ def test_saving_replaces_a_file_or_leaves_it(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_saving_does_not_replace_what_is_no_file(tmp_path, linked):
+    """A rename would: with the rights of root, /dev/null would become a file for everyone."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)  # stands for any device
+    link.symlink_to(pipe)
+    with pytest.raises(CheckpointError, match=r"cannot be written \(Not a regular file\)"):
+        tiny_engine().session().save(link if linked else pipe)
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert sorted(tmp_path.iterdir()) == [link, pipe]
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     engine = tiny_engine("int8")
