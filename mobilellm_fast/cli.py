@@ -30,8 +30,9 @@ package; without one, SmolLM2-135M-Instruct is used (fetched once, 98 MB). 'mobi
 --help' explains the options of a command.
 """
 
-CHAT_HELP = """\
-Ctrl-C stops an answer, Ctrl-D or /exit leaves, /clear forgets the conversation.
+CHAT_KEYS = """\
+Ctrl-C stops an answer, Ctrl-D or /exit leaves, /clear forgets the conversation, /help says so."""
+CHAT_HELP = f"""{CHAT_KEYS}
 When standard input is not a terminal, each of its lines is one message.
 """
 
@@ -150,7 +151,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_generation_options(sub: argparse.ArgumentParser, **defaults: Any) -> None:
-    group = sub.add_argument_group("generation")
+    group = sub.add_argument_group(
+        "generation",
+        "Without a --temperature above 0, --top-k, --top-p, --min-p and --seed change nothing.",
+    )
     for name, (kind, metavar, help) in GENERATION_OPTIONS.items():
         flag = "--" + name.replace("_", "-")
         group.add_argument(flag, type=kind, metavar=metavar, help=help, default=defaults.get(name))
@@ -164,6 +168,8 @@ def _generation_options(args: argparse.Namespace) -> dict[str, Any]:
 
     given = {name: getattr(args, name) for name in (*GENERATION_OPTIONS, "stop")}
     given = {name: value for name, value in given.items() if value is not None}
+    if args.stop:
+        given["stop"] = [_argument(text) for text in args.stop]
     Options(**given)
     return given
 
@@ -226,6 +232,9 @@ def _chat(args: argparse.Namespace) -> None:
     for message in _messages(interactive):
         if message == "/exit":
             return
+        if message == "/help":
+            print(CHAT_KEYS, file=sys.stderr)
+            continue
         if message == "/clear":
             session = Session(engine, beginning)
             continue

@@ -208,6 +208,12 @@ def test_configuration(tmp_path, name):
     assert open_checkpoint(path).config == dataclasses.replace(config, **stored)
 
 
+@pytest.mark.parametrize("name", ["m.GGUF", "sha256-0123", "m.bin"])
+def test_a_file_of_another_name(tmp_path, name):
+    path = write_gguf(tmp_path / "m.gguf", CONFIG, WEIGHTS).rename(tmp_path / name)
+    assert open_checkpoint(path).config == open_checkpoint(path.rename(tmp_path / "m.gguf")).config
+
+
 def test_defaults_where_a_file_is_silent(tmp_path):
     silent = ["attention.key_length", "attention.value_length", "attention.head_count_kv"]
     silent += ["rope.dimension_count", "rope.freq_base", "vocab_size"]

@@ -203,7 +203,12 @@ def test_missing_files(tmp_path):
     assert "model.gguf" in error_of(tmp_path)  # a hint to what may be meant
     write_json(tmp_path / "config.json", CONFIG.to_hf())
     assert "no model.safetensors and no pytorch_model.bin" in error_of(tmp_path)
-    assert "must be a directory or a .gguf file" in error_of(tmp_path / "config.json")
+    others = "must be a directory, a GGUF file or a packed .mlf image"
+    assert others in error_of(tmp_path / "config.json")
+    os.mkfifo(tmp_path / "pipe")
+    assert others in error_of(tmp_path / "pipe")
+    (tmp_path / "model.mlf").touch()
+    assert "is packed already" in error_of(tmp_path / "model.mlf")
 
 
 @pytest.mark.parametrize("source", [7, b"x", "", "a\0b", "x" * 5000, ["a"]])

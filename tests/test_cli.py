@@ -243,6 +243,15 @@ class TestChat:
         assert "two" in last
         assert "one" not in last
 
+    def test_help_is_not_for_the_model(self, install, stdin, capsys):
+        loader = install(FakeEngine(script=b"Hi!"))
+        stdin("/help\n")
+        assert cli.main(["chat"]) == 0
+        out, err = capsys.readouterr()
+        assert (out, loader.engine.prompts) == ("", [])
+        assert err.startswith("Ctrl-C stops an answer")
+        assert "/exit" in err
+
     def test_ctrl_c_stops_the_answer_and_not_the_program(self, install, stdin, capsys):
         loader = install(FakeEngine(script=b"abcdef", interrupt_at=3))
         stdin("one\ntwo\n")
@@ -457,6 +466,7 @@ class TestProcess:
             (["chat"], 0, "standard input must be open to read, got a closed one"),
             (["score", "-"], 0, "standard input must be open to read, got a closed one"),
             (["generate", "a\udcff"], None, f"{BROKEN} at byte 1"),
+            (["generate", "a", "--stop", "a\udcff"], None, f"{BROKEN} at byte 1"),
         ],
     )
     def test_closed_files_and_broken_arguments_are_one_line(self, argv, closed, message):

@@ -63,11 +63,24 @@ def open_path(path: Path, name: str | None = None) -> Checkpoint:
         from .huggingface import open_directory
 
         return open_directory(path, name)
-    if path.suffix != ".gguf":
-        raise CheckpointError(f"{path}: must be a directory or a .gguf file")
+    if path.suffix == ".mlf":
+        raise CheckpointError(f"{path}: is packed already; must be a directory or a GGUF file")
+    if not (path.suffix == ".gguf" or _is_gguf(path)):
+        raise CheckpointError(f"{path}: must be a directory, a GGUF file or a packed .mlf image")
     from .gguf import open_gguf
 
     return open_gguf(path, name)
+
+
+def _is_gguf(path: Path) -> bool:
+    """Tell by its beginning whether a file of another name is one: ollama's have no suffix."""
+    if not path.is_file():  # a pipe would wait
+        return False
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({brief(error)})") from None
 
 
 def _existing(source: str | Path) -> Path | None:
