@@ -15,11 +15,12 @@ namespace {
 constexpr char kUsage[] =
     "usage: mobilellm-run MODEL.mlf -p TEXT [options]\n"
     "       mobilellm-run MODEL.mlf --bench [options]\n"
-    "  -p TEXT            continue this text\n"
+    "  -p TEXT            continue this text; - reads standard input\n"
     "  -n TOKENS          tokens to generate (256; with --bench 128)\n"
     "  -t THREADS         threads (as many as processors, 4 at most)\n"
     "  --temperature T    0 takes the likeliest token, and is the default\n"
     "  --top-k K, --top-p P, --min-p P, --seed S\n"
+    "                     count with a temperature above 0\n"
     "  --isa NAME         kernel table, such as neon (the best one)\n"
     "  --kv-format NAME   fp16, fp32, int16 or int8\n"
     "  --ids              print token ids instead of text\n"
@@ -39,6 +40,13 @@ struct Arguments {
 [[noreturn]] void stop(const std::string& message) {
   std::fprintf(stderr, "mobilellm-run: %s\n", message.c_str());
   std::exit(2);
+}
+// Write what is buffered: what a full disk or a closed output refuses is known only then.
+void flush() {
+  errno = 0;
+  if (std::fflush(stdout) == 0 && !std::ferror(stdout)) return;
+  stop("standard output cannot be written (" + std::string(std::strerror(errno ? errno : EIO)) +
+       ")");
 }
 void must(mlf_status status) {
   if (status != MLF_OK) stop(mlf_last_error());
@@ -70,10 +78,12 @@ Arguments parse(int argc, char** argv) {
     };
     if (name == "--help" || name == "-h") {
       std::fputs(kUsage, stdout);
+      flush();
       std::exit(0);
     }
     if (name == "--version") {
       std::printf("mobilellm-run %s\n", mlf_version());
+      flush();
       std::exit(0);
     }
     if (name == "-p") a.prompt = value();
@@ -112,15 +122,29 @@ int32_t next_token(mlf_session* session, const mlf_sampling& sampling) {
   return id;
 }
 
+// The text of -p, or for "-" all of standard input, without the newline that ends it.
+std::string prompt_text(const char* given) {
+  std::string text = given;
+  if (text != "-") return text;
+  text.clear();
+  char buffer[4096];
+  while (const size_t nbytes = std::fread(buffer, 1, sizeof buffer, stdin))
+    text.append(buffer, nbytes);
+  if (std::ferror(stdin)) stop("standard input cannot be read");
+  if (!text.empty() && text.back() == '\n') text.pop_back();
+  return text;
+}
+
 void generate(const Arguments& a, mlf_model* model, mlf_session* session, const mlf_info& info) {
   size_t count = 0;
-  const size_t nbytes = std::strlen(a.prompt);
-  if (nbytes == 0) stop("-p must not be empty");
+  const std::string prompt = prompt_text(a.prompt);
+  const size_t nbytes = prompt.size();
+  if (nbytes == 0) stop("the prompt must not be empty");
   std::vector<int32_t> ids(nbytes + 16);  // a byte is one token at most, and some around them
-  mlf_status status = mlf_tokenize(model, a.prompt, nbytes, 1, ids.data(), ids.size(), &count);
+  mlf_status status = mlf_tokenize(model, prompt.data(), nbytes, 1, ids.data(), ids.size(), &count);
   if (status == MLF_ERROR_SPACE) {
     ids.resize(count);
-    status = mlf_tokenize(model, a.prompt, nbytes, 1, ids.data(), ids.size(), &count);
+    status = mlf_tokenize(model, prompt.data(), nbytes, 1, ids.data(), ids.size(), &count);
   }
   must(status);
   const long long room = info.context_length - static_cast<long long>(count);
@@ -139,7 +163,7 @@ void generate(const Arguments& a, mlf_model* model, mlf_session* session, const 
       must(mlf_next_text(session, id, &text, &text_nbytes));
       std::fwrite(text, 1, text_nbytes, stdout);
     }
-    std::fflush(stdout);
+    flush();
     if (i + 1 < std::min(a.tokens, room)) must(mlf_eval(session, &id, 1));
   }
   if (a.ids) return;
@@ -193,5 +217,5 @@ int main(int argc, char** argv) {
   else generate(a, model, session, info);
   mlf_session_close(session);
   mlf_close(model);
-  return std::ferror(stdout) ? 1 : 0;
+  flush();
 }
