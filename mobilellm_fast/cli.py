@@ -59,7 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     if sys.stderr is None:  # closed, as may be the others; print() would take standard output
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    args = _parser().parse_args(argv)
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:  # with the usage of the command, where argparse shows that of the whole
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know a model's characters
     if hasattr(sys.stdin, "reconfigure"):
@@ -99,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         name: str, run, help: str, epilog: str = "", runs: bool = True
     ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help, epilog=epilog)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, parser=sub)
         model = sub.add_argument_group("model")
         model.add_argument("--model", metavar="MODEL", help="directory, hub id, .gguf or .mlf file")
         model.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
@@ -156,8 +158,11 @@ def _add_generation_options(sub: argparse.ArgumentParser, **defaults: Any) -> No
         "Without a --temperature above 0, --top-k, --top-p, --min-p and --seed change nothing.",
     )
     for name, (kind, metavar, help) in GENERATION_OPTIONS.items():
-        flag = "--" + name.replace("_", "-")
-        group.add_argument(flag, type=kind, metavar=metavar, help=help, default=defaults.get(name))
+        flags = ["--" + name.replace("_", "-")]
+        if name == "max_new_tokens":
+            flags.append("-n")  # as in bench and mobilellm-run
+        default = defaults.get(name)
+        group.add_argument(*flags, type=kind, metavar=metavar, help=help, default=default)
     group.add_argument("--stop", action="append", metavar="TEXT", help="stop before this text")
     group.add_argument("--verbose", action="store_true", help="print timings to standard error")
 

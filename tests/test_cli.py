@@ -90,6 +90,11 @@ class TestGenerate:
         assert loader.calls == [("some/model", expected)]
         assert capsys.readouterr().out == "Grüße \n"
 
+    def test_n_is_as_in_bench_and_the_runner(self, install, capsys):
+        install(FakeEngine(script=b"abcdef"))
+        assert cli.main(["generate", "x", "-n", "3"]) == 0
+        assert capsys.readouterr().out == "abc\n"
+
     def test_every_option_of_the_api_is_offered(self):
         names = {field.name for field in dataclasses.fields(Options)}
         assert names == {*cli.GENERATION_OPTIONS, "stop"}
@@ -192,6 +197,15 @@ class TestErrors:
             cli.main(argv)
         assert caught.value.code == 2
         assert "usage: mobilellm-fast" in capsys.readouterr().err
+
+    def test_an_unknown_option_gets_the_usage_of_its_command(self, capsys):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["generate", "x", "--max-tokens", "4"])
+        assert caught.value.code == 2
+        err = capsys.readouterr().err
+        assert err.startswith("usage: mobilellm-fast generate ")
+        assert "--max-new-tokens" in err
+        assert err.endswith("fast generate: error: unrecognized arguments: --max-tokens 4\n")
 
 
 class TestHelp:
