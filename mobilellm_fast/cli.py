@@ -219,7 +219,7 @@ def _generate(args: argparse.Namespace) -> None:
     options = _generation_options(args)
     prompt = _argument(args.prompt)
     if prompt == "-":  # as typed with `echo`: the newline that ends the input is not meant
-        prompt = _read("-").removesuffix("\n")
+        prompt = _read("-").removesuffix("\n").removesuffix("\r")
     _show(stream(_load(args), prompt, **options), args.verbose)
 
 
@@ -345,8 +345,15 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _read(name: str) -> str:
-    data = _stdin().buffer.read() if name == "-" else Path(name).read_bytes()
-    return data.decode()
+    """Return the text of a file or of standard input, without a byte order mark."""
+    if name == "-":
+        return _stdin().buffer.read().decode("utf-8-sig")
+    try:
+        return Path(name).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MobileLLMError(
+            f"{name}: not valid UTF-8 ({error.reason} at byte {error.start})"
+        ) from None
 
 
 def _argument(text: str) -> str:

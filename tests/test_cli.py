@@ -108,7 +108,7 @@ class TestGenerate:
         assert f"decode: {len(SCRIPT)} tokens in " in err
         assert "finish reason: stop" in err
 
-    @pytest.mark.parametrize("text", ["piped é", "piped é\n"])
+    @pytest.mark.parametrize("text", ["piped é", "piped é\n", "\ufeffpiped é\r\n"])
     def test_dash_reads_stdin_without_the_last_newline(self, install, stdin, capsys, text):
         loader = install(FakeEngine(script=b"ok"))
         stdin(text)
@@ -172,6 +172,14 @@ class TestErrors:
         assert cli.main(["bench", "-r", "0"]) == 1
         assert cli.main(["score", "/no/such/file"]) == 1
         assert loader.calls == []
+
+    def test_a_file_that_is_not_utf8(self, install, tmp_path, capsys):
+        install(FakeEngine())
+        (tmp_path / "f").write_bytes(b"abc\xff")
+        assert cli.main(["score", str(tmp_path / "f")]) == 1
+        assert capsys.readouterr().err == (
+            f"error: {tmp_path}/f: not valid UTF-8 (invalid start byte at byte 3)\n"
+        )
 
     def test_input_that_is_not_utf8(self, install, stdin, capsys):
         install(FakeEngine())
