@@ -140,7 +140,7 @@ void Executor::sync(const Part& part) {
 }
 
 // Have waits from here on fetch the thread's share of some matrices, which are read next.
-// Of four streams, although decode reads three to six: what is fetched lies in the share anyway,
+// Of four streams, although decode reads two to six: what is fetched lies in the share anyway,
 // and fetching the very streams was no faster (docs/performance.md).
 void Executor::expect(const Part& part, std::initializer_list<const Weight*> matrices, int unit) {
   IdleFetch& idle = scratch_[part.thread].idle;
