@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import packed_weights, random_ids, random_weights, tiny_config, transformers_model
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, pipeline
 
 pytest.importorskip("lm_eval")
@@ -86,6 +87,74 @@ def test_loss_and_gradients_for_a_trainer():
     mask = torch.tensor([[0, 1, 1, 1, 1, 1]] * 2)
     with pytest.raises(MobileLLMError, match="attention_mask must not pad on the left"):
         ours(ids, attention_mask=mask, labels=ids)
+
+
+def test_padding_on_the_left_has_gradients():
+    ours, theirs = both()
+    ids = torch.tensor(random_ids(theirs.config, 3, 6))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    grads = []
+    for model in (ours, theirs):
+        logits = model(ids, attention_mask=mask).logits[mask.bool()]
+        logits.square().mean().backward()
+        grads.append(model.get_input_embeddings().weight.grad)
+    got, want = grads
+    assert (got - want).norm() < 1e-5 * want.norm(), (got - want).norm() / want.norm()
+
+
+def test_a_loop_that_gives_new_tokens_alone():
+    ours, theirs = both()
+    ids = torch.tensor(random_ids(theirs.config, 2, 5))
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]])
+    steps = []
+    for model in (ours, theirs):
+        with torch.no_grad():
+            first = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True)
+            cache = first.past_key_values
+            second = model(ids[:, 4:], attention_mask=mask[:, :5], past_key_values=cache)
+            third = model(ids[:, :2], attention_mask=mask, past_key_values=cache)
+            steps.append((second.logits, third.logits))
+    torch.testing.assert_close(steps[0], steps[1], rtol=2e-5, atol=2e-5)
+    with pytest.raises(MobileLLMError, match="past_key_values must be .* got DynamicCache"):
+        both()[0](ids, past_key_values=cache)
+    ours, _ = both()
+    with torch.no_grad(), pytest.raises(MobileLLMError, match=r"shape \(2, 6\), .* got \(2, 1\)"):
+        ours(ids[:, :1], attention_mask=mask[:, :1], past_key_values=ours(ids).past_key_values)
+
+
+@pytest.mark.parametrize(
+    "option", [{"output_hidden_states": True}, {"output_attentions": True}, {"use_cache": True}]
+)
+def test_what_the_engine_does_not_show_is_refused(option):
+    ours, _ = both()
+    ids = torch.tensor([[1, 2]])
+    with pytest.raises(MobileLLMError, match=f"{next(iter(option))} must be left out"):
+        ours(ids, **option)
+    if "use_cache" not in option:
+        with pytest.raises(MobileLLMError, match="must be left out"):
+            ours.generate(ids, max_new_tokens=2, return_dict_in_generate=True, **option)
+    with torch.no_grad():
+        assert ours(ids, return_dict=False)[0].shape == (1, 2, ours.lm.config.vocab_size)
+
+
+@pytest.mark.parametrize("format", ["fp32", "int8"])
+def test_what_a_wrapped_model_saves_loads(folder, tmp_path, format):
+    lm = load(folder, device="cpu", format=format)
+    wrapped = as_transformers(lm)
+    wrapped.save_pretrained(tmp_path / "no", is_main_process=False)
+    assert not (tmp_path / "no").exists()
+    wrapped.save_pretrained(tmp_path, state_dict=wrapped.state_dict())
+    again = load(tmp_path, device="cpu", format=format)
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(again(ids), lm(ids))
+    assert wrapped.state_dict().keys() == lm.state_dict().keys()
+    saved = load_file(tmp_path / "model.safetensors")  # as a trainer goes on from a checkpoint
+    for value in lm.state_dict().values():
+        value.zero_()
+    missing, unexpected = wrapped.load_state_dict(saved, strict=False)
+    assert not unexpected
+    assert not missing
+    assert torch.equal(again(ids), lm(ids))
 
 
 def test_pipeline(folder):

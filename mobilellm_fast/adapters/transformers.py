@@ -8,6 +8,7 @@ Without gradients the engine computes, with its own KV cache; with them, torch d
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..errors import MobileLLMError
 from ..model import MobileLLM
 
 ROWS = 64  # sequences of one step: what the engine takes
+ABSENT = ("output_hidden_states", "output_attentions", "inputs_embeds")
 
 
 def as_transformers(lm: MobileLLM) -> TransformersModel:
@@ -59,6 +61,8 @@ class TransformersModel(PreTrainedModel, GenerationMixin):
         config = LlamaConfig(**lm.config.to_hf())
         super().__init__(config)
         self.lm = lm
+        self.register_state_dict_post_hook(_without_prefix)
+        self.register_load_state_dict_pre_hook(_with_prefix)
 
     @property
     def device(self) -> torch.device:
@@ -78,62 +82,109 @@ class TransformersModel(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: EngineCache | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """All tokens go to `forward`; the cache knows which of them are new."""
-        kept = ("attention_mask", "use_cache", "logits_to_keep")  # the rest is not for us
+        """Of the tokens, `forward` gets those that the cache has not."""
+        kept = ("attention_mask", "use_cache", "logits_to_keep", *ABSENT)  # the rest is not for us
         chosen = {name: kwargs[name] for name in kept if name in kwargs}
-        return {"input_ids": input_ids, "past_key_values": past_key_values, **chosen}
+        new = input_ids[:, getattr(past_key_values, "columns", 0) :]
+        return {"input_ids": new, "past_key_values": past_key_values, **chosen}
+
+    def save_pretrained(
+        self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
+    ) -> None:
+        """Write what `MobileLLM.save_pretrained` writes, of the weights that the model has now.
+
+        transformers' other options are about how it cuts its files, and change nothing.
+        """
+        if is_main_process:
+            self.lm.save_pretrained(save_directory)
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: EngineCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        return_dict: bool = True,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Return logits, and the loss if there are labels.
 
         Args:
-            input_ids: (batch, seq), those read before included.
-            attention_mask: (batch, seq), 0 for padding. Rows with padding need the engine, so no
-                gradients.
+            input_ids: (batch, seq), those that the cache has not.
+            attention_mask: (batch, read before + seq), 0 for padding.
+            past_key_values: what an earlier call returned; it grows, and there are no gradients.
             labels: as for `MobileLLM.forward`.
+            use_cache: whether to return a cache; None does so where there are no gradients.
             logits_to_keep: of how many last positions to return logits; 0 means all.
+            return_dict: False returns a tuple.
+
+        Raises:
+            MobileLLMError: a mask of another shape, padding on the left of labels, a cache with
+                gradients, or a wish for what the engine does not show.
         """
-        if labels is not None or (torch.is_grad_enabled() and past_key_values is None):
-            return self._differentiable(input_ids, attention_mask, labels)
+        for name in ABSENT:
+            if kwargs.get(name) is not None and kwargs[name] is not False:
+                raise MobileLLMError(f"[forward] {name} must be left out: there are only logits")
+        if input_ids is None:
+            raise MobileLLMError("[forward] input_ids must be given")
         cache = past_key_values
-        if cache is None:
-            cache = EngineCache([self.lm.engine.new_cache() for _ in range(len(input_ids))])
-        logits = self._extend(cache, input_ids, attention_mask, logits_to_keep)
-        return CausalLMOutputWithPast(
-            logits=logits, past_key_values=cache if use_cache is not False else None
-        )
+        if cache is not None and not isinstance(cache, EngineCache):
+            got = type(cache).__name__
+            raise MobileLLMError(
+                f"[forward] past_key_values must be of an earlier call of this model, got {got}"
+            )
+        rows, new = input_ids.shape
+        wanted = (rows, new + (cache.columns if cache is not None else 0))
+        if attention_mask is not None and tuple(attention_mask.shape) != wanted:
+            raise MobileLLMError(
+                f"[forward] attention_mask must have shape {wanted}, the tokens read before "
+                f"included, got {tuple(attention_mask.shape)}"
+            )
+        if labels is not None or (torch.is_grad_enabled() and cache is None):
+            if use_cache:
+                raise MobileLLMError(
+                    "[forward] use_cache must be left out with labels or gradients; without them "
+                    "(torch.no_grad()) there is a cache"
+                )
+            output = self._differentiable(input_ids, attention_mask, labels)
+        else:
+            if cache is None:
+                cache = EngineCache([self.lm.engine.new_cache() for _ in range(rows)])
+            logits = self._extend(cache, input_ids, attention_mask, logits_to_keep)
+            output = CausalLMOutputWithPast(
+                logits=logits, past_key_values=cache if use_cache is not False else None
+            )
+        return output.to_tuple() if return_dict is False else output
 
     def _differentiable(
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
     ) -> CausalLMOutputWithPast:
         # Padding behind a text changes nothing before it; in front of it, it would be read.
-        if attention_mask is not None and not bool(attention_mask[:, 0].all()):
-            raise MobileLLMError("[forward] attention_mask must not pad on the left in training")
-        hidden = self.lm.model(input_ids)
-        logits = self.lm.head(hidden)
+        mask = attention_mask
+        order = None
+        if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()):
+            if labels is not None:  # the padding before a text would learn its first token
+                raise MobileLLMError(
+                    "[forward] attention_mask must not pad on the left where there are labels"
+                )
+            order = (mask == 0).to(torch.uint8).argsort(dim=1, stable=True)
+            input_ids = input_ids.gather(1, order)
+        logits = self.lm.head(self.lm.model(input_ids))
+        if order is not None:
+            back = order.argsort(dim=1)[..., None].expand_as(logits)
+            logits = logits.gather(1, back)
         loss = None
         if labels is not None:
             wide = logits[:, :-1].float().flatten(0, 1)
             loss = torch.nn.functional.cross_entropy(wide, labels[:, 1:].flatten())
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
-    def _extend(
-        self, cache: EngineCache, input_ids: Tensor, mask: Tensor | None, keep: int
-    ) -> Tensor:
-        """Read the columns that the cache has not; returns logits (batch, columns, vocab)."""
-        new = input_ids[:, cache.columns :]
-        real = torch.ones_like(new) if mask is None else mask[:, cache.columns : input_ids.shape[1]]
-        cache.columns = input_ids.shape[1]
+    def _extend(self, cache: EngineCache, new: Tensor, mask: Tensor | None, keep: int) -> Tensor:
+        """Read more columns; returns logits (batch, columns or `keep`, vocab)."""
+        real = torch.ones_like(new) if mask is None else mask[:, cache.columns :]
+        cache.columns += new.shape[1]
         keep = min(keep or new.shape[1], new.shape[1])
         logits = torch.zeros(len(new), keep, self.lm.config.vocab_size)
         places = [row.nonzero()[:, 0] for row in real]
@@ -150,4 +201,22 @@ class TransformersModel(PreTrainedModel, GenerationMixin):
             ):
                 where = places[i][-len(part) :] - (new.shape[1] - keep)
                 logits[i, where[where >= 0]] = part[where >= 0]
-        return logits.to(input_ids.device)
+        return logits.to(new.device)
+
+
+# The names of a state dict are those of the model, so that what is saved loads everywhere.
+
+
+def _without_prefix(
+    model: TransformersModel, state: dict[str, Any], prefix: str, metadata: dict
+) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}lm.")]:
+        state[prefix + name.removeprefix(f"{prefix}lm.")] = state.pop(name)
+
+
+def _with_prefix(
+    model: TransformersModel, state: dict[str, Any], prefix: str, *others: Any
+) -> None:
+    own = f"{prefix}lm."
+    for name in [n for n in state if n.startswith(prefix) and not n.startswith(own)]:
+        state[own + name.removeprefix(prefix)] = state.pop(name)
