@@ -21,7 +21,8 @@ MAX_PROMPTS = 64
 def is_batch(prompt: Any) -> bool:
     """Tell a list of prompts from one prompt: it holds texts or sequences."""
     return isinstance(prompt, (list, tuple)) and any(
-        isinstance(element, (str, list, tuple, np.ndarray)) for element in prompt
+        isinstance(element, (str, list, tuple)) or getattr(element, "ndim", 0) > 0
+        for element in prompt  # arrays and tensors: this module knows no torch
     )
 
 

@@ -123,6 +123,8 @@ def collect(model: nn.Module, names: Iterable[str]) -> Weights:
     for name in names:
         layer = model.get_submodule(name.removesuffix(".weight"))
         if isinstance(layer, PackedLinear):
+            if layer.packed.is_meta:
+                raise MobileLLMError(f"[weights] {name} must have values, got {layer.kind} on meta")
             weights[name] = layer.weight
             continue
         if not hasattr(layer, "weight"):  # see cuda/modules.py

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from fake_engine import VOCAB, FakeEngine
 from helpers import SHARING, tiny_engine
 
@@ -37,6 +38,16 @@ def test_tokens_and_logprobs_equal_those_of_single_calls(format, sharing):
         assert answers(generate(engine, prompts, **options)) == answers(
             one_by_one(engine, prompts, **options)
         )
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor], ids=["numpy", "torch"])
+def test_a_list_of_arrays_is_a_batch_and_a_list_of_numbers_a_prompt(kind):
+    engine = tiny_engine()
+    prompts = ragged_prompts(engine, 3)
+    want = answers(generate(engine, prompts, max_new_tokens=5))
+    assert answers(generate(engine, [kind(p) for p in prompts], max_new_tokens=5)) == want
+    alone = generate(engine, [kind(i) for i in prompts[0]], max_new_tokens=5)
+    assert answers([alone]) == want[:1]
 
 
 @pytest.mark.parametrize("count", [1, 3, 16, 33, 64])

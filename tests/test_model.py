@@ -22,6 +22,7 @@ from helpers import (
 from mobilellm_fast import ops, reference
 from mobilellm_fast.config import PRESETS
 from mobilellm_fast.errors import MobileLLMError
+from mobilellm_fast.loading import load
 from mobilellm_fast.model import MobileLLM
 from mobilellm_fast.quant import QUANTIZED_KINDS
 
@@ -360,6 +361,9 @@ def test_copies_are_independent(kind):
 def test_models_off_the_cpu_do_not_generate():
     with pytest.raises(MobileLLMError, match=r"model.embed_tokens.weight must be .* on meta"):
         MobileLLM(tiny_config(), device="meta").generate([1], max_new_tokens=1)
+    quantized = load("tiny", device="cpu", format="int8").to("meta")
+    with pytest.raises(MobileLLMError, match=r"model.embed_tokens.weight must have .* on meta"):
+        quantized.generate([1], max_new_tokens=1)
     half = MobileLLM(tiny_config(), dtype=torch.float16)
     with pytest.raises(MobileLLMError, match=r"must be float32 or bfloat16 on cpu, got float16"):
         half.generate([1], max_new_tokens=1)

@@ -326,6 +326,9 @@ def test_codes_that_kernels_do_not_take_are_refused(tmp_path):
         (dict(format="fp32"), "format must be one of .*, got 'fp32'"),
         (dict(format="int4", calibration="text"), "must be token ids: there is no tokenizer"),
         (dict(format="int4", calibration=[1, 2, 3]), "at least 64 tokens, got 3"),
+        (dict(format="int4", calibration=3), r"a text, or token ids .* got 3"),
+        (dict(format="int4", calibration=[["a"]]), "a text, or token ids"),
+        (dict(format="int4", calibration=torch.ones(99)), "a text, or token ids"),
     ],
 )
 def test_wrong_arguments_are_refused(options, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import packed, quant
+from .. import ops, packed, quant
 from ..config import expected_shapes
 from ..errors import MobileLLMError
 from ..quant import PackedWeight, pack
@@ -127,7 +128,15 @@ def _calibration_ids(lm: MobileLLM, calibration: str | Sequence[int] | Tensor) -
         if lm.tokenizer is None:
             raise MobileLLMError("[quantize_] calibration must be token ids: there is no tokenizer")
         calibration = lm.tokenizer.encode(calibration)
-    ids = torch.as_tensor(calibration)
+    try:
+        ids = torch.as_tensor(calibration)
+    except (TypeError, ValueError, RuntimeError):  # no numbers, or rows of different lengths
+        ids = torch.empty(())
+    if ids.ndim not in (1, 2) or (ids.numel() and ids.dtype not in ops.INTEGERS):
+        raise MobileLLMError(
+            "[quantize_] calibration must be a text, or token ids (seq) or (rows, seq), "
+            f"got {reprlib.repr(calibration)}"
+        )
     if ids.ndim == 1:
         window = min(WINDOW, lm.config.context_length, max(1, len(ids)))
         ids = ids[: len(ids) // window * window].view(-1, window)
