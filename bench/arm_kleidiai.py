@@ -6,8 +6,8 @@ KleidiAI has one scale per row of activations, so its int8 kernels compute what 
 4-bit ones have groups of 32 in the weights alone, where ours have them in the activations too.
 """
 
+import argparse
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -22,7 +22,13 @@ FOLDERS = ("matmul_clamp_f32_qai8dxp_qsi8cxp", "matmul_clamp_f32_qai8dxp_qsi4c32
 
 
 def main() -> None:
-    source = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help="a clone of KleidiAI")
+    source = parser.parse_args().source
+    if not all((source / "kai/ukernels/matmul" / name).is_dir() for name in FOLDERS):
+        parser.error(f"{source} is no clone of KleidiAI")
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "kleidiai")
         files = [

@@ -198,12 +198,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=PARTS)
-    parser.add_argument("--threads", type=int, default=machine.available_cpus())
+    cores = machine.available_cpus()
+    parser.add_argument("--only", choices=PARTS, help="one of the parts")
+    parser.add_argument("--threads", type=int, default=cores, help="of every engine; all cores")
     parser.add_argument("--root", type=Path, default=default_root(), help="of the peers")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="docs/benchmarks/goals.md")
     parser.add_argument("--quick", action="store_true", help="3 rounds instead of 7")
     options = parser.parse_args()
+    if options.threads < 1:
+        parser.error(f"argument --threads: must be at least 1, got {options.threads}")
     options.rounds = 3 if options.quick else 7
     options.output.parent.mkdir(parents=True, exist_ok=True)
     for name, (title, part) in PARTS.items():

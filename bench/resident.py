@@ -24,7 +24,9 @@ def resident_nbytes() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", nargs="?", help="default: SmolLM2-135M-Instruct")
     args = parser.parse_args()
     np.ones(1).sum()  # numpy's own first steps

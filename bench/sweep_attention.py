@@ -216,7 +216,9 @@ def sdpa_decode(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=("prefill", "decode"))
     parser.add_argument("--json", help="also write the times, in microseconds, to this file")
     parser.add_argument("--try-specialized", action="store_true", help=argparse.SUPPRESS)

@@ -166,7 +166,9 @@ def sweep_head(vocab: int, cols: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=("swiglu", "int8_gemm", "head"))
     parser.add_argument("--json", help="also write the times, in microseconds, to this file")
     options = parser.parse_args()

@@ -1,5 +1,6 @@
 """The benchmarks themselves: a wrong kernel gets no speed, turns alternate, reports say it all."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -316,3 +317,24 @@ def test_commands_in_results_name_no_folder_of_the_machine(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/bin/pytest", *words])
     want = "pytest bench -k a/b or c --out run.json --root=x"
     assert machine.command("pytest") == want
+
+
+@pytest.mark.parametrize(
+    "program",
+    ["arm_kleidiai", "goals", "page_cache", "peers", "report", "resident", "sweep_attention"],
+)
+def test_help_shows_the_commands_as_they_are_to_be_typed(program, monkeypatch, capsys):
+    module = importlib.import_module(program)
+    monkeypatch.setattr(sys, "argv", [f"{program}.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        module.main()
+    commands = [line for line in module.__doc__.splitlines() if line.startswith("    ")]
+    assert commands
+    assert set(commands) <= set(capsys.readouterr().out.splitlines())
+
+
+def test_goals_refuse_no_threads_before_anything_runs(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["goals.py", "--threads", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        goals.main()
+    assert "--threads: must be at least 1, got 0" in capsys.readouterr().err
