@@ -2,6 +2,7 @@
 
 import sys
 import tempfile
+from argparse import ArgumentTypeError
 from pathlib import Path
 from time import perf_counter
 
@@ -17,9 +18,15 @@ GPU_SECONDS = 60  # until a GPU's benchmark is stopped, beside its waiting for c
 GPU = pytest.StashKey()  # the session of the GPU's benchmarks
 
 
+def _rounds(given: str) -> int:
+    if not given.isdecimal() or int(given) < 1:
+        raise ArgumentTypeError(f"must be a whole number from 1, got {given}")
+    return int(given)
+
+
 def pytest_addoption(parser):
     group = parser.getgroup("mobilellm_fast")
-    group.addoption("--rounds", type=int, default=7, help="turns of each work (default: 7)")
+    group.addoption("--rounds", type=_rounds, default=7, help="turns of each work (default: 7)")
     group.addoption(
         "--smoke",
         action="store_true",

@@ -338,3 +338,10 @@ def test_goals_refuse_no_threads_before_anything_runs(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         goals.main()
     assert "--threads: must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_benchmarks_refuse_no_rounds():
+    command = [sys.executable, "-m", "pytest", BENCH, "--benchmark-only", "--rounds", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCH.parent)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "--rounds: must be a whole number from 1, got 0" in done.stderr
