@@ -1,5 +1,9 @@
 """Tiny random models, and the same models in transformers: the oracle of the tests."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import torch
 import transformers
@@ -199,3 +203,11 @@ def assert_logits_close(got, want, tolerance: float = 2e-5) -> None:
     assert got.shape == want.shape
     error, scale = np.abs(got - want).max(), np.abs(want).max()
     assert error <= tolerance * scale, f"max error {error:.3g}, largest logit {scale:.3g}"
+
+
+def words_of_script(script: str) -> list[str]:
+    """Run Python in a process of its own, `sys.argv[1]` the folder of the tests; what it prints."""
+    command = [sys.executable, "-c", script, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.split()

@@ -1,6 +1,7 @@
 """The default model, SmolLM2-135M-Instruct, end to end: its answers, bits, quality and memory."""
 
 import json
+import os
 import pydoc_data.topics
 import re
 import shutil
@@ -213,13 +214,15 @@ def test_memory_of_loading_int8(fresh_cache, packed_before):
     images = fresh_cache / "images"
     if not packed_before:
         shutil.rmtree(images, ignore_errors=True)
-    done = subprocess.run([sys.executable, "-c", MEASURE, "int8"], capture_output=True, text=True)
+    # else what glibc keeps of freed buffers counts, too: up to 40 MB, in some runs
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    command = [sys.executable, "-c", MEASURE, "int8"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert len(list(images.iterdir())) >= 1
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
     assert measured["weights"] <= 1.1 * measured["parameters"]
-    # never all of the weights twice; 1.53 with Python 3.11, up to 1.81 with 3.13
-    assert measured["peak"] <= 1.9 * measured["weights"]
+    assert measured["peak"] <= 1.5 * measured["weights"]  # never all of them twice
     assert not measured["torch"]
 
 
