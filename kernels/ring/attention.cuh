@@ -2,8 +2,11 @@
 // heads of a group read the same keys and values, through the L2 cache: with more heads in a task
 // there would be fewer tasks, and each would have a longer chain of instructions, which is what a
 // single token waits for. The new token, which the cache does not have yet, belongs to part 0.
+//
+// Weights of a softmax are relative to the new token's score, unless another is larger: then nothing
+// has to be compared where sums of different tokens are joined.
 #pragma once
-#include "vectors.cuh"
+#include "products.cuh"
 
 constexpr int GROUP_HEADS = HEADS / KV_HEADS;
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -21,11 +24,8 @@ constexpr int TOKENS_PER_WARP = LANES / LANES_PER_TOKEN;
 constexpr int TILE = WARPS * TOKENS_PER_WARP;
 static_assert(HEAD_DIM % PER_LOAD == 0 && LANES % LANES_PER_TOKEN == 0, "a head is a power of two");
 
-constexpr int least(int a, int b) { return a < b ? a : b; }
-constexpr int most(int a, int b) { return a > b ? a : b; }
-
 // Parts of a head that every program joins for itself, as many as its registers take ...
-constexpr int FEW_PARTS = most(1, least(4, 8 / up_to(QUERIES, THREADS)));
+constexpr int FEW_PARTS = most(1, least(4, 8 / Mine<OUTPUT>::TWOS));
 constexpr int FEW_TILES = 4;  // ... while each has no more tiles than this
 // Beyond, one program per head joins more parts, and publishes the result: one more exchange.
 constexpr int MANY_PARTS = most(1, least(least(THREADS / HEAD_DIM, 8), PROGRAMS / HEADS));
@@ -110,9 +110,8 @@ DEVICE void unpack_elements(const Load& load, float (&values)[PER_LOAD]) {
     }
 }
 
-struct AttentionShared {
-    float token[3 * HEAD_DIM];  // query (times the scale, for powers of two), new key, new value
-    float score[1];                        // its own
+struct alignas(16) AttentionShared {
+    float token[3 * HEAD_DIM];  // query times the scale, for powers of two; new key, new value
     float largest[WARPS], total[WARPS];
     float sums[WARPS * HEAD_DIM];
     // parts that one program joins
@@ -125,44 +124,69 @@ struct Softmax {
     float sums[PER_LOAD];
 };
 
+// The sum over the lanes that share a token.
+DEVICE float sum_of_token(float sum) {
+    UNROLL for (int mask = 1; mask < LANES_PER_TOKEN; mask *= 2) sum += shuffle_xor(sum, mask);
+    return sum;
+}
+
+DEVICE float most(float a, float b) { return a > b ? a : b; }
+
+DEVICE void load_floats(const float* from, float (&values)[PER_LOAD]) {
+    UNROLL for (int i = 0; i < PER_LOAD; i += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(from + i);
+        values[i] = four.x;
+        values[i + 1] = four.y;
+        values[i + 2] = four.z;
+        values[i + 3] = four.w;
+    }
+}
+
+DEVICE float dot(const float (&a)[PER_LOAD], const float (&b)[PER_LOAD]) {
+    float sums[2] = {0, 0};
+    UNROLL for (int i = 0; i < PER_LOAD; ++i) sums[i % 2] = fma_(a[i], b[i], sums[i % 2]);
+    return sums[0] + sums[1];
+}
+
 DEVICE void attend_to(
-    const Worker& me, const Load& key, const Load& value, bool live, const float* query,
-    Softmax& softmax) {
+    const Load& key, const Load& value, bool live, const float (&query)[PER_LOAD], Softmax& softmax) {
     float k[PER_LOAD], v[PER_LOAD];
     unpack_elements(key, k);
     unpack_elements(value, v);
-    query += me.lane() % LANES_PER_TOKEN * PER_LOAD;
-    float score = 0;
-    UNROLL for (int i = 0; i < PER_LOAD; ++i) score = fma_(query[i], k[i], score);
-    UNROLL for (int mask = 1; mask < LANES_PER_TOKEN; mask *= 2) score += shuffle_xor(score, mask);
+    const float score = sum_of_token(dot(query, k));
     if (!live) return;
-    const float largest = score > softmax.largest ? score : softmax.largest;
-    const float shrink = exp2_(softmax.largest - largest);
-    const float weight = exp2_(score - largest);
-    softmax.largest = largest;
-    softmax.total = fma_(softmax.total, shrink, weight);
-    UNROLL for (int i = 0; i < PER_LOAD; ++i)
-        softmax.sums[i] = fma_(softmax.sums[i], shrink, weight * v[i]);
+    if (score > softmax.largest) {
+        const float shrink = exp2_(softmax.largest - score);
+        softmax.largest = score;
+        softmax.total *= shrink;
+        UNROLL for (int i = 0; i < PER_LOAD; ++i) softmax.sums[i] *= shrink;
+    }
+    const float weight = exp2_(score - softmax.largest);
+    softmax.total += weight;
+    UNROLL for (int i = 0; i < PER_LOAD; ++i) softmax.sums[i] = fma_(weight, v[i], softmax.sums[i]);
 }
 
-// Join what a warp's lanes have of different tokens.
-DEVICE void store_warp(const Worker& me, Softmax softmax, AttentionShared& shared) {
-    float largest = softmax.largest;
-    UNROLL for (int mask = LANES_PER_TOKEN; mask < LANES; mask *= 2) {
-        const float other = shuffle_xor(largest, mask);
-        largest = other > largest ? other : largest;
+// Join what a warp's lanes have of different tokens, which began with the largest score `reference`.
+DEVICE void store_warp(
+    const Worker& me, Softmax softmax, float reference, AttentionShared& shared) {
+    if (any_of_warp(softmax.largest != reference)) {
+        float largest = softmax.largest;
+        UNROLL for (int mask = LANES_PER_TOKEN; mask < LANES; mask *= 2)
+            largest = most(largest, shuffle_xor(largest, mask));
+        const float shrink = exp2_(softmax.largest - largest);
+        softmax.largest = largest;
+        softmax.total *= shrink;
+        UNROLL for (int i = 0; i < PER_LOAD; ++i) softmax.sums[i] *= shrink;
     }
-    const float shrink = largest == NO_SCORE ? 0 : exp2_(softmax.largest - largest);
-    float total = softmax.total * shrink;
-    UNROLL for (int i = 0; i < PER_LOAD; ++i) softmax.sums[i] *= shrink;
-    int dim = me.lane() % LANES_PER_TOKEN * PER_LOAD;
+    float total = softmax.total;
+    int dim = me.lane % LANES_PER_TOKEN * PER_LOAD;
     // each exchange halves the dimensions that a lane keeps, while it has several
     int width = PER_LOAD;
     UNROLL for (int mask = LANES_PER_TOKEN; mask < LANES; mask *= 2) {
         total += shuffle_xor(total, mask);
         if (width > 1) {
             width /= 2;
-            const bool upper = me.lane() & mask;
+            const bool upper = me.lane & mask;
             UNROLL for (int i = 0; i < PER_LOAD / 2; ++i) {
                 if (i < width) {
                     const float low = softmax.sums[i], high = softmax.sums[i + width];
@@ -175,16 +199,17 @@ DEVICE void store_warp(const Worker& me, Softmax softmax, AttentionShared& share
         }
     }
     UNROLL for (int i = 0; i < PER_LOAD; ++i)
-        if (i < width) shared.sums[me.warp() * HEAD_DIM + dim + i] = softmax.sums[i];
-    if (me.lane() == 0) {
-        shared.largest[me.warp()] = largest;
-        shared.total[me.warp()] = total;
+        if (i < width) shared.sums[me.warp * HEAD_DIM + dim + i] = softmax.sums[i];
+    if (me.lane == 0) {
+        shared.largest[me.warp] = softmax.largest;
+        shared.total[me.warp] = total;
     }
 }
 
-// Where results go: `attended` if they are whole, `partial` (HEADS, most parts, HEAD_DIM + 1) with
+// Where results go: `attended` if they are whole, `partial` (HEADS, most parts, PART_WORDS) with
 // the base-2 logarithms of their sums of weights if not.
 constexpr int MOST_PARTS = most(FEW_PARTS, MANY_PARTS);
+constexpr int PART_WORDS = HEAD_DIM + 2;  // even, so that words are loaded in pairs
 
 // The first keys and values of this program's first task, which `attend` will load.
 DEVICE void prefetch_cache(
@@ -209,11 +234,11 @@ DEVICE void attend(
     const int head = task % HEADS, kv_head = head / GROUP_HEADS, part = task / HEADS;
     const int first = part * plan.tiles * TILE;
     const int end = least(first + plan.tiles * TILE, position);
-    const int token = first + me.warp() * TOKENS_PER_WARP + me.lane() / LANES_PER_TOKEN;
+    const int token = first + me.warp * TOKENS_PER_WARP + me.lane / LANES_PER_TOKEN;
     const unsigned char* keys =
-        cache.place(0, kv_head, token) + me.lane() % LANES_PER_TOKEN * 16;
+        cache.place(0, kv_head, token) + me.lane % LANES_PER_TOKEN * 16;
     const unsigned char* values =
-        cache.place(1, kv_head, token) + me.lane() % LANES_PER_TOKEN * 16;
+        cache.place(1, kv_head, token) + me.lane % LANES_PER_TOKEN * 16;
     constexpr int STEP = TILE * HEAD_DIM * ELEMENT_NBYTES;
     constexpr int AHEAD = 2;  // tiles on their way
     Load key[AHEAD], value[AHEAD];
@@ -233,50 +258,54 @@ DEVICE void attend(
         shared.token[k] = kind == 0 ? found * (scale * LOG2_E) : rounded(found);
     }
     sync_program();
-    const float* const query = shared.token;
-    const float* const new_key = query + HEAD_DIM;
-    const float* const new_value = new_key + HEAD_DIM;
-
-    if (me.warp() == WARPS - 1) {
-        float score = 0;
-        for (int dim = me.lane(); dim < HEAD_DIM; dim += LANES)
-            score = fma_(query[dim], new_key[dim], score);
-        UNROLL for (int mask = LANES / 2; mask > 0; mask /= 2) score += shuffle_xor(score, mask);
-        if (me.lane() == 0) shared.score[0] = part == 0 ? score : NO_SCORE;
-    }
-    Softmax softmax = {NO_SCORE, 0, {}};
+    float query[PER_LOAD], new_key[PER_LOAD];
+    const int dims = me.lane % LANES_PER_TOKEN * PER_LOAD;
+    load_floats(shared.token + dims, query);
+    load_floats(shared.token + HEAD_DIM + dims, new_key);
+    const float reference = sum_of_token(dot(query, new_key));
+    Softmax softmax = {reference, 0, {}};
     int place = token;
     ROLLED for (int start = first; start < end; start += AHEAD * TILE) {
         keys += AHEAD * STEP;
         values += AHEAD * STEP;
         UNROLL for (int i = 0; i < AHEAD; ++i) {
-            attend_to(me, key[i], value[i], place < end, query, softmax);
+            attend_to(key[i], value[i], place < end, query, softmax);
             const int ahead = place + AHEAD * TILE;
             key[i] = load_elements(keys + i * STEP, ahead < end);
             value[i] = load_elements(values + i * STEP, ahead < end);
             place += TILE;
         }
     }
-    store_warp(me, softmax, shared);
+    store_warp(me, softmax, reference, shared);
     sync_program();
 
     if (me.thread < HEAD_DIM) {
         const int dim = me.thread;
-        float largest = shared.score[0];
-        UNROLL for (int warp = 0; warp < WARPS; ++warp)
-            largest = shared.largest[warp] > largest ? shared.largest[warp] : largest;
-        const float weight = exp2_(shared.score[0] - largest);
-        float total = weight, sum = weight * new_value[dim];
-        UNROLL for (int warp = 0; warp < WARPS; ++warp) {
-            const float shrink = exp2_(shared.largest[warp] - largest);
-            total = fma_(shared.total[warp], shrink, total);
-            sum = fma_(shared.sums[warp * HEAD_DIM + dim], shrink, sum);
+        // the warps' sums, relative to the largest score of all
+        float largest = reference;
+        UNROLL for (int warp = 0; warp < WARPS; ++warp) largest = most(largest, shared.largest[warp]);
+        float total = 0, sum = 0;
+        if (largest == reference) {
+            total = sum_of_warps(shared.total);
+            UNROLL for (int warp = 0; warp < WARPS; ++warp) sum += shared.sums[warp * HEAD_DIM + dim];
+        } else {
+            ROLLED for (int warp = 0; warp < WARPS; ++warp) {
+                const float shrink = exp2_(shared.largest[warp] - largest);
+                total = fma_(shared.total[warp], shrink, total);
+                sum = fma_(shared.sums[warp * HEAD_DIM + dim], shrink, sum);
+            }
+        }
+        if (part == 0) {
+            const float weight = exp2_(reference - largest);
+            total += weight;
+            sum = fma_(weight, shared.token[2 * HEAD_DIM + dim], sum);
         }
         if (plan.parts == 1) {
             store_word(attended + head * HEAD_DIM + dim, divide(sum, total), epoch);
         } else {
-            uint2* place = partial + (head * MOST_PARTS + part) * (HEAD_DIM + 1);
-            store_word(place + dim, sum / total, epoch);
+            // without tokens a part is nothing
+            uint2* place = partial + (head * MOST_PARTS + part) * PART_WORDS;
+            store_word(place + dim, total > 0 ? sum / total : 0, epoch);
             if (dim == 0) store_word(place + HEAD_DIM, largest + log2_(total), epoch);
         }
     }
@@ -290,7 +319,7 @@ DEVICE void join_parts(
     AttentionShared& shared) {
     const int part = me.thread / HEAD_DIM, dim = me.thread % HEAD_DIM;
     if (part < parts) {
-        const uint2* place = partial + (head * MOST_PARTS + part) * (HEAD_DIM + 1);
+        const uint2* place = partial + (head * MOST_PARTS + part) * PART_WORDS;
         uint2 value, log;
         do {
             value = load_word(place + dim);
@@ -313,45 +342,45 @@ DEVICE void join_parts(
     }
 }
 
-// Calls `use(i, k, value)`, as `for_mine`, for the elements of all heads' attention that are this thread's,
-// from up to FEW_PARTS parts.
-template <class Use>
-DEVICE void receive_parts(const Worker& me, const uint2* partial, int parts, unsigned epoch, const Use& use) {
-    constexpr int EACH = up_to(QUERIES, THREADS);
-    uint2 values[EACH][FEW_PARTS], logs[EACH][FEW_PARTS];
+// Gets this lane's inputs of the output projection from up to FEW_PARTS parts of each head.
+DEVICE void receive_parts(
+    const Worker& me, const uint2* partial, int parts, unsigned epoch,
+    Two (&inputs)[Mine<OUTPUT>::TWOS]) {
+    constexpr int TWOS = Mine<OUTPUT>::TWOS;
+    uint2 values[TWOS][FEW_PARTS][2], logs[TWOS][FEW_PARTS];
     bool late = true;
     while (late) {
         late = false;
-        UNROLL for (int i = 0; i < EACH; ++i) {
-            const int k = me.thread + i * THREADS;
-            const uint2* head = partial + k / HEAD_DIM * MOST_PARTS * (HEAD_DIM + 1);
+        UNROLL for (int i = 0; i < TWOS; ++i) {
+            const int k = Mine<OUTPUT>::input(me, i);
+            const uint2* head = partial + k / HEAD_DIM * MOST_PARTS * PART_WORDS;
             UNROLL for (int part = 0; part < FEW_PARTS; ++part) {
                 if (k < QUERIES && part < parts) {
-                    const uint2* place = head + part * (HEAD_DIM + 1);
-                    values[i][part] = load_word(place + k % HEAD_DIM);
+                    const uint2* place = head + part * PART_WORDS;
+                    load_words(place + k % HEAD_DIM, values[i][part][0], values[i][part][1]);
                     logs[i][part] = load_word(place + HEAD_DIM);
                 } else {
-                    values[i][part] = make_uint2(0, epoch);
+                    values[i][part][0] = values[i][part][1] = make_uint2(0, epoch);
                     logs[i][part] = make_uint2(as_bits(NO_SCORE), epoch);
                 }
             }
         }
-        UNROLL for (int i = 0; i < EACH; ++i)
+        UNROLL for (int i = 0; i < TWOS; ++i)
             UNROLL for (int part = 0; part < FEW_PARTS; ++part)
-                late |= values[i][part].y != epoch || logs[i][part].y != epoch;
+                late |= values[i][part][0].y != epoch || values[i][part][1].y != epoch ||
+                        logs[i][part].y != epoch;
     }
-    UNROLL for (int i = 0; i < EACH; ++i) {
-        const int k = me.thread + i * THREADS;
-        float largest = NO_SCORE, total = 0, sum = 0;
-        UNROLL for (int part = 0; part < FEW_PARTS; ++part) {
-            const float log = as_float(logs[i][part].x);
-            largest = log > largest ? log : largest;
-        }
+    UNROLL for (int i = 0; i < TWOS; ++i) {
+        float largest = NO_SCORE, total = 0, sums[2] = {0, 0};
+        UNROLL for (int part = 0; part < FEW_PARTS; ++part)
+            largest = most(largest, as_float(logs[i][part].x));
         UNROLL for (int part = 0; part < FEW_PARTS; ++part) {
             const float weight = exp2_(as_float(logs[i][part].x) - largest);
             total += weight;
-            sum = fma_(as_float(values[i][part].x), weight, sum);
+            UNROLL for (int j = 0; j < 2; ++j)
+                sums[j] = fma_(as_float(values[i][part][j].x), weight, sums[j]);
         }
-        if (k < QUERIES) use(i, k, sum / total);
+        const bool live = Mine<OUTPUT>::input(me, i) < QUERIES;
+        UNROLL for (int j = 0; j < 2; ++j) inputs[i].values[j] = live ? sums[j] / total : 0;
     }
 }

@@ -8,15 +8,15 @@
 //     gate_up   norm + gate and up projections, SiLU * up     -> inner
 //     down      down projection, + middle                     -> x
 //
-// It gets its inputs by polling the vectors of the stage before (`vectors.cuh`); until they are
-// there, its next weights travel to its shared memory (`matrices.cuh`). All programs meet at one
-// barrier per token, which makes the new keys and values safe to read. The grid must be on the GPU
-// all at once, hence the cooperative launch.
+// Its warps get their inputs by polling the vectors of the stage before (`vectors.cuh`); until they
+// are there, its next weights travel to its shared memory (`matrices.cuh`). Products are by tensor
+// cores (`weights.cuh`, `products.cuh`). All programs meet at one barrier per token, which makes the
+// new keys and values safe to read. The grid must be on the GPU all at once, hence the cooperative
+// launch.
 //
-// Constants, given by the compiler's command line: PROGRAMS, WARPS, THREADS, RING_DEPTH, VECTORS,
-// SHARED_LIMIT, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CACHE, and the kinds of matrices:
-// BODY_KIND, EMBEDDING_KIND, HEAD_KIND. TENSOR_CORES says how weights are multiplied: by tensor cores
-// (`tiles.cuh`), or by fused multiply-adds (`pairs.cuh`).
+// Constants, given by the compiler's command line: PROGRAMS, WARPS, THREADS, RING_DEPTH, TAKEN_EARLY,
+// VECTORS, SHARED_LIMIT, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CACHE, and the kinds of
+// matrices: BODY_KIND, EMBEDDING_KIND, HEAD_KIND.
 #include "next_token.cuh"
 
 // The vectors, one behind the other.
@@ -26,26 +26,22 @@ constexpr int QKV = MIDDLE + HIDDEN;
 constexpr int ATTENDED = QKV + QKV_ROWS;
 constexpr int GATED = ATTENDED + QUERIES;
 constexpr int PARTIAL = GATED + INNER;
-static_assert(
-    shape_of(QUERY).most_pairs() <= THREADS && shape_of(OUTPUT).most_pairs() <= THREADS &&
-        shape_of(GATE_UP).most_pairs() <= THREADS,
-    "a thread finishes one pair");
-static_assert(PARTIAL + HEADS * MOST_PARTS * (HEAD_DIM + 1) <= VECTORS, "vectors overlap");
+static_assert(PARTIAL + HEADS * MOST_PARTS * PART_WORDS <= VECTORS, "vectors overlap");
 constexpr int EPOCHS = 5;  // of a layer
 
-static_assert(VOCAB % 2 == 0 && HIDDEN % 2 == 0, "rows are computed in pairs");
+static_assert(VOCAB % 2 == 0 && HIDDEN % 2 == 0 && INNER % 2 == 0, "rows are computed in pairs");
 
-struct Shared {
-    float4 inputs[inputs_before(STAGES) / 4];
-    Ring rings[WARPS];
-    float2 parts[parts_before(STAGES)];
-    float residual[HIDDEN];
+struct alignas(16) Shared {
+    unsigned char rings[WARPS][RING_NBYTES];
+    WarpInputs inputs[WARPS];
+    unsigned char zeros[DIGITS_NBYTES];  // digits of other lanes' inputs
+    float parts[2][PARTS];               // of one stage, and of the next
     float squares[WARPS];
-    Layout layouts[STAGES];
     Candidate candidates[WARPS];
     AttentionShared attention;
 };
 
+static_assert(sizeof(WarpInputs) % 16 == 0 && DIGITS_NBYTES % 16 == 0, "digits are loaded by 16 bytes");
 static_assert(sizeof(Shared) <= SHARED_LIMIT, "more shared memory than a program can have");
 SHARED(decode, Shared)
 
@@ -76,11 +72,6 @@ struct Arguments {
     long long* clock;  // (CLOCKED,) nanoseconds at the ends of program 0's stages, if CLOCKED
 };
 
-template <int VALUE_>
-struct Constant {
-    static constexpr int VALUE = VALUE_;
-};
-
 // The norms of a block that comes next: one program brings them for all.
 DEVICE void prefetch_norms(const Worker& me, const Arguments& arguments, int slot, int block) {
     constexpr int LINES = up_to(HIDDEN * 4, LINE_NBYTES);
@@ -88,6 +79,11 @@ DEVICE void prefetch_norms(const Worker& me, const Arguments& arguments, int slo
     const float* norms =
         me.thread < LINES ? arguments.attention_norms : arguments.ffn_norms;
     prefetch_line(norms + block * HIDDEN + me.thread % LINES * (LINE_NBYTES / 4));
+}
+
+DEVICE float embedded(const Arguments& arguments, int token, int k) {
+    return weight_at<EMBEDDING_KIND, HIDDEN>(
+        arguments.embedding.codes, arguments.embedding.scales, token, k);
 }
 
 // Turn a pair of a new query, key or value; publish it, and keep keys and values.
@@ -117,22 +113,15 @@ DEVICE void finish_query(
 #endif
 
 KERNEL(decode, Arguments) {
-    Worker me;
     Shared& shared = shared_memory<Shared>();
     // what lies beyond the inputs is multiplied, too
     float* everything = reinterpret_cast<float*>(&shared);
-    ROLLED for (int i = me.thread; i < static_cast<int>(sizeof(Shared) / 4); i += THREADS)
+    ROLLED for (int i = thread_id(); i < static_cast<int>(sizeof(Shared) / 4); i += THREADS)
         everything[i] = 0;
     sync_program();
-    set_layout<QUERY>(me, arguments.matrices[QUERY], shared.layouts[QUERY]);
-    set_layout<OUTPUT>(me, arguments.matrices[OUTPUT], shared.layouts[OUTPUT]);
-    set_layout<GATE_UP>(me, arguments.matrices[GATE_UP], shared.layouts[GATE_UP]);
-    set_layout<DOWN>(me, arguments.matrices[DOWN], shared.layouts[DOWN]);
-    set_layout<HEAD>(me, arguments.matrices[HEAD], shared.layouts[HEAD]);
-    sync_program();
-    Source source(
-        me, shared.layouts, arguments.schedule, arguments.length, &shared.rings[me.warp()]);
-
+    Worker me;
+    WarpInputs& my_inputs = shared.inputs[me.warp];
+    Ring ring(shared.rings[me.warp]);
     uint2* const vectors = arguments.vectors;
     const long long slot_nbytes =
         2ll * KV_HEADS * arguments.capacity * HEAD_DIM * ELEMENT_NBYTES;
@@ -143,154 +132,200 @@ KERNEL(decode, Arguments) {
     int marks = 0;
 #endif
 
-    // The input of a norm, and then of a matrix; `inputs` gets it times the weights of the norm.
-    const auto take_normed = [&](auto kind, const float* weights, float* inputs,
-                                 const auto& receive_all) {
-        const Norm<decltype(kind)::VALUE> norm(me, weights);
-        float square = 0;
-        receive_all([&](int i, int k, float value) {
-            square = fma_(value, value, square);
-            shared.residual[k] = value;
-            store_input<decltype(kind)::VALUE>(inputs, k, value * norm.weights[i]);
+    // The first chunks of a step.
+    const auto request_first = [&] {
+        const int block = arguments.schedule[0];
+        for_each<0, DEPTH>([&](auto chunk) {
+            ring.refill([&](unsigned char* slot) {
+                request_ahead<decltype(chunk)::VALUE>(me, arguments.matrices, {block, block, false}, slot);
+            });
         });
-        store_squares(me, shared.squares, square);
     };
-
-    // Until the inputs are there that this warp multiplies: its own, or those of all warps.
-    const auto sync_inputs = [&](bool are_mixed) {
-        if (!TENSOR_CORES || are_mixed)
-            sync_program();
-        else
-            sync_warp();
-    };
+    request_first();
 
     ROLLED for (int step = 0; step < arguments.steps; ++step) {
         const Plan plan = plan_for(position);
+        const bool has_rows = me.thread < me.pairs[OUTPUT];
+        float2 residual = make_float2(0, 0);  // of this thread's rows, to which products are added
+        if (has_rows) {
+            const int row = row_of(OUTPUT, me.first_pair[OUTPUT] + me.thread);
+            residual = make_float2(embedded(arguments, token, row), embedded(arguments, token, row + 1));
+        }
         ROLLED for (int slot = 0; slot < arguments.length; ++slot) {
-            const int block = arguments.schedule[slot];
+            const bool is_last = slot + 1 == arguments.length;
+            const Blocks blocks = {
+                arguments.schedule[slot], arguments.schedule[is_last ? slot : slot + 1], is_last};
             const CacheSlot cache = {arguments.cache + slot * slot_nbytes, arguments.capacity};
-            ROLLED for (int stage = QUERY; stage <= DOWN; ++stage) {
-                me.begin_stage();
-                if (stage == QUERY) {
-                    const int next = slot + 1 == arguments.length ? slot : slot + 1;
-                    prefetch_norms(me, arguments, slot, arguments.schedule[next]);
-                    prefetch_cache(me, plan, cache, position);
-                }
-                const Layout& layout = shared.layouts[stage];
-                float* const inputs = reinterpret_cast<float*>(shared.inputs) + layout.inputs;
-                float2* const parts = shared.parts + layout.first_part;
-                const auto take = [&](int, int k, float value) {
-                    store_input<BODY_KIND>(inputs, k, value);
-                };
-                if (stage == QUERY || stage == GATE_UP) {
-                    const float* norms =
-                        stage == QUERY ? arguments.attention_norms : arguments.ffn_norms;
-                    const uint2* vector = vectors + (stage == QUERY ? X : MIDDLE);
-                    const unsigned wanted = stage == QUERY ? epoch : epoch + 3;
-                    take_normed(
-                        Constant<BODY_KIND>(), norms + block * HIDDEN, inputs, [&](const auto& use) {
-                            if (stage == QUERY && slot == 0)
-                                for_mine<HIDDEN, BODY_KIND>(me, [&](int i, int k) {
-                                    use(i, k, weight_at<EMBEDDING_KIND, HIDDEN>(
-                                                  arguments.embedding.codes,
-                                                  arguments.embedding.scales, token, k));
-                                });
-                            else
-                                receive<HIDDEN, BODY_KIND>(me, vector, wanted, use);
-                        });
-                } else if (stage == OUTPUT) {
-                    ROLLED for (int task = me.program; task < HEADS * plan.parts; task += PROGRAMS)
-                        attend(
-                            me, task, plan, vectors + QKV, cache, position, arguments.scale,
-                            vectors + PARTIAL, vectors + ATTENDED, epoch + 2, shared.attention);
-                    if (plan.is_joined)
-                        ROLLED for (int i = PROGRAMS - 1 - me.program; i < HEADS; i += PROGRAMS)
-                            join_parts(
-                                me, i, plan.parts, vectors + PARTIAL, vectors + ATTENDED,
-                                epoch + 2, shared.attention);
-                    MARK();
-                    if (plan.parts == 1 || plan.is_joined)
-                        receive<QUERIES, BODY_KIND>(me, vectors + ATTENDED, epoch + 2, take);
-                    else
-                        receive_parts(me, vectors + PARTIAL, plan.parts, epoch + 2, take);
-                } else {
-                    receive<INNER, BODY_KIND>(me, vectors + GATED, epoch + 4, take);
-                }
-                sync_inputs(stage == OUTPUT && plan.parts > 1 && !plan.is_joined);
+            // Multiply a stage's inputs, which `take(inputs)` waits for; `finish(row, sums)` gets the
+            // sums of this thread's pair, if it has one.
+            const auto run = [&](auto stage, const auto& take, const auto& finish) {
+                constexpr int STAGE = decltype(stage)::VALUE;
+                const FirstPieces<STAGE> first(me, ring, arguments.matrices, blocks);
+                Two inputs[Mine<STAGE>::TWOS];
+                take(inputs);
                 MARK();
-                // one thread finishes a pair: what it needs comes while it multiplies
-                const bool finishes = me.thread < layout.pairs;
-                const int row = row_of(stage, layout.first_pair + me.thread);
-                const int other = row + row_distance(stage);
-                float scales[2] = {1, 1}, cos = 1, sin = 0;
-                if (finishes) {
-                    scales[0] = row_scale<BODY_KIND>(layout, block, row);
-                    scales[1] = row_scale<BODY_KIND>(layout, block, other);
-                    if (stage == QUERY && row < (HEADS + KV_HEADS) * HEAD_DIM) {
-                        const int place = position * (HEAD_DIM / 2) + row % HEAD_DIM;
-                        cos = arguments.cos[place];
-                        sin = arguments.sin[place];
-                    }
-                }
-                multiply<BODY_KIND>(me, layout, source, inputs, parts);
-                const auto apply_norm = [&] {
-                    if (finishes && (stage == QUERY || stage == GATE_UP)) {
-                        const float factor = norm_factor(shared.squares, arguments.eps);
-                        scales[0] *= factor;
-                        scales[1] *= factor;
-                    }
-                };
-                if (!TENSOR_CORES) apply_norm();
+                const Inputs<STAGE> digits(me, inputs, my_inputs, shared.zeros);
+                float* const parts = shared.parts[STAGE % 2];
+                multiply<STAGE>(me, ring, arguments.matrices, blocks, first, digits, parts);
                 sync_program();
-                if (TENSOR_CORES) apply_norm();
                 MARK();
-                if (finishes) {
-                    float2 sums = joined(parts, layout, me.thread);
-                    sums.x *= scales[0];
-                    sums.y *= scales[1];
-                    if (stage == QUERY) {
-                        finish_query(
-                            row, sums, cos, sin, position, cache, vectors + QKV, epoch + 1);
-                    } else if (stage == GATE_UP) {
-                        store_word(
-                            vectors + GATED + row, divide(sums.x, 1 + exp_(-sums.x)) * sums.y,
-                            epoch + 4);
-                    } else {
-                        uint2* const out = vectors + (stage == OUTPUT ? MIDDLE : X);
-                        const unsigned written = stage == OUTPUT ? epoch + 3 : epoch + 5;
-                        store_word(out + row, sums.x + shared.residual[row], written);
-                        store_word(out + other, sums.y + shared.residual[other], written);
-                    }
+                if (me.thread < me.pairs[STAGE]) finish(joined(parts, me.thread));
+                MARK();
+            };
+            // The first row of this thread's pair, and the scales of both.
+            const auto row_in = [&](auto stage) {
+                constexpr int STAGE = decltype(stage)::VALUE;
+                return row_of(STAGE, me.first_pair[STAGE] + me.thread);
+            };
+            const auto scales_in = [&](auto stage) {
+                constexpr int STAGE = decltype(stage)::VALUE;
+                const int row = row_in(stage), block = blocks.now;
+                const Codes& matrix = arguments.matrices[STAGE];
+                if (BODY_KIND != INT8 || me.thread >= me.pairs[STAGE]) return make_float2(1, 1);
+                return make_float2(
+                    row_scale<STAGE>(matrix, block, row),
+                    row_scale<STAGE>(matrix, block, row + row_distance(STAGE)));
+            };
+
+            me.begin_stage();
+            {
+                prefetch_norms(me, arguments, slot, blocks.next);
+                prefetch_cache(me, plan, cache, position);
+                constexpr Constant<QUERY> STAGE{};
+                const int row = row_in(STAGE);
+                float2 scales = scales_in(STAGE);
+                float cos = 1, sin = 0;
+                if (me.thread < me.pairs[QUERY] && row < (HEADS + KV_HEADS) * HEAD_DIM) {
+                    const int place = position * (HEAD_DIM / 2) + row % HEAD_DIM;
+                    cos = arguments.cos[place];
+                    sin = arguments.sin[place];
                 }
-                MARK();
+                const Norm<QUERY> norm(me, arguments.attention_norms + blocks.now * HIDDEN);
+                run(STAGE,
+                    [&](Two(&inputs)[Mine<QUERY>::TWOS]) {
+                        if (slot > 0) {
+                            receive<QUERY>(me, vectors + X, epoch, inputs);
+                        } else {
+                            UNROLL for (int i = 0; i < Mine<QUERY>::TWOS; ++i) {
+                                const int k = Mine<QUERY>::input(me, i);
+                                UNROLL for (int j = 0; j < 2; ++j)
+                                    inputs[i].values[j] =
+                                        k < HIDDEN ? embedded(arguments, token, k + j) : 0;
+                            }
+                        }
+                        norm.apply(me, inputs, shared.squares);
+                    },
+                    [&](float2 sums) {
+                        const float factor = norm_factor(shared.squares, arguments.eps);
+                        sums.x *= factor * scales.x;
+                        sums.y *= factor * scales.y;
+                        finish_query(row, sums, cos, sin, position, cache, vectors + QKV, epoch + 1);
+                    });
             }
+
+            ROLLED for (int task = me.program; task < HEADS * plan.parts; task += PROGRAMS)
+                attend(
+                    me, task, plan, vectors + QKV, cache, position, arguments.scale,
+                    vectors + PARTIAL, vectors + ATTENDED, epoch + 2, shared.attention);
+            if (plan.is_joined)
+                ROLLED for (int i = PROGRAMS - 1 - me.program; i < HEADS; i += PROGRAMS)
+                    join_parts(
+                        me, i, plan.parts, vectors + PARTIAL, vectors + ATTENDED, epoch + 2,
+                        shared.attention);
+            MARK();
+
+            me.begin_stage();
+            const auto add_to_residual = [&](auto stage, uint2* vector, unsigned written) {
+                const float2 scales = scales_in(stage);
+                return [&, scales, vector, written](float2 sums) {
+                    const int row = row_in(Constant<OUTPUT>());
+                    residual.x = fma_(sums.x, scales.x, residual.x);
+                    residual.y = fma_(sums.y, scales.y, residual.y);
+                    store_word(vector + row, residual.x, written);
+                    store_word(vector + row + 1, residual.y, written);
+                };
+            };
+            run(Constant<OUTPUT>(),
+                [&](Two(&inputs)[Mine<OUTPUT>::TWOS]) {
+                    if (plan.parts == 1 || plan.is_joined)
+                        receive<OUTPUT>(me, vectors + ATTENDED, epoch + 2, inputs);
+                    else
+                        receive_parts(me, vectors + PARTIAL, plan.parts, epoch + 2, inputs);
+                },
+                add_to_residual(Constant<OUTPUT>(), vectors + MIDDLE, epoch + 3));
+
+            me.begin_stage();
+            {
+                constexpr Constant<GATE_UP> STAGE{};
+                const float2 scales = scales_in(STAGE);
+                const Norm<GATE_UP> norm(me, arguments.ffn_norms + blocks.now * HIDDEN);
+                run(STAGE,
+                    [&](Two(&inputs)[Mine<GATE_UP>::TWOS]) {
+                        receive<GATE_UP>(me, vectors + MIDDLE, epoch + 3, inputs);
+                        norm.apply(me, inputs, shared.squares);
+                    },
+                    [&](float2 sums) {
+                        const float factor = norm_factor(shared.squares, arguments.eps);
+                        const float gate = sums.x * (factor * scales.x);
+                        const float up = sums.y * (factor * scales.y);
+                        store_word(
+                            vectors + GATED + row_in(STAGE), divide(gate, 1 + exp_(-gate)) * up,
+                            epoch + 4);
+                    });
+            }
+
+            me.begin_stage();
+            run(Constant<DOWN>(),
+                [&](Two(&inputs)[Mine<DOWN>::TWOS]) {
+                    receive<DOWN>(me, vectors + GATED, epoch + 4, inputs);
+                },
+                add_to_residual(Constant<DOWN>(), vectors + X, epoch + 5));
             epoch += EPOCHS;
         }
 
         me.begin_stage();
-        const Layout& layout = shared.layouts[HEAD];
-        float* const inputs = reinterpret_cast<float*>(shared.inputs) + layout.inputs;
-        take_normed(
-            Constant<HEAD_KIND>(), arguments.final_norm, inputs,
-            [&](const auto& use) { receive<HIDDEN, HEAD_KIND>(me, vectors + X, epoch, use); });
-        sync_inputs(false);
-        float2* const parts = shared.parts + layout.first_part;
-        multiply<HEAD_KIND>(me, layout, source, inputs, parts);
-        sync_program();
+        const Norm<HEAD> norm(me, arguments.final_norm);
+        Two inputs[Mine<HEAD>::TWOS];
+        receive<HEAD>(me, vectors + X, epoch, inputs);
+        norm.apply(me, inputs, shared.squares);
+        const Inputs<HEAD> digits(me, inputs, my_inputs, shared.zeros);
+        constexpr Shape SHAPE = shape_of(HEAD);
+        constexpr int TILES = SHAPE.tiles(), STEPS = SHAPE.steps();
         Candidate best = no_candidate();
-        ROLLED for (int pair = me.thread; pair < layout.pairs; pair += THREADS) {
-            const int row = row_of(HEAD, layout.first_pair + pair);
-            const float factor = norm_factor(shared.squares, arguments.eps);
-            const float2 sums = joined(parts, layout, pair);
-            ROLLED for (int i = 0; i < 2; ++i) {
-                const float logit =
-                    (i ? sums.y : sums.x) * factor * row_scale<HEAD_KIND>(layout, 0, row + i);
-                arguments.logits[row + i] = logit;
-                best = better(
-                    best, candidate_of(
-                              row + i, logit, arguments.temperature, arguments.seed, position));
+        ROLLED for (int begin = 0; begin < TILES; begin += HEAD_TILES) {
+            float* const parts = shared.parts[begin / HEAD_TILES % 2];
+            ROLLED for (int tile = begin; tile < least(begin + HEAD_TILES, TILES); ++tile) {
+                TileSums<HEAD_KIND> sums;
+                for_each<0, STEPS>([&](auto number) {
+                    constexpr int STEP = decltype(number)::VALUE;
+                    digits.template multiply<STEP>(ring.take<HEAD_KIND>(me), sums);
+                    ring.refill([&](unsigned char* slot) {
+                        const int ahead = tile + (STEP + DEPTH) / STEPS;
+                        if (ahead < TILES)
+                            request<HEAD, (STEP + DEPTH) % STEPS>(
+                                me, arguments.matrices[HEAD], 0, ahead, slot);
+                    });
+                });
+                store_sums(me, sums, tile - begin, parts);
+            }
+            sync_program();
+            ROLLED for (int i = me.thread; i < HEAD_TILES * TILE_PAIRS; i += THREADS) {
+                const int pair = begin * TILE_PAIRS + i;
+                if (pair >= me.pairs[HEAD]) continue;
+                const int row = row_of(HEAD, me.first_pair[HEAD] + pair);
+                const float factor = norm_factor(shared.squares, arguments.eps);
+                const float2 sums = joined(parts, i);
+                ROLLED for (int j = 0; j < 2; ++j) {
+                    const float logit = (j ? sums.y : sums.x) * factor *
+                                        row_scale<HEAD>(arguments.matrices[HEAD], 0, row + j);
+                    arguments.logits[row + j] = logit;
+                    best = better(
+                        best, candidate_of(
+                                  row + j, logit, arguments.temperature, arguments.seed, position));
+                }
             }
         }
+        request_first();
         best = best_of_program(me, best, shared.candidates);
         if (me.thread == 0) {
             arguments.candidates[me.program] = best;
@@ -311,5 +346,5 @@ KERNEL(decode, Arguments) {
         ++position;
         ++epoch;
     }
-    source.finish();  // requested for a step that does not come
+    ring.finish();  // requested for a step that does not come
 }

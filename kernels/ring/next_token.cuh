@@ -66,7 +66,7 @@ DEVICE Candidate best_of_program(const Worker& me, Candidate mine, Candidate* of
         other.total = shuffle_xor(mine.total, mask);
         mine = better(mine, other);
     }
-    if (me.lane() == 0) of_warps[me.warp()] = mine;
+    if (me.lane == 0) of_warps[me.warp] = mine;
     sync_program();
     Candidate best = of_warps[0];
     for (int warp = 1; warp < WARPS; ++warp) best = better(best, of_warps[warp]);

@@ -14,8 +14,7 @@
 DEVICE int thread_id() { return threadIdx.x; }
 DEVICE int program_id() { return blockIdx.x; }
 
-// Leave a number as it is, and hide that it is, so that nothing made of it is kept: a loop with many
-// stages would otherwise keep the addresses of all of them, and spill.
+// Leave a number as it is, and hide that it is, so that nothing made of it is made before.
 DEVICE void forget(int& value) { asm volatile("" : "+r"(value)); }
 
 // Wait for all threads of the program, and see what they wrote.
@@ -23,6 +22,10 @@ DEVICE void sync_program() { __syncthreads(); }
 
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 DEVICE unsigned shuffle_xor(unsigned value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
+DEVICE bool any_of_warp(bool value) { return __any_sync(~0u, value); }
+DEVICE unsigned reduce_max(unsigned value) { return __reduce_max_sync(~0u, value); }
+// A number that all lanes of a warp have, and the compiler shall know that they do.
+DEVICE int same_for_warp(int value) { return __shfl_sync(~0u, value, 0); }
 
 template <class T>
 DEVICE T& shared_memory() {
@@ -101,15 +104,6 @@ DEVICE unsigned byte_perm(unsigned a, unsigned b, unsigned selector) {
     return __byte_perm(a, b, selector);
 }
 
-// (a & mask) | bits as one instruction; it takes one constant only, which the compiler heeds not.
-DEVICE unsigned masked_or(unsigned a, unsigned mask, unsigned bits) {
-    unsigned result;
-    asm("{.reg .b32 m; mov.b32 m, %2; lop3.b32 %0, %1, m, %3, 0xEA;}"
-        : "=r"(result)
-        : "r"(a), "r"(mask), "r"(bits));
-    return result;
-}
-
 DEVICE float half_to_float(unsigned short bits) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
@@ -126,6 +120,13 @@ DEVICE unsigned short float_to_bf16(float value) {
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     return bits;
 }
+// Two in bf16, the first in the lower half.
+DEVICE unsigned pack_bf16(float first, float second) {
+    unsigned bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+    return bits;
+}
+DEVICE int to_int(float value) { return __float2int_rn(value); }
 
 // Add to `sums` (16, 8) the product of (16, 16) and (16, 8) in bf16. Lane 4 r + q has, of the sums,
 // columns 2 q and 2 q + 1 of rows r and r + 8; of what is multiplied, pairs of inputs q and q + 4 for
@@ -135,6 +136,15 @@ DEVICE void multiply_tile(
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// The same of (16, 32) and (32, 8) signed bytes: a lane has fours of inputs where it had pairs.
+DEVICE void multiply_tile(
+    int (&sums)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 

@@ -6,95 +6,107 @@
 // the load another.
 //
 // A vector is overwritten only when everyone has read it: the stage that writes it again waits for
-// others that read it before. A residual is kept in the program, not read again.
+// others that read it before. A residual is kept by the thread that has its sum, not read again.
 #pragma once
-#if TENSOR_CORES
-#include "tiles.cuh"
-#else
-#include "pairs.cuh"
-#endif
+#include "matrices.cuh"
 
-constexpr int AT_ONCE = 2;  // neighbours that a thread has: as many words as it loads by one instruction
+// A warp has the inputs of its chunks, a lane some neighbours of each, two by two.
+template <int STAGE>
+struct Mine {
+    static constexpr int KIND = shape_of(STAGE).kind, COLS = shape_of(STAGE).cols;
+    static constexpr int CHUNK = chunk_inputs(KIND), EACH = neighbours(KIND);
+    static constexpr int STEPS = shape_of(STAGE).steps();
+    static constexpr int TWOS = up_to(STEPS * CHUNK, 2 * LANES);
+    static_assert(COLS % 2 == 0, "words are loaded in pairs");
 
-// Inputs of a chunk of a matrix of a kind, and how many of them a thread has.
-constexpr int chunk_inputs(int kind) { return CHUNK_NBYTES / 16 * per_lane(kind); }
-constexpr int each_of_chunk(int kind) { return chunk_inputs(kind) / LANES; }
-static_assert(
-    !TENSOR_CORES || (each_of_chunk(BODY_KIND) % AT_ONCE == 0 && each_of_chunk(HEAD_KIND) % AT_ONCE == 0),
-    "a thread has several neighbours of a chunk");
-
-// How many elements of a vector, the inputs of a matrix, a thread has, at most.
-template <int KIND>
-constexpr int mine_of(int size) {
-    return TENSOR_CORES
-               ? up_to(up_to(size, chunk_inputs(KIND)), WARPS) * each_of_chunk(KIND)
-               : up_to(size, THREADS * AT_ONCE) * AT_ONCE;
-}
-
-// Calls `use(i, k)` for all k < SIZE that are this thread's, the i-th of them: with TENSOR_CORES
-// those of the chunks that its warp multiplies.
-template <int SIZE, int KIND, class Use>
-DEVICE void for_mine(const Worker& me, const Use& use) {
-    UNROLL for (int i = 0; i < mine_of<KIND>(SIZE); ++i) {
-        int k;
-        if constexpr (TENSOR_CORES) {
-            constexpr int EACH = each_of_chunk(KIND);
-            k = (me.warp() + i / EACH * WARPS) * chunk_inputs(KIND) +
-                (i % EACH / AT_ONCE * LANES + me.lane()) * AT_ONCE + i % AT_ONCE;
-        } else {
-            k = (me.thread + i / AT_ONCE * THREADS) * AT_ONCE + i % AT_ONCE;
-        }
-        if (k < SIZE) use(i, k);
+    // Where the i-th two are in the warp's chunks, one behind the other, and in the vector.
+    DEVICE static int place(const Worker& me, int i) {
+        return i * 2 / EACH * (LANES * EACH) + me.lane * EACH + i * 2 % EACH;
     }
-}
+    DEVICE static int input(const Worker& me, int i) {
+        const int at = place(me, i);
+        return (me.warp + at / CHUNK * WARPS) * CHUNK + at % CHUNK;
+    }
+};
 
-// Calls `use(i, k, value)` as `for_mine`, when all of this thread's values are there.
-template <int SIZE, int KIND, class Use>
+// Two of a lane's inputs.
+struct Two {
+    float values[2];
+};
+
+// Gets this lane's inputs of a stage from a vector, when they are there; zeros beyond its end.
+template <int STAGE>
 DEVICE void receive(
-    const Worker& me, const uint2* vector, unsigned epoch, const Use& use) {
-    static_assert(SIZE % AT_ONCE == 0, "words are loaded in pairs");
-    constexpr int EACH = mine_of<KIND>(SIZE);
+    const Worker& me, const uint2* vector, unsigned epoch, Two (&inputs)[Mine<STAGE>::TWOS]) {
+    constexpr int TWOS = Mine<STAGE>::TWOS;
     // all are written: a register that is not always is kept from one stage to the next
-    uint2 words[EACH];
-    UNROLL for (int i = 0; i < EACH; ++i) words[i] = make_uint2(0, epoch);
-    const auto load = [&](int i, int k) { load_words(vector + k, words[i], words[i + 1]); };
-    for_mine<SIZE, KIND>(me, [&](int i, int k) {
-        if (i % AT_ONCE == 0) load(i, k);
-    });
+    uint2 words[TWOS][2];
+    UNROLL for (int i = 0; i < TWOS; ++i) words[i][0] = words[i][1] = make_uint2(0, epoch);
+    UNROLL for (int i = 0; i < TWOS; ++i) {
+        const int k = Mine<STAGE>::input(me, i);
+        if (k < Mine<STAGE>::COLS) load_words(vector + k, words[i][0], words[i][1]);
+    }
     bool late = true;
     while (late) {
         late = false;
         // what is there is not asked for again
-        for_mine<SIZE, KIND>(me, [&](int i, int k) {
-            if (i % AT_ONCE == 0 && (words[i].y != epoch || words[i + AT_ONCE - 1].y != epoch)) {
+        UNROLL for (int i = 0; i < TWOS; ++i) {
+            if (words[i][0].y != epoch || words[i][1].y != epoch) {
                 late = true;
-                load(i, k);
+                load_words(vector + Mine<STAGE>::input(me, i), words[i][0], words[i][1]);
             }
-        });
+        }
     }
-    for_mine<SIZE, KIND>(me, [&](int i, int k) { use(i, k, as_float(words[i].x)); });
+    UNROLL for (int i = 0; i < TWOS; ++i)
+        UNROLL for (int j = 0; j < 2; ++j) inputs[i].values[j] = as_float(words[i][j].x);
 }
 
-// Inputs of a matrix, times the weight of a norm; the sum of squares is joined later.
-template <int KIND>
+// The weights of a norm for this lane's inputs.
+template <int STAGE>
 struct Norm {
-    float weights[mine_of<KIND>(HIDDEN)];
+    Two weights[Mine<STAGE>::TWOS];
 
     // Before the inputs are there.
     DEVICE Norm(const Worker& me, const float* norm) {
-        for_mine<HIDDEN, KIND>(me, [&](int i, int k) { weights[i] = norm[k]; });
+        UNROLL for (int i = 0; i < Mine<STAGE>::TWOS; ++i) {
+            const int k = Mine<STAGE>::input(me, i);
+            float2 found = make_float2(0, 0);
+            if (k < Mine<STAGE>::COLS) found = *reinterpret_cast<const float2*>(norm + k);
+            weights[i] = {{found.x, found.y}};
+        }
+    }
+
+    // Multiply inputs; the sum of their squares is joined later.
+    DEVICE void apply(const Worker& me, Two (&inputs)[Mine<STAGE>::TWOS], float* squares) const {
+        float square = 0;
+        UNROLL for (int i = 0; i < Mine<STAGE>::TWOS; ++i) {
+            UNROLL for (int j = 0; j < 2; ++j) {
+                float& value = inputs[i].values[j];
+                square = fma_(value, value, square);
+                value *= weights[i].values[j];
+            }
+        }
+        UNROLL for (int mask = LANES / 2; mask > 0; mask /= 2) square += shuffle_xor(square, mask);
+        if (me.lane == 0) squares[me.warp] = square;
     }
 };
 
-DEVICE void store_squares(const Worker& me, float* squares, float square) {
-    UNROLL for (int mask = LANES / 2; mask > 0; mask /= 2) square += shuffle_xor(square, mask);
-    if (me.lane() == 0) squares[me.warp()] = square;
+// The sum of what all warps stored side by side.
+DEVICE float sum_of_warps(const float* parts) {
+    const float4* const fours = reinterpret_cast<const float4*>(parts);
+    float4 sum = fours[0];
+    UNROLL for (int i = 1; i < WARPS / 4; ++i) {
+        const float4 more = fours[i];
+        sum.x += more.x;
+        sum.y += more.y;
+        sum.z += more.z;
+        sum.w += more.w;
+    }
+    return (sum.x + sum.y) + (sum.z + sum.w);
 }
 
 // What normed sums are multiplied with; after all threads stored their squares.
 DEVICE float norm_factor(const float* squares, float eps) {
-    float sums[4] = {0, 0, 0, 0};
-    UNROLL for (int warp = 0; warp < WARPS; ++warp) sums[warp % 4] += squares[warp];
     constexpr float EACH = 1.0f / HIDDEN;
-    return rsqrt_(fma_((sums[0] + sums[1]) + (sums[2] + sums[3]), EACH, eps));
+    return rsqrt_(fma_(sum_of_warps(squares), EACH, eps));
 }

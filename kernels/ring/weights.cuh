@@ -1,7 +1,14 @@
-// Rows of stored weights, as the lanes of a warp read them and, without tensor cores, multiply them.
+// Rows of stored weights, and their products with digits of the inputs by tensor cores.
 //
-// There a load is 16 bytes of a row per lane, a *chunk* per warp. The inputs lie in shared memory so that
-// all lanes read those of their weights without conflicts.
+// An input is the sum of two numbers that tensor cores take, its *digits*: two of bf16 for weights in
+// bf16; for integer ones two of eight bits, relative to the largest input of its chunk, so that sums
+// are exact and codes are multiplied as they are stored.
+//
+// A chunk is 64 bytes of each row of eight pairs: lane 4 r + q has 16 of both rows of pair r, its
+// *pieces*. An instruction multiplies a matrix A of 16 rows, the weights, with a matrix B of 8
+// columns: columns 2 q and 2 q + 1 have both digits of the inputs of the lanes q, and zeros for
+// others. So what a lane gets are the two digits' products of its own weights, whose scales are its
+// own, too; only lanes whose column is their own have inputs to load.
 #pragma once
 #include <primitives.cuh>
 
@@ -9,17 +16,22 @@
 enum Kind { FP32, BF16, INT8, INT8_G32, INT4_G32 };
 
 constexpr int LANES = 32;
-constexpr int GROUP = 32;  // inputs that share a scale
+constexpr int GROUP = 32;            // inputs that share a scale
+constexpr int PIECE_NBYTES = 16;     // of a row, that a lane has of a chunk
+constexpr int QUARTERS = 4;          // lanes that share a row
+constexpr int CHUNK_NBYTES = QUARTERS * PIECE_NBYTES;
+constexpr int TILE_PAIRS = LANES / QUARTERS;  // of rows, that a chunk has pieces of
 
 constexpr int up_to(int n, int unit) { return (n + unit - 1) / unit; }
+constexpr int least(int a, int b) { return a < b ? a : b; }
+constexpr int most(int a, int b) { return a > b ? a : b; }
 
-// Weights in 16 bytes.
-constexpr int per_lane(int kind) {
-    return kind == FP32 ? 4 : kind == BF16 ? 8 : kind == INT4_G32 ? 32 : 16;
-}
+// Weights of a piece, and of a chunk's row.
+constexpr int piece_inputs(int kind) { return kind == BF16 ? 8 : kind == INT4_G32 ? 32 : 16; }
+constexpr int chunk_inputs(int kind) { return QUARTERS * piece_inputs(kind); }
 
 constexpr int row_nbytes(int kind, int cols) {
-    return kind == INT4_G32 ? up_to(cols, GROUP) * 16 : cols * 16 / per_lane(kind);
+    return kind == INT4_G32 ? up_to(cols, GROUP) * 16 : kind == BF16 ? cols * 2 : cols;
 }
 
 // Bytes of the scales of a row; those of `INT8` belong to whoever has the sum.
@@ -29,119 +41,138 @@ constexpr int scales_nbytes(int kind, int cols) {
            : kind == INT4_G32 ? up_to(cols, GROUP) * 4
                               : 0;
 }
+constexpr bool has_scales(int kind) { return kind == INT8_G32 || kind == INT4_G32; }
+// Bytes of a chunk's scales of a row.
+constexpr int chunk_scales_nbytes(int kind) { return kind == INT4_G32 ? 16 : 4; }
 
-// What a lane has of a chunk of one row.
 struct alignas(16) Codes16 {
     unsigned words[4];
 };
-struct Piece {
-    Codes16 codes;
-    unsigned scales;
+// What a lane has of a chunk.
+struct Pieces {
+    Codes16 codes[2];
+    unsigned scales[2];
 };
-
-// Where input k of a row lies, in floats: four of a lane side by side, then those of the other
-// lanes. Planes are turned against each other, so that storing meets few conflicts, too.
-template <int KIND>
-DEVICE int input_place(int k) {
-    constexpr int EACH = per_lane(KIND);
-    const int chunk = k / (EACH * LANES), lane = k / EACH % LANES, quad = k % EACH / 4;
-    return ((chunk * (EACH / 4) + quad) * LANES + (lane + quad) % LANES) * 4 + k % 4;
-}
-
-template <int KIND>
-DEVICE float4 load_inputs(const float4* inputs, int chunk, int lane, int quad) {
-    return inputs[(chunk * (per_lane(KIND) / 4) + quad) * LANES + (lane + quad) % LANES];
-}
 
 DEVICE float bf16_to_float(unsigned bits) { return as_float(bits << 16); }
 
-// Four signed bytes as floats, exactly: each becomes the last bits of 2^23 + 128 + byte.
-DEVICE float4 bytes_to_floats(unsigned word) {
-    constexpr unsigned BIAS = 0x4B000000;
-    constexpr float SHIFT = 8388608.0f + 128.0f;
-    word ^= 0x80808080u;
-    return make_float4(
-        as_float(byte_perm(word, BIAS, 0x7440)) - SHIFT,
-        as_float(byte_perm(word, BIAS, 0x7441)) - SHIFT,
-        as_float(byte_perm(word, BIAS, 0x7442)) - SHIFT,
-        as_float(byte_perm(word, BIAS, 0x7443)) - SHIFT);
+// Digits of the inputs of a chunk: those of column 2 q + d, one behind the other, are digits d of the
+// inputs of the lanes q.
+constexpr int digit_nbytes(int kind) { return kind == BF16 ? 2 : 1; }
+constexpr int column_nbytes(int kind) { return piece_inputs(kind) * digit_nbytes(kind); }
+constexpr int digits_nbytes(int kind) { return 2 * QUARTERS * column_nbytes(kind); }
+
+// Neighbouring inputs that a lane receives of a chunk, or of two chunks of bf16.
+constexpr int neighbours(int kind) { return most(2, chunk_inputs(kind) / LANES); }
+
+// What is needed of a chunk's inputs beside their digits.
+struct InputScale {
+    float unit;  // of the smaller digit
+    float sum;   // of the inputs of this lane's pieces, for weights with a minimum
+};
+
+constexpr float LARGEST_DIGITS = 32512;  // 127 * 256: the larger digit fits into a byte
+
+// Store digits of `neighbours` inputs where the warp's lanes will read them, `place` in the chunk.
+DEVICE void store_bf16_digits(unsigned char* chunk, int place, float a, float b) {
+    unsigned* const to = reinterpret_cast<unsigned*>(
+        chunk + place / piece_inputs(BF16) * 2 * column_nbytes(BF16) + place % piece_inputs(BF16) * 2);
+    const unsigned high = pack_bf16(a, b);
+    to[0] = high;
+    to[column_nbytes(BF16) / 4] =
+        pack_bf16(a - as_float(high << 16), b - as_float(high & 0xFFFF0000u));
 }
 
-DEVICE float dot(float4 a, float4 b, float sum) {
-    return fma_(a.x, b.x, fma_(a.y, b.y, fma_(a.z, b.z, fma_(a.w, b.w, sum))));
-}
-
-// Four weights of a lane, but for those of 4 bits.
+// The same for integers; returns what one step of the smaller digit stands for.
 template <int KIND>
-DEVICE float4 unpack(const Piece& piece, int quad) {
-    if constexpr (KIND == FP32) {
-        return make_float4(
-            as_float(piece.codes.words[0]), as_float(piece.codes.words[1]), as_float(piece.codes.words[2]),
-            as_float(piece.codes.words[3]));
-    } else if constexpr (KIND == BF16) {
-        const unsigned low = piece.codes.words[2 * quad], high = piece.codes.words[2 * quad + 1];
-        return make_float4(
-            as_float(low << 16), as_float(low & 0xFFFF0000u), as_float(high << 16),
-            as_float(high & 0xFFFF0000u));
-    } else {
-        return bytes_to_floats(piece.codes.words[quad]);
+DEVICE float store_int_digits(unsigned char* chunk, int place, const float (&values)[neighbours(KIND)]) {
+    constexpr int COUNT = neighbours(KIND), EACH = piece_inputs(KIND), COLUMN = column_nbytes(KIND);
+    // as bits, among which NaN is the largest
+    unsigned bits = 0;
+    UNROLL for (int i = 0; i < COUNT; ++i) {
+        const unsigned magnitude = as_bits(values[i]) & 0x7FFFFFFFu;
+        bits = magnitude > bits ? magnitude : bits;
     }
+    const float largest = as_float(reduce_max(bits));
+    const float inverse = largest > 1e-30f ? divide(LARGEST_DIGITS, largest) : 0;
+    unsigned low[COUNT], high[COUNT];
+    UNROLL for (int i = 0; i < COUNT; ++i) {
+        const int number = to_int(values[i] * inverse);
+        low[i] = static_cast<unsigned>(number);
+        high[i] = static_cast<unsigned>(number + 128);
+    }
+    unsigned char* const to = chunk + place / EACH * 2 * COLUMN + place % EACH;
+    if constexpr (COUNT == 2) {
+        *reinterpret_cast<unsigned short*>(to) = byte_perm(high[0], high[1], 0x0051);
+        *reinterpret_cast<unsigned short*>(to + COLUMN) = byte_perm(low[0], low[1], 0x0040);
+    } else {
+        const unsigned highs[2] = {byte_perm(high[0], high[1], 0x0051), byte_perm(high[2], high[3], 0x0051)};
+        const unsigned lows[2] = {byte_perm(low[0], low[1], 0x0040), byte_perm(low[2], low[3], 0x0040)};
+        *reinterpret_cast<unsigned*>(to) = byte_perm(highs[0], highs[1], 0x5410);
+        *reinterpret_cast<unsigned*>(to + COLUMN) = byte_perm(lows[0], lows[1], 0x5410);
+    }
+    return largest * (1 / LARGEST_DIGITS);
 }
 
-constexpr float NIBBLE_BIAS = 16.0f;
+DEVICE uint4 load_digits(const unsigned char* place) { return *reinterpret_cast<const uint4*>(place); }
 
-// The code in bits `at` to `at + 3` of a word, too large by the bias: the first bits of a mantissa.
-template <int AT>
-DEVICE float unpack_nibble(unsigned word) {
-    const unsigned moved = AT < 19 ? word << (19 - AT) : word >> (AT - 19);
-    return as_float(masked_or(moved, 0x780000u, 0x41800000u));
-}
-
-// Those in the low halves of four bytes, or with HIGH = 4 in the high ones.
-template <int HIGH>
-DEVICE float4 unpack_nibbles(unsigned word) {
-    return make_float4(
-        unpack_nibble<HIGH>(word), unpack_nibble<HIGH + 8>(word), unpack_nibble<HIGH + 16>(word),
-        unpack_nibble<HIGH + 24>(word));
-}
-
-// Add the products of a chunk of two rows with the inputs to a lane's sums.
+// A lane's sums over its pieces of a tile, of both rows of its pair.
 template <int KIND>
-DEVICE void multiply_pieces(
-    const Piece (&pieces)[2], const float4* inputs, int chunk, int lane, float (&sums)[2]) {
-    if constexpr (KIND == INT4_G32) {
-        float input_sum = 0;
-        float products[2] = {0, 0};
-        UNROLL for (int quad = 0; quad < 4; ++quad) {
-            const float4 x = load_inputs<KIND>(inputs, chunk, lane, quad);
-            const float4 y = load_inputs<KIND>(inputs, chunk, lane, quad + 4);
-            input_sum += ((x.x + x.y) + (x.z + x.w)) + ((y.x + y.y) + (y.z + y.w));
-            UNROLL for (int row = 0; row < 2; ++row) {
-                const unsigned word = pieces[row].codes.words[quad];
-                products[row] = dot(unpack_nibbles<0>(word), x, products[row]);
-                products[row] = dot(unpack_nibbles<4>(word), y, products[row]);
-            }
+struct TileSums {
+    float rows[2];
+
+    DEVICE TileSums() : rows{0, 0} {}
+
+    // `digits` is where the column of this lane begins.
+    DEVICE void add(const Pieces& pieces, const unsigned char* digits, const InputScale& scale) {
+        const unsigned(&a)[4] = pieces.codes[0].words, (&b)[4] = pieces.codes[1].words;
+        int sums[4] = {0, 0, 0, 0};
+        const uint4 x = load_digits(digits);
+        if constexpr (KIND == INT4_G32) {
+            constexpr unsigned LOW = 0x0F0F0F0Fu;
+            const uint4 y = load_digits(digits + 16);  // of the codes in the upper halves
+            multiply_tile(sums, a[0] & LOW, b[0] & LOW, a[0] >> 4 & LOW, b[0] >> 4 & LOW, x.x, y.x);
+            multiply_tile(sums, a[1] & LOW, b[1] & LOW, a[1] >> 4 & LOW, b[1] >> 4 & LOW, x.y, y.y);
+            multiply_tile(sums, a[2] & LOW, b[2] & LOW, a[2] >> 4 & LOW, b[2] >> 4 & LOW, x.z, y.z);
+            multiply_tile(sums, a[3] & LOW, b[3] & LOW, a[3] >> 4 & LOW, b[3] >> 4 & LOW, x.w, y.w);
+        } else {
+            multiply_tile(sums, a[0], b[0], a[1], b[1], x.x, x.y);
+            multiply_tile(sums, a[2], b[2], a[3], b[3], x.z, x.w);
         }
         UNROLL for (int row = 0; row < 2; ++row) {
-            const float scale = half_to_float(pieces[row].scales & 0xFFFF);
-            const float low = half_to_float(pieces[row].scales >> 16);
-            const float product = fma_(-NIBBLE_BIAS, input_sum, products[row]);
-            sums[row] = fma_(scale, product, fma_(low, input_sum, sums[row]));
+            const float sum =
+                static_cast<float>(sums[2 * row] * 256 + sums[2 * row + 1]) * scale.unit;
+            if constexpr (KIND == INT8) {
+                rows[row] += sum;
+            } else {
+                const float unit = half_to_float(pieces.scales[row] & 0xFFFF);
+                rows[row] = fma_(unit, sum, rows[row]);
+                if constexpr (KIND == INT4_G32)
+                    rows[row] = fma_(half_to_float(pieces.scales[row] >> 16), scale.sum, rows[row]);
+            }
         }
-    } else {
-        float products[2] = {0, 0};
-        UNROLL for (int quad = 0; quad < per_lane(KIND) / 4; ++quad) {
-            const float4 x = load_inputs<KIND>(inputs, chunk, lane, quad);
-            UNROLL for (int row = 0; row < 2; ++row)
-                products[row] = dot(unpack<KIND>(pieces[row], quad), x, products[row]);
-        }
-        UNROLL for (int row = 0; row < 2; ++row)
-            if constexpr (KIND == INT8_G32)
-                sums[row] = fma_(half_to_float(pieces[row].scales), products[row], sums[row]);
-            else
-                sums[row] += products[row];
     }
-}
+
+    DEVICE float first() const { return rows[0]; }
+    DEVICE float second() const { return rows[1]; }
+};
+
+template <>
+struct TileSums<BF16> {
+    float sums[2][4];  // of every other instruction, so that fewer wait for each other
+
+    DEVICE TileSums() : sums{} {}
+
+    DEVICE void add(const Pieces& pieces, const unsigned char* digits, const InputScale&) {
+        const unsigned(&a)[4] = pieces.codes[0].words, (&b)[4] = pieces.codes[1].words;
+        const uint4 x = load_digits(digits);
+        multiply_tile(sums[0], a[0], b[0], a[1], b[1], x.x, x.y);
+        multiply_tile(sums[1], a[2], b[2], a[3], b[3], x.z, x.w);
+    }
+
+    DEVICE float first() const { return (sums[0][0] + sums[0][1]) + (sums[1][0] + sums[1][1]); }
+    DEVICE float second() const { return (sums[0][2] + sums[0][3]) + (sums[1][2] + sums[1][3]); }
+};
 
 // One weight of a row.
 template <int KIND, int COLS>

@@ -22,9 +22,8 @@ SOURCE = Path(kernels.__file__).parent / "ring" / "decode.cu"
 KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int8_g32": 3, "int4_g32": 4}
 CACHES = {"fp16": 0, "bf16": 1, "fp32": 2}
 WARPS = 16
-# Chunks of a warp on their way, without and with tensor cores: more are no faster (docs/gpu.md).
-RING_DEPTHS = 6, 3
-TENSOR_CORES_WIDTH = 1600  # from which on they are faster, for weights in bf16
+RING_DEPTH = 12  # chunks of a warp on their way, at most
+TAKEN_EARLY = 4  # chunks of a stage that a warp has in registers before its inputs are there
 ROOM_FOR_PARTS = 8  # of a head's attention, in the vectors
 LOAD_NBYTES = 16  # of a row that a lane reads at a time
 EPOCHS = 5  # of a layer
@@ -153,6 +152,8 @@ def obstacle(weights: CudaWeights, kv_format: str) -> str | None:
     body = (weights.qkv, weights.output, weights.gate_up, weights.down)
     if len({matrix.kind for matrix in body}) > 1:
         return f"blocks of one kind of weights, got {', '.join(m.kind for m in body)}"
+    if "fp32" in (weights.qkv.kind, weights.head.kind):
+        return "blocks and a head in bf16, int8 or int4, got fp32"
     for matrix in (*body, weights.head):
         nbytes = matrix.codes.shape[-1] * matrix.codes.element_size()
         if nbytes % LOAD_NBYTES:
@@ -183,15 +184,14 @@ def kernel_constants(
     """
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    tensor_cores = body == head == "bf16" and config.hidden_size >= TENSOR_CORES_WIDTH
-    partial = config.num_attention_heads * ROOM_FOR_PARTS * (config.head_dim + 1)
+    partial = config.num_attention_heads * ROOM_FOR_PARTS * (config.head_dim + 2)
     vectors = 2 * (config.hidden_size + queries + keys) + config.intermediate_size + partial
     return {
         "PROGRAMS": programs,
         "WARPS": WARPS,
         "THREADS": 32 * WARPS,
-        "RING_DEPTH": RING_DEPTHS[tensor_cores],
-        "TENSOR_CORES": int(tensor_cores),
+        "RING_DEPTH": RING_DEPTH,
+        "TAKEN_EARLY": TAKEN_EARLY,
         "VECTORS": vectors,
         "HIDDEN": config.hidden_size,
         "INNER": config.intermediate_size,

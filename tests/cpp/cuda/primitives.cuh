@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "scheduler.h"
 
@@ -68,8 +69,6 @@ DEVICE unsigned byte_perm(unsigned a, unsigned b, unsigned selector) {
   return result;
 }
 
-DEVICE unsigned masked_or(unsigned a, unsigned mask, unsigned bits) { return (a & mask) | bits; }
-
 DEVICE float half_to_float(unsigned short half) {
   unsigned sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, fraction = half & 1023u;
   if (exponent == 31) return as_float(sign | 0x7f800000u | fraction << 13);
@@ -98,6 +97,14 @@ DEVICE unsigned short float_to_bf16(float value) {  // to nearest, ties to even
   unsigned bits = as_bits(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
   return static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+DEVICE unsigned pack_bf16(float first, float second) {
+  return float_to_bf16(first) | static_cast<unsigned>(float_to_bf16(second)) << 16;
+}
+
+DEVICE int to_int(float value) {  // to nearest, ties to even; 0 of NaN
+  return value != value ? 0 : static_cast<int>(std::nearbyint(value));
 }
 
 // The lower or the upper half of a word.
@@ -135,33 +142,62 @@ DEVICE float shuffle_xor(float v, int mask, emulator::Site site = emulator::Site
   return as_float(emulator::scheduler->shuffle(as_bits(v), mask, site));
 }
 
-// A product of matrices by a warp, as primitives.cuh of the kernels says.
+DEVICE bool any_of_warp(bool value, emulator::Site site = emulator::Site::here()) {
+  unsigned any = value;
+  for (int mask = 16; mask; mask /= 2) any |= emulator::scheduler->shuffle(any, mask, site);
+  return any;
+}
+
+DEVICE unsigned reduce_max(unsigned value, emulator::Site site = emulator::Site::here()) {
+  for (int mask = 16; mask; mask /= 2) {
+    unsigned other = emulator::scheduler->shuffle(value, mask, site);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+DEVICE int same_for_warp(int value) { return value; }
+
+DEVICE int byte_of(unsigned word, int byte) { return static_cast<signed char>(word >> 8 * byte); }
+
+// A product of matrices by a warp, as primitives.cuh of the kernels says; Sum is of float for inputs
+// in bf16, of int for bytes.
+template <class Sum>
 struct TileOperands {
-  float* sums;
+  Sum* sums;
   unsigned a[4], b[2];
 };
 
+template <class Sum>
 DEVICE void multiply_tile_of_warp(void* const* lanes) {
-  auto of = [&](int lane) { return static_cast<const TileOperands*>(lanes[lane]); };
+  constexpr bool kBytes = std::is_integral_v<Sum>;
+  constexpr int kEach = kBytes ? 4 : 2;  // inputs in a word
+  auto of = [&](int lane) { return static_cast<const TileOperands<Sum>*>(lanes[lane]); };
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < 4; ++i) {
       int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-      float sum = of(lane)->sums[i];
-      for (int k = 0; k < 16; ++k) {
-        const TileOperands* left = of(row % 8 * 4 + k % 8 / 2);
-        const TileOperands* right = of(column * 4 + k % 8 / 2);
-        sum += bf16_of(left->a[row / 8 + k / 8 * 2], k % 2) * bf16_of(right->b[k / 8], k % 2);
+      Sum sum = of(lane)->sums[i];
+      for (int k = 0; k < 8 * kEach; ++k) {
+        int half = k / (4 * kEach), quarter = k / kEach % 4, place = k % kEach;
+        unsigned left = of(row % 8 * 4 + quarter)->a[row / 8 + half * 2];
+        unsigned right = of(column * 4 + quarter)->b[half];
+        if constexpr (kBytes) {
+          sum += byte_of(left, place) * byte_of(right, place);
+        } else {
+          sum += bf16_of(left, place) * bf16_of(right, place);
+        }
       }
       of(lane)->sums[i] = sum;
     }
   }
 }
 
-DEVICE void multiply_tile(float (&sums)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
+template <class Sum>
+DEVICE void multiply_tile(Sum (&sums)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
                           unsigned b0, unsigned b1,
                           emulator::Site site = emulator::Site::here()) {
-  TileOperands operands = {sums, {a0, a1, a2, a3}, {b0, b1}};
-  emulator::scheduler->together(&operands, multiply_tile_of_warp, site);
+  TileOperands<Sum> operands = {sums, {a0, a1, a2, a3}, {b0, b1}};
+  emulator::scheduler->together(&operands, multiply_tile_of_warp<Sum>, site);
 }
 
 // Memory
