@@ -25,7 +25,7 @@ constexpr int TILE = WARPS * TOKENS_PER_WARP;
 static_assert(HEAD_DIM % PER_LOAD == 0 && LANES % LANES_PER_TOKEN == 0, "a head is a power of two");
 
 // Parts of a head that every program joins for itself, as many as its registers take ...
-constexpr int FEW_PARTS = most(1, least(4, 8 / Mine<OUTPUT>::TWOS));
+constexpr int FEW_PARTS = most(1, least(4, 4 / Mine<OUTPUT>::FOURS));
 constexpr int FEW_TILES = 4;  // ... while each has no more tiles than this
 // Beyond, one program per head joins more parts, and publishes the result: one more exchange.
 constexpr int MANY_PARTS = most(1, least(least(THREADS / HEAD_DIM, 8), PROGRAMS / HEADS));
@@ -228,7 +228,7 @@ DEVICE void prefetch_cache(
 }
 
 DEVICE void attend(
-    const Worker& me, int task, const Plan& plan, const uint2* qkv, const CacheSlot& cache,
+    const Worker& me, int task, const Plan& plan, const unsigned* qkv, const CacheSlot& cache,
     int position, float scale, uint2* partial, uint2* attended, unsigned epoch,
     AttentionShared& shared) {
     const int head = task % HEADS, kv_head = head / GROUP_HEADS, part = task / HEADS;
@@ -248,14 +248,15 @@ DEVICE void attend(
     }
 
     // the query, the new key, the new value
-    ROLLED for (int k = me.thread; k < 3 * HEAD_DIM; k += THREADS) {
+    ROLLED for (int k = me.thread * EACH; k < 3 * HEAD_DIM; k += THREADS * EACH) {
         const int kind = k / HEAD_DIM, dim = k % HEAD_DIM;
         const int row = kind == 0 ? head : HEADS + kv_head + (kind - 1) * KV_HEADS;
-        uint2 word;
-        do word = load_word(qkv + row * HEAD_DIM + dim);
-        while (word.y != epoch - 1);
-        const float found = as_float(word.x);
-        shared.token[k] = kind == 0 ? found * (scale * LOG2_E) : rounded(found);
+        uint4 found;
+        do found = load_relaxed_4(qkv + row * HEAD_DIM + dim);
+        while (is_late(found, epoch - 1));
+        const unsigned(&bits)[EACH] = {found.x, found.y, found.z, found.w};
+        UNROLL for (int i = 0; i < EACH; ++i)
+            shared.token[k + i] = kind == 0 ? value_of(bits[i]) * (scale * LOG2_E) : rounded(value_of(bits[i]));
     }
     sync_program();
     float query[PER_LOAD], new_key[PER_LOAD];
@@ -345,42 +346,46 @@ DEVICE void join_parts(
 // Gets this lane's inputs of the output projection from up to FEW_PARTS parts of each head.
 DEVICE void receive_parts(
     const Worker& me, const uint2* partial, int parts, unsigned epoch,
-    Two (&inputs)[Mine<OUTPUT>::TWOS]) {
-    constexpr int TWOS = Mine<OUTPUT>::TWOS;
-    uint2 values[TWOS][FEW_PARTS][2], logs[TWOS][FEW_PARTS];
+    Four (&inputs)[Mine<OUTPUT>::FOURS]) {
+    constexpr int FOURS = Mine<OUTPUT>::FOURS;
+    uint2 values[FOURS][FEW_PARTS][EACH], logs[FOURS][FEW_PARTS];
     bool late = true;
     while (late) {
         late = false;
-        UNROLL for (int i = 0; i < TWOS; ++i) {
+        UNROLL for (int i = 0; i < FOURS; ++i) {
             const int k = Mine<OUTPUT>::input(me, i);
             const uint2* head = partial + k / HEAD_DIM * MOST_PARTS * PART_WORDS;
             UNROLL for (int part = 0; part < FEW_PARTS; ++part) {
+                uint2(&words)[EACH] = values[i][part];
                 if (k < QUERIES && part < parts) {
                     const uint2* place = head + part * PART_WORDS;
-                    load_words(place + k % HEAD_DIM, values[i][part][0], values[i][part][1]);
+                    load_words(place + k % HEAD_DIM, words[0], words[1]);
+                    load_words(place + k % HEAD_DIM + 2, words[2], words[3]);
                     logs[i][part] = load_word(place + HEAD_DIM);
                 } else {
-                    values[i][part][0] = values[i][part][1] = make_uint2(0, epoch);
+                    UNROLL for (int j = 0; j < EACH; ++j) words[j] = make_uint2(0, epoch);
                     logs[i][part] = make_uint2(as_bits(NO_SCORE), epoch);
                 }
             }
         }
-        UNROLL for (int i = 0; i < TWOS; ++i)
-            UNROLL for (int part = 0; part < FEW_PARTS; ++part)
-                late |= values[i][part][0].y != epoch || values[i][part][1].y != epoch ||
-                        logs[i][part].y != epoch;
+        UNROLL for (int i = 0; i < FOURS; ++i) {
+            UNROLL for (int part = 0; part < FEW_PARTS; ++part) {
+                late |= logs[i][part].y != epoch;
+                UNROLL for (int j = 0; j < EACH; ++j) late |= values[i][part][j].y != epoch;
+            }
+        }
     }
-    UNROLL for (int i = 0; i < TWOS; ++i) {
-        float largest = NO_SCORE, total = 0, sums[2] = {0, 0};
+    UNROLL for (int i = 0; i < FOURS; ++i) {
+        float largest = NO_SCORE, total = 0, sums[EACH] = {0, 0, 0, 0};
         UNROLL for (int part = 0; part < FEW_PARTS; ++part)
             largest = most(largest, as_float(logs[i][part].x));
         UNROLL for (int part = 0; part < FEW_PARTS; ++part) {
             const float weight = exp2_(as_float(logs[i][part].x) - largest);
             total += weight;
-            UNROLL for (int j = 0; j < 2; ++j)
+            UNROLL for (int j = 0; j < EACH; ++j)
                 sums[j] = fma_(as_float(values[i][part][j].x), weight, sums[j]);
         }
-        const bool live = Mine<OUTPUT>::input(me, i) < QUERIES;
-        UNROLL for (int j = 0; j < 2; ++j) inputs[i].values[j] = live ? sums[j] / total : 0;
+        UNROLL for (int j = 0; j < EACH; ++j)
+            inputs[i].values[j] = Mine<OUTPUT>::is_live(me, i) ? sums[j] / total : 0;
     }
 }

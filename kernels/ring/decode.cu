@@ -19,14 +19,15 @@
 // matrices: BODY_KIND, EMBEDDING_KIND, HEAD_KIND.
 #include "next_token.cuh"
 
-// The vectors, one behind the other.
+// The vectors, one behind the other: those of words, then those of values.
+constexpr int ATTENDED = 0;
+constexpr int PARTIAL = ATTENDED + QUERIES;
+constexpr int WORDS = PARTIAL + HEADS * MOST_PARTS * PART_WORDS;
 constexpr int X = 0;
 constexpr int MIDDLE = X + HIDDEN;
 constexpr int QKV = MIDDLE + HIDDEN;
-constexpr int ATTENDED = QKV + QKV_ROWS;
-constexpr int GATED = ATTENDED + QUERIES;
-constexpr int PARTIAL = GATED + INNER;
-static_assert(PARTIAL + HEADS * MOST_PARTS * PART_WORDS <= VECTORS, "vectors overlap");
+constexpr int GATED = QKV + QKV_ROWS;
+static_assert(WORDS % 2 == 0 && WORDS + up_to(GATED + INNER, 2) <= VECTORS, "vectors overlap");
 constexpr int EPOCHS = 5;  // of a layer
 
 static_assert(VOCAB % 2 == 0 && HIDDEN % 2 == 0 && INNER % 2 == 0, "rows are computed in pairs");
@@ -88,13 +89,13 @@ DEVICE float embedded(const Arguments& arguments, int token, int k) {
 
 // Turn a pair of a new query, key or value; publish it, and keep keys and values.
 DEVICE void finish_query(
-    int row, float2 sums, float cos, float sin, int position, const CacheSlot& cache, uint2* qkv,
+    int row, float2 sums, float cos, float sin, int position, const CacheSlot& cache, unsigned* qkv,
     unsigned epoch) {
     constexpr int HALF = HEAD_DIM / 2;
     const int head = row / HEAD_DIM, dim = row % HEAD_DIM;
     const float low = sums.x * cos - sums.y * sin, high = sums.y * cos + sums.x * sin;
-    store_word(qkv + row, low, epoch);
-    store_word(qkv + row + HALF, high, epoch);
+    store_value(qkv + row, low, epoch);
+    store_value(qkv + row + HALF, high, epoch);
     if (head >= HEADS) {
         const int is_value = head >= HEADS + KV_HEADS;
         unsigned char* place =
@@ -122,7 +123,8 @@ KERNEL(decode, Arguments) {
     Worker me;
     WarpInputs& my_inputs = shared.inputs[me.warp];
     Ring ring(shared.rings[me.warp]);
-    uint2* const vectors = arguments.vectors;
+    uint2* const words = arguments.vectors;
+    unsigned* const vectors = reinterpret_cast<unsigned*>(words + WORDS);
     const long long slot_nbytes =
         2ll * KV_HEADS * arguments.capacity * HEAD_DIM * ELEMENT_NBYTES;
     int token = arguments.token;
@@ -161,7 +163,7 @@ KERNEL(decode, Arguments) {
             const auto run = [&](auto stage, const auto& take, const auto& finish) {
                 constexpr int STAGE = decltype(stage)::VALUE;
                 const FirstPieces<STAGE> first(me, ring, arguments.matrices, blocks);
-                Two inputs[Mine<STAGE>::TWOS];
+                Four inputs[Mine<STAGE>::FOURS];
                 take(inputs);
                 MARK();
                 const Inputs<STAGE> digits(me, inputs, my_inputs, shared.zeros);
@@ -202,13 +204,13 @@ KERNEL(decode, Arguments) {
                 }
                 const Norm<QUERY> norm(me, arguments.attention_norms + blocks.now * HIDDEN);
                 run(STAGE,
-                    [&](Two(&inputs)[Mine<QUERY>::TWOS]) {
+                    [&](Four(&inputs)[Mine<QUERY>::FOURS]) {
                         if (slot > 0) {
                             receive<QUERY>(me, vectors + X, epoch, inputs);
                         } else {
-                            UNROLL for (int i = 0; i < Mine<QUERY>::TWOS; ++i) {
+                            UNROLL for (int i = 0; i < Mine<QUERY>::FOURS; ++i) {
                                 const int k = Mine<QUERY>::input(me, i);
-                                UNROLL for (int j = 0; j < 2; ++j)
+                                UNROLL for (int j = 0; j < EACH; ++j)
                                     inputs[i].values[j] =
                                         k < HIDDEN ? embedded(arguments, token, k + j) : 0;
                             }
@@ -226,31 +228,31 @@ KERNEL(decode, Arguments) {
             ROLLED for (int task = me.program; task < HEADS * plan.parts; task += PROGRAMS)
                 attend(
                     me, task, plan, vectors + QKV, cache, position, arguments.scale,
-                    vectors + PARTIAL, vectors + ATTENDED, epoch + 2, shared.attention);
+                    words + PARTIAL, words + ATTENDED, epoch + 2, shared.attention);
             if (plan.is_joined)
                 ROLLED for (int i = PROGRAMS - 1 - me.program; i < HEADS; i += PROGRAMS)
                     join_parts(
-                        me, i, plan.parts, vectors + PARTIAL, vectors + ATTENDED, epoch + 2,
+                        me, i, plan.parts, words + PARTIAL, words + ATTENDED, epoch + 2,
                         shared.attention);
             MARK();
 
             me.begin_stage();
-            const auto add_to_residual = [&](auto stage, uint2* vector, unsigned written) {
+            const auto add_to_residual = [&](auto stage, unsigned* vector, unsigned written) {
                 const float2 scales = scales_in(stage);
                 return [&, scales, vector, written](float2 sums) {
                     const int row = row_in(Constant<OUTPUT>());
                     residual.x = fma_(sums.x, scales.x, residual.x);
                     residual.y = fma_(sums.y, scales.y, residual.y);
-                    store_word(vector + row, residual.x, written);
-                    store_word(vector + row + 1, residual.y, written);
+                    store_value(vector + row, residual.x, written);
+                    store_value(vector + row + 1, residual.y, written);
                 };
             };
             run(Constant<OUTPUT>(),
-                [&](Two(&inputs)[Mine<OUTPUT>::TWOS]) {
+                [&](Four(&inputs)[Mine<OUTPUT>::FOURS]) {
                     if (plan.parts == 1 || plan.is_joined)
-                        receive<OUTPUT>(me, vectors + ATTENDED, epoch + 2, inputs);
+                        receive_words<OUTPUT>(me, words + ATTENDED, epoch + 2, inputs);
                     else
-                        receive_parts(me, vectors + PARTIAL, plan.parts, epoch + 2, inputs);
+                        receive_parts(me, words + PARTIAL, plan.parts, epoch + 2, inputs);
                 },
                 add_to_residual(Constant<OUTPUT>(), vectors + MIDDLE, epoch + 3));
 
@@ -260,7 +262,7 @@ KERNEL(decode, Arguments) {
                 const float2 scales = scales_in(STAGE);
                 const Norm<GATE_UP> norm(me, arguments.ffn_norms + blocks.now * HIDDEN);
                 run(STAGE,
-                    [&](Two(&inputs)[Mine<GATE_UP>::TWOS]) {
+                    [&](Four(&inputs)[Mine<GATE_UP>::FOURS]) {
                         receive<GATE_UP>(me, vectors + MIDDLE, epoch + 3, inputs);
                         norm.apply(me, inputs, shared.squares);
                     },
@@ -268,7 +270,7 @@ KERNEL(decode, Arguments) {
                         const float factor = norm_factor(shared.squares, arguments.eps);
                         const float gate = sums.x * (factor * scales.x);
                         const float up = sums.y * (factor * scales.y);
-                        store_word(
+                        store_value(
                             vectors + GATED + row_in(STAGE), divide(gate, 1 + exp_(-gate)) * up,
                             epoch + 4);
                     });
@@ -276,7 +278,7 @@ KERNEL(decode, Arguments) {
 
             me.begin_stage();
             run(Constant<DOWN>(),
-                [&](Two(&inputs)[Mine<DOWN>::TWOS]) {
+                [&](Four(&inputs)[Mine<DOWN>::FOURS]) {
                     receive<DOWN>(me, vectors + GATED, epoch + 4, inputs);
                 },
                 add_to_residual(Constant<DOWN>(), vectors + X, epoch + 5));
@@ -285,7 +287,7 @@ KERNEL(decode, Arguments) {
 
         me.begin_stage();
         const Norm<HEAD> norm(me, arguments.final_norm);
-        Two inputs[Mine<HEAD>::TWOS];
+        Four inputs[Mine<HEAD>::FOURS];
         receive<HEAD>(me, vectors + X, epoch, inputs);
         norm.apply(me, inputs, shared.squares);
         const Inputs<HEAD> digits(me, inputs, my_inputs, shared.zeros);

@@ -6,7 +6,7 @@
 constexpr int most_digits(int stage = 0) {
     return stage == STAGES
                ? 0
-               : most(up_to(shape_of(stage).steps(), 2) * 2 * digits_nbytes(shape_of(stage).kind),
+               : most(up_to(shape_of(stage).steps(), 4) * 4 * digits_nbytes(shape_of(stage).kind),
                       most_digits(stage + 1));
 }
 constexpr int most_steps(int stage = 0) {
@@ -27,29 +27,21 @@ struct Inputs {
     InputScale scales[STEPS];
 
     DEVICE Inputs(
-        const Worker& me, const Two (&inputs)[Mine<STAGE>::TWOS], WarpInputs& warp,
+        const Worker& me, const Four (&inputs)[Mine<STAGE>::FOURS], WarpInputs& warp,
         const unsigned char* zeros) {
-        constexpr int CHUNK = chunk_inputs(KIND), EACH = neighbours(KIND);
-        if constexpr (KIND == BF16) {
-            UNROLL for (int i = 0; i < Mine<STAGE>::TWOS; ++i) {
-                const int place = Mine<STAGE>::place(me, i);
-                store_bf16_digits(
-                    warp.digits + place / CHUNK * digits_nbytes(KIND), place % CHUNK,
-                    inputs[i].values[0], inputs[i].values[1]);
-            }
-        } else {
-            UNROLL for (int step = 0; step < STEPS; ++step) {
-                float values[EACH];
-                UNROLL for (int i = 0; i < EACH; ++i)
-                    values[i] = inputs[step * (EACH / 2) + i / 2].values[i % 2];
-                scales[step].unit = store_int_digits<KIND>(
-                    warp.digits + step * digits_nbytes(KIND), me.lane * EACH, values);
-                if constexpr (KIND == INT4_G32) {
-                    constexpr int SHARERS = LANES / QUARTERS;  // of a piece
-                    float sum = (values[0] + values[1]) + (values[2] + values[3]);
-                    UNROLL for (int mask = 1; mask < SHARERS; mask *= 2) sum += shuffle_xor(sum, mask);
-                    if (me.lane % SHARERS == 0) warp.sums[step * QUARTERS + me.lane / SHARERS] = sum;
-                }
+        constexpr int CHUNK = chunk_inputs(KIND), FOURS = Mine<STAGE>::FOURS;
+        UNROLL for (int i = 0; i < FOURS; ++i) {
+            const int place = Mine<STAGE>::place(me, i);
+            const float unit = store_digits<KIND>(
+                warp.digits + place / CHUNK * digits_nbytes(KIND), place % CHUNK, inputs[i].values);
+            UNROLL for (int step = 0; step < STEPS; ++step)
+                if (step * CHUNK / (EACH * LANES) == i) scales[step].unit = unit;
+            if constexpr (KIND == INT4_G32) {
+                constexpr int SHARERS = LANES / QUARTERS;  // of a piece
+                const float(&x)[EACH] = inputs[i].values;
+                float sum = (x[0] + x[1]) + (x[2] + x[3]);
+                UNROLL for (int mask = 1; mask < SHARERS; mask *= 2) sum += shuffle_xor(sum, mask);
+                if (me.lane % SHARERS == 0) warp.sums[i * QUARTERS + me.lane / SHARERS] = sum;
             }
         }
         sync_warp();

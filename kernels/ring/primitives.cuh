@@ -87,6 +87,19 @@ DEVICE void store_word(uint2* place, float value, unsigned epoch) {
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(place), "l"(word) : "memory");
 }
 
+// Numbers of 32 bits, each of which comes as a whole; four are aligned to 16 bytes.
+DEVICE void store_relaxed(unsigned* place, unsigned value) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(place), "r"(value) : "memory");
+}
+DEVICE uint4 load_relaxed_4(const unsigned* place) {
+    uint4 found;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(found.x), "=r"(found.y), "=r"(found.z), "=r"(found.w)
+                 : "l"(place)
+                 : "memory");
+    return found;
+}
+
 // Count a program that is here, whose earlier writes may be read by who sees the count.
 DEVICE void arrive(unsigned* counter) {
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");

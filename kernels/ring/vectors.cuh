@@ -1,86 +1,129 @@
 // Vectors that programs hand to each other.
 //
-// A value is stored together with the number of the stage that wrote it, its *epoch*, as one word
-// of 64 bits. A reader loads words until their epochs are the ones it waits for: one trip through
-// the L2 cache, where a barrier takes three (values and their fence, the arrival, its sight) and
-// the load another.
+// A value is stored with its *epoch*, the number of the stage that wrote it. A reader loads values
+// until their epochs are the ones it waits for: one trip through the L2 cache, where a barrier takes
+// three (values and their fence, the arrival, its sight) and the load another.
+//
+// All programs read all of a vector, often more than once: its bytes count. What every layer writes
+// again needs a few bits to tell a new value from the one before: the last of a float, which keeps 20
+// of its mantissa. What some layers leave alone, attention's results, is a word of 64 bits with a
+// whole epoch.
 //
 // A vector is overwritten only when everyone has read it: the stage that writes it again waits for
 // others that read it before. A residual is kept by the thread that has its sum, not read again.
 #pragma once
 #include "matrices.cuh"
 
-// A warp has the inputs of its chunks, a lane some neighbours of each, two by two.
+constexpr int EACH = 4;  // neighbours that a lane has: what it loads by one instruction
+constexpr unsigned TAG = 15;  // the bits of a value that hold its epoch's last
+
+// A warp has the inputs of its chunks, a lane some neighbours of each, four by four.
 template <int STAGE>
 struct Mine {
     static constexpr int KIND = shape_of(STAGE).kind, COLS = shape_of(STAGE).cols;
-    static constexpr int CHUNK = chunk_inputs(KIND), EACH = neighbours(KIND);
-    static constexpr int STEPS = shape_of(STAGE).steps();
-    static constexpr int TWOS = up_to(STEPS * CHUNK, 2 * LANES);
-    static_assert(COLS % 2 == 0, "words are loaded in pairs");
+    static constexpr int CHUNK = chunk_inputs(KIND);
+    static constexpr int FOURS = up_to(shape_of(STAGE).steps() * CHUNK, EACH * LANES);
+    static_assert(COLS % EACH == 0, "values are loaded four by four");
 
-    // Where the i-th two are in the warp's chunks, one behind the other, and in the vector.
-    DEVICE static int place(const Worker& me, int i) {
-        return i * 2 / EACH * (LANES * EACH) + me.lane * EACH + i * 2 % EACH;
-    }
+    // Where the i-th four are in the warp's chunks, one behind the other, and in the vector.
+    DEVICE static int place(const Worker& me, int i) { return (i * LANES + me.lane) * EACH; }
     DEVICE static int input(const Worker& me, int i) {
         const int at = place(me, i);
         return (me.warp + at / CHUNK * WARPS) * CHUNK + at % CHUNK;
     }
+    DEVICE static bool is_live(const Worker& me, int i) { return input(me, i) < COLS; }
 };
 
-// Two of a lane's inputs.
-struct Two {
-    float values[2];
+// Four of a lane's inputs.
+struct Four {
+    float values[EACH];
 };
+
+// `factor` is a little more than 1, so that cutting off bits makes values no smaller on average; NaN
+// remains.
+DEVICE void store_value(unsigned* place, float value, unsigned epoch) {
+    constexpr float FACTOR = 1 + 1.0f / (1 << 21);
+    store_relaxed(place, (as_bits(value * FACTOR) & ~TAG) | (epoch & TAG));
+}
+
+DEVICE bool is_late(const uint4& found, unsigned epoch) {
+    return (((found.x ^ epoch) | (found.y ^ epoch) | (found.z ^ epoch) | (found.w ^ epoch)) & TAG) != 0;
+}
+
+DEVICE float value_of(unsigned found) { return as_float(found & ~TAG); }
 
 // Gets this lane's inputs of a stage from a vector, when they are there; zeros beyond its end.
 template <int STAGE>
 DEVICE void receive(
-    const Worker& me, const uint2* vector, unsigned epoch, Two (&inputs)[Mine<STAGE>::TWOS]) {
-    constexpr int TWOS = Mine<STAGE>::TWOS;
+    const Worker& me, const unsigned* vector, unsigned epoch, Four (&inputs)[Mine<STAGE>::FOURS]) {
+    constexpr int FOURS = Mine<STAGE>::FOURS;
     // all are written: a register that is not always is kept from one stage to the next
-    uint2 words[TWOS][2];
-    UNROLL for (int i = 0; i < TWOS; ++i) words[i][0] = words[i][1] = make_uint2(0, epoch);
-    UNROLL for (int i = 0; i < TWOS; ++i) {
-        const int k = Mine<STAGE>::input(me, i);
-        if (k < Mine<STAGE>::COLS) load_words(vector + k, words[i][0], words[i][1]);
+    uint4 found[FOURS];
+    UNROLL for (int i = 0; i < FOURS; ++i) {
+        const unsigned none = epoch & TAG;
+        found[i] = make_uint4(none, none, none, none);
+        if (Mine<STAGE>::is_live(me, i)) found[i] = load_relaxed_4(vector + Mine<STAGE>::input(me, i));
     }
     bool late = true;
     while (late) {
         late = false;
         // what is there is not asked for again
-        UNROLL for (int i = 0; i < TWOS; ++i) {
-            if (words[i][0].y != epoch || words[i][1].y != epoch) {
+        UNROLL for (int i = 0; i < FOURS; ++i) {
+            if (is_late(found[i], epoch)) {
                 late = true;
-                load_words(vector + Mine<STAGE>::input(me, i), words[i][0], words[i][1]);
+                found[i] = load_relaxed_4(vector + Mine<STAGE>::input(me, i));
             }
         }
     }
-    UNROLL for (int i = 0; i < TWOS; ++i)
-        UNROLL for (int j = 0; j < 2; ++j) inputs[i].values[j] = as_float(words[i][j].x);
+    UNROLL for (int i = 0; i < FOURS; ++i)
+        inputs[i] = {{value_of(found[i].x), value_of(found[i].y), value_of(found[i].z), value_of(found[i].w)}};
+}
+
+// The same from words with whole epochs.
+template <int STAGE>
+DEVICE void receive_words(
+    const Worker& me, const uint2* vector, unsigned epoch, Four (&inputs)[Mine<STAGE>::FOURS]) {
+    constexpr int FOURS = Mine<STAGE>::FOURS;
+    uint2 words[FOURS][EACH];
+    UNROLL for (int i = 0; i < FOURS; ++i)
+        UNROLL for (int j = 0; j < EACH; ++j) words[i][j] = make_uint2(0, epoch);
+    bool late = true;
+    while (late) {
+        late = false;
+        UNROLL for (int i = 0; i < FOURS; ++i) {
+            if (Mine<STAGE>::is_live(me, i)) {
+                const uint2* const place = vector + Mine<STAGE>::input(me, i);
+                load_words(place, words[i][0], words[i][1]);
+                load_words(place + 2, words[i][2], words[i][3]);
+            }
+        }
+        UNROLL for (int i = 0; i < FOURS; ++i)
+            UNROLL for (int j = 0; j < EACH; ++j) late |= words[i][j].y != epoch;
+    }
+    UNROLL for (int i = 0; i < FOURS; ++i)
+        UNROLL for (int j = 0; j < EACH; ++j) inputs[i].values[j] = as_float(words[i][j].x);
 }
 
 // The weights of a norm for this lane's inputs.
 template <int STAGE>
 struct Norm {
-    Two weights[Mine<STAGE>::TWOS];
+    Four weights[Mine<STAGE>::FOURS];
 
     // Before the inputs are there.
     DEVICE Norm(const Worker& me, const float* norm) {
-        UNROLL for (int i = 0; i < Mine<STAGE>::TWOS; ++i) {
-            const int k = Mine<STAGE>::input(me, i);
-            float2 found = make_float2(0, 0);
-            if (k < Mine<STAGE>::COLS) found = *reinterpret_cast<const float2*>(norm + k);
-            weights[i] = {{found.x, found.y}};
+        UNROLL for (int i = 0; i < Mine<STAGE>::FOURS; ++i) {
+            float4 found = make_float4(0, 0, 0, 0);
+            if (Mine<STAGE>::is_live(me, i))
+                found = *reinterpret_cast<const float4*>(norm + Mine<STAGE>::input(me, i));
+            weights[i] = {{found.x, found.y, found.z, found.w}};
         }
     }
 
     // Multiply inputs; the sum of their squares is joined later.
-    DEVICE void apply(const Worker& me, Two (&inputs)[Mine<STAGE>::TWOS], float* squares) const {
+    DEVICE void apply(const Worker& me, Four (&inputs)[Mine<STAGE>::FOURS], float* squares) const {
         float square = 0;
-        UNROLL for (int i = 0; i < Mine<STAGE>::TWOS; ++i) {
-            UNROLL for (int j = 0; j < 2; ++j) {
+        UNROLL for (int i = 0; i < Mine<STAGE>::FOURS; ++i) {
+            UNROLL for (int j = 0; j < EACH; ++j) {
                 float& value = inputs[i].values[j];
                 square = fma_(value, value, square);
                 value *= weights[i].values[j];

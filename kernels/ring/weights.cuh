@@ -62,9 +62,6 @@ constexpr int digit_nbytes(int kind) { return kind == BF16 ? 2 : 1; }
 constexpr int column_nbytes(int kind) { return piece_inputs(kind) * digit_nbytes(kind); }
 constexpr int digits_nbytes(int kind) { return 2 * QUARTERS * column_nbytes(kind); }
 
-// Neighbouring inputs that a lane receives of a chunk, or of two chunks of bf16.
-constexpr int neighbours(int kind) { return most(2, chunk_inputs(kind) / LANES); }
-
 // What is needed of a chunk's inputs beside their digits.
 struct InputScale {
     float unit;  // of the smaller digit
@@ -73,45 +70,41 @@ struct InputScale {
 
 constexpr float LARGEST_DIGITS = 32512;  // 127 * 256: the larger digit fits into a byte
 
-// Store digits of `neighbours` inputs where the warp's lanes will read them, `place` in the chunk.
-DEVICE void store_bf16_digits(unsigned char* chunk, int place, float a, float b) {
-    unsigned* const to = reinterpret_cast<unsigned*>(
-        chunk + place / piece_inputs(BF16) * 2 * column_nbytes(BF16) + place % piece_inputs(BF16) * 2);
-    const unsigned high = pack_bf16(a, b);
-    to[0] = high;
-    to[column_nbytes(BF16) / 4] =
-        pack_bf16(a - as_float(high << 16), b - as_float(high & 0xFFFF0000u));
-}
-
-// The same for integers; returns what one step of the smaller digit stands for.
+// Store the digits of four inputs, the first at `place` in its chunk, where the warp's lanes will read
+// them. Returns what a step of the smaller digit stands for, which all of the warp's share.
 template <int KIND>
-DEVICE float store_int_digits(unsigned char* chunk, int place, const float (&values)[neighbours(KIND)]) {
-    constexpr int COUNT = neighbours(KIND), EACH = piece_inputs(KIND), COLUMN = column_nbytes(KIND);
-    // as bits, among which NaN is the largest
-    unsigned bits = 0;
-    UNROLL for (int i = 0; i < COUNT; ++i) {
-        const unsigned magnitude = as_bits(values[i]) & 0x7FFFFFFFu;
-        bits = magnitude > bits ? magnitude : bits;
-    }
-    const float largest = as_float(reduce_max(bits));
-    const float inverse = largest > 1e-30f ? divide(LARGEST_DIGITS, largest) : 0;
-    unsigned low[COUNT], high[COUNT];
-    UNROLL for (int i = 0; i < COUNT; ++i) {
-        const int number = to_int(values[i] * inverse);
-        low[i] = static_cast<unsigned>(number);
-        high[i] = static_cast<unsigned>(number + 128);
-    }
-    unsigned char* const to = chunk + place / EACH * 2 * COLUMN + place % EACH;
-    if constexpr (COUNT == 2) {
-        *reinterpret_cast<unsigned short*>(to) = byte_perm(high[0], high[1], 0x0051);
-        *reinterpret_cast<unsigned short*>(to + COLUMN) = byte_perm(low[0], low[1], 0x0040);
+DEVICE float store_digits(unsigned char* chunk, int place, const float (&values)[4]) {
+    constexpr int PIECE = piece_inputs(KIND), COLUMN = column_nbytes(KIND);
+    unsigned char* const to = chunk + place / PIECE * 2 * COLUMN + place % PIECE * digit_nbytes(KIND);
+    if constexpr (KIND == BF16) {
+        const unsigned first = pack_bf16(values[0], values[1]), second = pack_bf16(values[2], values[3]);
+        *reinterpret_cast<uint2*>(to) = make_uint2(first, second);
+        constexpr unsigned UPPER = 0xFFFF0000u;
+        *reinterpret_cast<uint2*>(to + COLUMN) = make_uint2(
+            pack_bf16(values[0] - as_float(first << 16), values[1] - as_float(first & UPPER)),
+            pack_bf16(values[2] - as_float(second << 16), values[3] - as_float(second & UPPER)));
+        return 1;
     } else {
-        const unsigned highs[2] = {byte_perm(high[0], high[1], 0x0051), byte_perm(high[2], high[3], 0x0051)};
-        const unsigned lows[2] = {byte_perm(low[0], low[1], 0x0040), byte_perm(low[2], low[3], 0x0040)};
-        *reinterpret_cast<unsigned*>(to) = byte_perm(highs[0], highs[1], 0x5410);
-        *reinterpret_cast<unsigned*>(to + COLUMN) = byte_perm(lows[0], lows[1], 0x5410);
+        // as bits, among which NaN is the largest
+        unsigned bits = 0;
+        UNROLL for (int i = 0; i < 4; ++i) {
+            const unsigned magnitude = as_bits(values[i]) & 0x7FFFFFFFu;
+            bits = magnitude > bits ? magnitude : bits;
+        }
+        const float largest = as_float(reduce_max(bits));
+        const float inverse = largest > 1e-30f ? divide(LARGEST_DIGITS, largest) : 0;
+        unsigned low[4], high[4];
+        UNROLL for (int i = 0; i < 4; ++i) {
+            const int number = to_int(values[i] * inverse);
+            low[i] = static_cast<unsigned>(number);
+            high[i] = static_cast<unsigned>(number + 128);
+        }
+        *reinterpret_cast<unsigned*>(to) = byte_perm(
+            byte_perm(high[0], high[1], 0x0051), byte_perm(high[2], high[3], 0x0051), 0x5410);
+        *reinterpret_cast<unsigned*>(to + COLUMN) = byte_perm(
+            byte_perm(low[0], low[1], 0x0040), byte_perm(low[2], low[3], 0x0040), 0x5410);
+        return largest * (1 / LARGEST_DIGITS);
     }
-    return largest * (1 / LARGEST_DIGITS);
 }
 
 DEVICE uint4 load_digits(const unsigned char* place) { return *reinterpret_cast<const uint4*>(place); }

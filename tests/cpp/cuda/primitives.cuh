@@ -41,6 +41,7 @@ EXPORTED const char* emulation_error() { return emulator::error.c_str(); }
 
 DEVICE uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 DEVICE float2 make_float2(float x, float y) { return {x, y}; }
+DEVICE uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 DEVICE float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 // Numbers
@@ -274,6 +275,22 @@ DEVICE void load_words(const uint2* address, uint2& first, uint2& second,
 DEVICE void store_word(uint2* address, float value, unsigned epoch,
                        emulator::Site site = emulator::Site::here()) {
   emulator::scheduler->store(address, {as_bits(value), epoch}, site);
+}
+
+DEVICE void store_relaxed(unsigned* address, unsigned value,
+                          emulator::Site site = emulator::Site::here()) {
+  emulator::scheduler->store(address, value, site);
+}
+
+// The four may be of different times.
+DEVICE uint4 load_relaxed_4(const unsigned* address,
+                            emulator::Site site = emulator::Site::here()) {
+  if (reinterpret_cast<uintptr_t>(address) % 16) {
+    emulator::scheduler->fail(site, "loads four numbers from an address that is no multiple of 16");
+  }
+  unsigned found[4];
+  for (int i = 0; i < 4; ++i) found[i] = emulator::scheduler->load(address + i, site);
+  return {found[0], found[1], found[2], found[3]};
 }
 
 DEVICE void arrive(unsigned* counter, emulator::Site site = emulator::Site::here()) {

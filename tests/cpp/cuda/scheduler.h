@@ -11,6 +11,7 @@
 
 #include <setjmp.h>
 #include <stdint.h>
+#include <string.h>
 #include <ucontext.h>
 
 #include <cstring>
@@ -102,11 +103,17 @@ struct Warp {
   Fiber* first = nullptr;   // to arrive at the shuffle
 };
 
+struct Stored {
+  void* address;
+  unsigned char value[8];
+  size_t nbytes;
+};
+
 struct Program {
   Warp warps[kWarps];
   int at_barrier = 0, returned = 0;
   Fiber* first = nullptr;                         // to arrive at the barrier, or to return
-  std::vector<std::pair<uint2*, uint2>> delayed;  // words stored but not yet visible
+  std::vector<Stored> delayed;                    // words stored but not yet visible
   std::unique_ptr<char[]> shared;
   char* shared_memory = nullptr;  // its first address of 16-byte alignment
 };
@@ -248,11 +255,14 @@ class Scheduler {
     shuffle(0, 0, site);
   }
 
-  void store(uint2* address, uint2 word, Site site) {
+  template <class Word>
+  void store(Word* address, Word word, Site site) {
     Program& program = this->program();
     publish(program, address);  // two stores to one address stay in order
     if (seed_ && random_.below(4) == 0) {
-      program.delayed.emplace_back(address, word);
+      Stored stored = {address, {}, sizeof word};
+      memcpy(stored.value, &word, sizeof word);
+      program.delayed.push_back(stored);
     } else {
       *address = word;
     }
@@ -260,7 +270,8 @@ class Scheduler {
     pass(site);
   }
 
-  uint2 load(const uint2* address, Site site) {
+  template <class Word>
+  Word load(const Word* address, Site site) {
     pass(site);
     publish(program(), address);  // a program sees its own stores
     return *address;
@@ -367,14 +378,15 @@ class Scheduler {
   void change() { ++changes_, quiet_ = 0; }
 
   void publish(Program& program, unsigned i) {
-    *program.delayed[i].first = program.delayed[i].second;
+    const Stored& stored = program.delayed[i];
+    memcpy(stored.address, stored.value, stored.nbytes);
     program.delayed[i] = program.delayed.back();
     program.delayed.pop_back();
     change();
   }
-  void publish(Program& program, const uint2* address) {
+  void publish(Program& program, const void* address) {
     for (unsigned i = 0; i < program.delayed.size(); ++i) {
-      if (program.delayed[i].first == address) return publish(program, i);
+      if (program.delayed[i].address == address) return publish(program, i);
     }
   }
 
