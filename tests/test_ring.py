@@ -65,7 +65,7 @@ def make(
     weights = weights or random_cuda_weights(config, kind, 0, "cpu")
     if tier != "ring":
         return CudaExecutor(config, weights, tier, kv_format)
-    constants |= {"WARPS": warps, "THREADS": 32 * warps, "SHARED_LIMIT": 1 << 18}
+    constants |= {"WARPS": warps, "THREADS": 32 * (warps + 1), "SHARED_LIMIT": 1 << 18}
     return CudaExecutor(config, weights, tier, kv_format, programs=programs, constants=constants)
 
 

@@ -28,7 +28,7 @@ static_assert(HEAD_DIM % PER_LOAD == 0 && LANES % LANES_PER_TOKEN == 0, "a head 
 constexpr int FEW_PARTS = most(1, least(4, 4 / Mine<OUTPUT>::FOURS));
 constexpr int FEW_TILES = 4;  // ... while each has no more tiles than this
 // Beyond, one program per head joins more parts, and publishes the result: one more exchange.
-constexpr int MANY_PARTS = most(1, least(least(THREADS / HEAD_DIM, 8), PROGRAMS / HEADS));
+constexpr int MANY_PARTS = most(1, least(least(WORKERS / HEAD_DIM, 8), PROGRAMS / HEADS));
 
 struct Plan {
     int tiles;  // of each part
@@ -248,7 +248,7 @@ DEVICE void attend(
     }
 
     // the query, the new key, the new value
-    ROLLED for (int k = me.thread * EACH; k < 3 * HEAD_DIM; k += THREADS * EACH) {
+    ROLLED for (int k = me.thread * EACH; k < 3 * HEAD_DIM; k += WORKERS * EACH) {
         const int kind = k / HEAD_DIM, dim = k % HEAD_DIM;
         const int row = kind == 0 ? head : HEADS + kv_head + (kind - 1) * KV_HEADS;
         uint4 found;
@@ -258,7 +258,7 @@ DEVICE void attend(
         UNROLL for (int i = 0; i < EACH; ++i)
             shared.token[k + i] = kind == 0 ? value_of(bits[i]) * (scale * LOG2_E) : rounded(value_of(bits[i]));
     }
-    sync_program();
+    sync_workers();
     float query[PER_LOAD], new_key[PER_LOAD];
     const int dims = me.lane % LANES_PER_TOKEN * PER_LOAD;
     load_floats(shared.token + dims, query);
@@ -278,7 +278,7 @@ DEVICE void attend(
         }
     }
     store_warp(me, softmax, reference, shared);
-    sync_program();
+    sync_workers();
 
     if (me.thread < HEAD_DIM) {
         const int dim = me.thread;
@@ -310,7 +310,7 @@ DEVICE void attend(
             if (dim == 0) store_word(place + HEAD_DIM, largest + log2_(total), epoch);
         }
     }
-    sync_program();  // the next task writes to the shared memory
+    sync_workers();  // the next task writes to the shared memory
 }
 
 // Publish a head's whole attention, from its parts. A program does so for one head at most: where
@@ -329,7 +329,7 @@ DEVICE void join_parts(
         shared.part_values[part * HEAD_DIM + dim] = as_float(value.x);
         if (dim == 0) shared.part_logs[part] = as_float(log.x);
     }
-    sync_program();
+    sync_workers();
     if (me.thread < HEAD_DIM) {
         float largest = NO_SCORE, total = 0, sum = 0;
         for (int i = 0; i < parts; ++i)

@@ -8,14 +8,13 @@
 //     gate_up   norm + gate and up projections, SiLU * up     -> inner
 //     down      down projection, + middle                     -> x
 //
-// Its warps get their inputs by polling the vectors of the stage before (`vectors.cuh`); until they
-// are there, its next weights travel to its shared memory (`matrices.cuh`). Products are by tensor
-// cores (`weights.cuh`, `products.cuh`). All programs meet at one barrier per token, which makes the
+// Its warps get their inputs by polling the vectors of the stage before (`vectors.cuh`); meanwhile one
+// warp brings the next weights to its shared memory (`ring.cuh`). Products are by tensor cores (`weights.cuh`, `products.cuh`). All programs meet at one barrier per token, which makes the
 // new keys and values safe to read. The grid must be on the GPU all at once, hence the cooperative
 // launch.
 //
-// Constants, given by the compiler's command line: PROGRAMS, WARPS, THREADS, RING_DEPTH, TAKEN_EARLY,
-// VECTORS, SHARED_LIMIT, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CACHE, and the kinds of
+// Constants, given by the compiler's command line: PROGRAMS, WARPS, THREADS, RING_SLOTS, WINDOW,
+// TAKEN_EARLY, VECTORS, SHARED_LIMIT, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CACHE, and the kinds of
 // matrices: BODY_KIND, EMBEDDING_KIND, HEAD_KIND.
 #include "next_token.cuh"
 
@@ -33,7 +32,7 @@ constexpr int EPOCHS = 5;  // of a layer
 static_assert(VOCAB % 2 == 0 && HIDDEN % 2 == 0 && INNER % 2 == 0, "rows are computed in pairs");
 
 struct alignas(16) Shared {
-    unsigned char rings[WARPS][RING_NBYTES];
+    Ring ring;
     WarpInputs inputs[WARPS];
     unsigned char zeros[DIGITS_NBYTES];  // digits of other lanes' inputs
     float parts[2][PARTS];               // of one stage, and of the next
@@ -121,8 +120,25 @@ KERNEL(decode, Arguments) {
         everything[i] = 0;
     sync_program();
     Worker me;
+    if (me.thread == 0) {
+        prepare(shared.ring, me, arguments.matrices);
+        publish_barriers();
+    }
+    sync_program();
+
+    if (me.warp == WARPS) {
+        Carrier carrier(shared.ring, me.lane);
+        ROLLED for (int step = 0; step < arguments.steps; ++step) {
+            ROLLED for (int slot = 0; slot < arguments.length; ++slot)
+                ROLLED for (int stage = QUERY; stage <= DOWN; ++stage)
+                    carrier.bring(stage, arguments.schedule[slot]);
+            carrier.bring(HEAD, 0);
+        }
+        return;
+    }
+
     WarpInputs& my_inputs = shared.inputs[me.warp];
-    Ring ring(shared.rings[me.warp]);
+    Reader reader(shared.ring);
     uint2* const words = arguments.vectors;
     unsigned* const vectors = reinterpret_cast<unsigned*>(words + WORDS);
     const long long slot_nbytes =
@@ -134,17 +150,6 @@ KERNEL(decode, Arguments) {
     int marks = 0;
 #endif
 
-    // The first chunks of a step.
-    const auto request_first = [&] {
-        const int block = arguments.schedule[0];
-        for_each<0, DEPTH>([&](auto chunk) {
-            ring.refill([&](unsigned char* slot) {
-                request_ahead<decltype(chunk)::VALUE>(me, arguments.matrices, {block, block, false}, slot);
-            });
-        });
-    };
-    request_first();
-
     ROLLED for (int step = 0; step < arguments.steps; ++step) {
         const Plan plan = plan_for(position);
         const bool has_rows = me.thread < me.pairs[OUTPUT];
@@ -154,22 +159,20 @@ KERNEL(decode, Arguments) {
             residual = make_float2(embedded(arguments, token, row), embedded(arguments, token, row + 1));
         }
         ROLLED for (int slot = 0; slot < arguments.length; ++slot) {
-            const bool is_last = slot + 1 == arguments.length;
-            const Blocks blocks = {
-                arguments.schedule[slot], arguments.schedule[is_last ? slot : slot + 1], is_last};
+            const int block = arguments.schedule[slot];
             const CacheSlot cache = {arguments.cache + slot * slot_nbytes, arguments.capacity};
             // Multiply a stage's inputs, which `take(inputs)` waits for; `finish(row, sums)` gets the
             // sums of this thread's pair, if it has one.
             const auto run = [&](auto stage, const auto& take, const auto& finish) {
                 constexpr int STAGE = decltype(stage)::VALUE;
-                const FirstPieces<STAGE> first(me, ring, arguments.matrices, blocks);
+                const FirstPieces<STAGE> first(me, reader, block);
                 Four inputs[Mine<STAGE>::FOURS];
                 take(inputs);
                 MARK();
                 const Inputs<STAGE> digits(me, inputs, my_inputs, shared.zeros);
                 float* const parts = shared.parts[STAGE % 2];
-                multiply<STAGE>(me, ring, arguments.matrices, blocks, first, digits, parts);
-                sync_program();
+                multiply<STAGE>(me, reader, block, first, digits, parts);
+                sync_workers();
                 MARK();
                 if (me.thread < me.pairs[STAGE]) finish(joined(parts, me.thread));
                 MARK();
@@ -181,7 +184,7 @@ KERNEL(decode, Arguments) {
             };
             const auto scales_in = [&](auto stage) {
                 constexpr int STAGE = decltype(stage)::VALUE;
-                const int row = row_in(stage), block = blocks.now;
+                const int row = row_in(stage);
                 const Codes& matrix = arguments.matrices[STAGE];
                 if (BODY_KIND != INT8 || me.thread >= me.pairs[STAGE]) return make_float2(1, 1);
                 return make_float2(
@@ -191,7 +194,8 @@ KERNEL(decode, Arguments) {
 
             me.begin_stage();
             {
-                prefetch_norms(me, arguments, slot, blocks.next);
+                prefetch_norms(
+                    me, arguments, slot, arguments.schedule[slot + 1 == arguments.length ? 0 : slot + 1]);
                 prefetch_cache(me, plan, cache, position);
                 constexpr Constant<QUERY> STAGE{};
                 const int row = row_in(STAGE);
@@ -202,7 +206,7 @@ KERNEL(decode, Arguments) {
                     cos = arguments.cos[place];
                     sin = arguments.sin[place];
                 }
-                const Norm<QUERY> norm(me, arguments.attention_norms + blocks.now * HIDDEN);
+                const Norm<QUERY> norm(me, arguments.attention_norms + block * HIDDEN);
                 run(STAGE,
                     [&](Four(&inputs)[Mine<QUERY>::FOURS]) {
                         if (slot > 0) {
@@ -260,7 +264,7 @@ KERNEL(decode, Arguments) {
             {
                 constexpr Constant<GATE_UP> STAGE{};
                 const float2 scales = scales_in(STAGE);
-                const Norm<GATE_UP> norm(me, arguments.ffn_norms + blocks.now * HIDDEN);
+                const Norm<GATE_UP> norm(me, arguments.ffn_norms + block * HIDDEN);
                 run(STAGE,
                     [&](Four(&inputs)[Mine<GATE_UP>::FOURS]) {
                         receive<GATE_UP>(me, vectors + MIDDLE, epoch + 3, inputs);
@@ -300,18 +304,12 @@ KERNEL(decode, Arguments) {
                 TileSums<HEAD_KIND> sums;
                 for_each<0, STEPS>([&](auto number) {
                     constexpr int STEP = decltype(number)::VALUE;
-                    digits.template multiply<STEP>(ring.take<HEAD_KIND>(me), sums);
-                    ring.refill([&](unsigned char* slot) {
-                        const int ahead = tile + (STEP + DEPTH) / STEPS;
-                        if (ahead < TILES)
-                            request<HEAD, (STEP + DEPTH) % STEPS>(
-                                me, arguments.matrices[HEAD], 0, ahead, slot);
-                    });
+                    digits.template multiply<STEP>(reader.take<HEAD, STEP>(me, 0, tile), sums);
                 });
                 store_sums(me, sums, tile - begin, parts);
             }
-            sync_program();
-            ROLLED for (int i = me.thread; i < HEAD_TILES * TILE_PAIRS; i += THREADS) {
+            sync_workers();
+            ROLLED for (int i = me.thread; i < HEAD_TILES * TILE_PAIRS; i += WORKERS) {
                 const int pair = begin * TILE_PAIRS + i;
                 if (pair >= me.pairs[HEAD]) continue;
                 const int row = row_of(HEAD, me.first_pair[HEAD] + pair);
@@ -327,7 +325,6 @@ KERNEL(decode, Arguments) {
                 }
             }
         }
-        request_first();
         best = best_of_program(me, best, shared.candidates);
         if (me.thread == 0) {
             arguments.candidates[me.program] = best;
@@ -335,9 +332,9 @@ KERNEL(decode, Arguments) {
             while (static_cast<int>(load_acquire(arguments.counter) - (step + 1) * PROGRAMS) < 0) {
             }
         }
-        sync_program();
+        sync_workers();
         best = no_candidate();
-        ROLLED for (int other = me.thread; other < PROGRAMS; other += THREADS)
+        ROLLED for (int other = me.thread; other < PROGRAMS; other += WORKERS)
             best = better(best, arguments.candidates[other]);
         best = best_of_program(me, best, shared.candidates);
         token = least(best.token, VOCAB - 1);
@@ -348,5 +345,4 @@ KERNEL(decode, Arguments) {
         ++position;
         ++epoch;
     }
-    ring.finish();  // requested for a step that does not come
 }

@@ -6,7 +6,12 @@
 #pragma once
 #include "weights.cuh"
 
-static_assert(THREADS == WARPS * LANES && WARPS % 4 == 0, "a warp has 32 threads");
+static_assert(WARPS % 4 == 0, "warps store their parts of sums in fours");
+constexpr int WORKERS = WARPS * LANES;  // threads that multiply; one warp more brings the weights
+static_assert(THREADS == WORKERS + LANES, "a warp has 32 threads");
+
+// Wait for all threads that multiply.
+DEVICE void sync_workers() { sync_threads<WORKERS>(); }
 
 enum Stage { QUERY, OUTPUT, GATE_UP, DOWN, HEAD, STAGES };
 

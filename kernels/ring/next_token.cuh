@@ -67,9 +67,9 @@ DEVICE Candidate best_of_program(const Worker& me, Candidate mine, Candidate* of
         mine = better(mine, other);
     }
     if (me.lane == 0) of_warps[me.warp] = mine;
-    sync_program();
+    sync_workers();
     Candidate best = of_warps[0];
     for (int warp = 1; warp < WARPS; ++warp) best = better(best, of_warps[warp]);
-    sync_program();  // the next call writes to them
+    sync_workers();  // the next call writes to them
     return best;
 }

@@ -17,12 +17,17 @@ DEVICE int program_id() { return blockIdx.x; }
 // Leave a number as it is, and hide that it is, so that nothing made of it is made before.
 DEVICE void forget(int& value) { asm volatile("" : "+r"(value)); }
 
-// Wait for all threads of the program, and see what they wrote.
+// Wait for all threads of the program, or for its first ones, and see what they wrote.
 DEVICE void sync_program() { __syncthreads(); }
+template <int THREADS_>
+DEVICE void sync_threads() {
+    asm volatile("bar.sync 1, %0;" ::"n"(THREADS_) : "memory");
+}
 
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 DEVICE unsigned shuffle_xor(unsigned value, int mask) { return __shfl_xor_sync(~0u, value, mask); }
 DEVICE bool any_of_warp(bool value) { return __any_sync(~0u, value); }
+DEVICE int reduce_add(int value) { return __reduce_add_sync(~0u, value); }
 DEVICE unsigned reduce_max(unsigned value) { return __reduce_max_sync(~0u, value); }
 // A number that all lanes of a warp have, and the compiler shall know that they do.
 DEVICE int same_for_warp(int value) { return __shfl_sync(~0u, value, 0); }
@@ -33,25 +38,55 @@ DEVICE T& shared_memory() {
     return *reinterpret_cast<T*>(memory);
 }
 
-// Copy 16 or 4 bytes that nobody writes to shared memory, later; zeros if they are not `live`.
-DEVICE void copy_16_later(void* to, const void* from, bool live) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
-                     static_cast<unsigned>(__cvta_generic_to_shared(to))),
-                 "l"(from), "r"(live ? 16 : 0)
+DEVICE unsigned shared_address(const void* place) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(place));
+}
+
+// Counts arrivals, and bytes of copies; its phase ends when all have come.
+struct Barrier {
+    unsigned long long state;
+};
+
+DEVICE void init_barrier(Barrier& barrier, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(&barrier)), "r"(count)
                  : "memory");
 }
-DEVICE void copy_4_later(void* to, const void* from, bool live) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(
-                     static_cast<unsigned>(__cvta_generic_to_shared(to))),
-                 "l"(from), "r"(live ? 4 : 0)
+// Let copies see what is in shared memory so far, and new barriers.
+DEVICE void publish_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async;" ::: "memory");
+}
+DEVICE void arrive(Barrier& barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
+}
+DEVICE void arrive_expecting(Barrier& barrier, int nbytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)),
+                 "r"(nbytes)
                  : "memory");
 }
-// Close a group of copies of this thread.
-DEVICE void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Wait for this thread's groups, but for the last LEFT.
-template <int LEFT>
-DEVICE void wait_for_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+// Until the phase of this parity has ended: the first is even, the one before it odd.
+DEVICE void wait_for(Barrier& barrier, unsigned parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "AGAIN:\n"
+        "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+        "@!done bra AGAIN;\n"
+        "}" ::"r"(shared_address(&barrier)),
+        "r"(parity)
+        : "memory");
+}
+// Copy a multiple of 16 bytes that nobody writes to shared memory, later, and count them.
+DEVICE void copy_bulk(void* to, const void* from, int nbytes, Barrier& barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            shared_address(to)),
+        "l"(from), "r"(nbytes), "r"(shared_address(&barrier))
+        : "memory");
+}
+
+// Bytes from the multiple of 16 before an address.
+DEVICE int misalignment(const void* place) {
+    return static_cast<int>(reinterpret_cast<unsigned long long>(place) % 16);
 }
 
 DEVICE void sync_warp() { __syncwarp(); }

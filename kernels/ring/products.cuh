@@ -25,17 +25,14 @@ DEVICE float2 joined(const float* parts, int pair) {
 // The first chunks of a stage of a layer, which are taken before its inputs are there, ...
 template <int STAGE>
 struct FirstPieces {
+    static constexpr int STEPS = shape_of(STAGE).steps();
     static constexpr int COUNT = least(TAKEN_EARLY, shape_of(STAGE).total());
     Pieces pieces[COUNT];
 
-    DEVICE FirstPieces(
-        const Worker& me, Ring& ring, const Codes (&matrices)[STAGES], const Blocks& blocks) {
+    DEVICE FirstPieces(const Worker& me, Reader& reader, int block) {
         for_each<0, COUNT>([&](auto chunk) {
             constexpr int CHUNK = decltype(chunk)::VALUE;
-            pieces[CHUNK] = ring.take<shape_of(STAGE).kind>(me);
-            ring.refill([&](unsigned char* slot) {
-                request_ahead<before(STAGE) + CHUNK + DEPTH>(me, matrices, blocks, slot);
-            });
+            pieces[CHUNK] = reader.take<STAGE, CHUNK % STEPS>(me, block, CHUNK / STEPS);
         });
     }
 };
@@ -43,22 +40,18 @@ struct FirstPieces {
 // ... and all products of the stage.
 template <int STAGE>
 DEVICE void multiply(
-    const Worker& me, Ring& ring, const Codes (&matrices)[STAGES], const Blocks& blocks,
-    const FirstPieces<STAGE>& first, const Inputs<STAGE>& inputs, float* parts) {
+    const Worker& me, Reader& reader, int block, const FirstPieces<STAGE>& first,
+    const Inputs<STAGE>& inputs, float* parts) {
     constexpr int KIND = shape_of(STAGE).kind, STEPS = shape_of(STAGE).steps();
     for_each<0, shape_of(STAGE).tiles()>([&](auto tile) {
         constexpr int TILE = decltype(tile)::VALUE;
         TileSums<KIND> sums;
         for_each<0, STEPS>([&](auto step) {
             constexpr int STEP = decltype(step)::VALUE, CHUNK = TILE * STEPS + STEP;
-            if constexpr (CHUNK < FirstPieces<STAGE>::COUNT) {
+            if constexpr (CHUNK < FirstPieces<STAGE>::COUNT)
                 inputs.template multiply<STEP>(first.pieces[CHUNK], sums);
-            } else {
-                inputs.template multiply<STEP>(ring.take<KIND>(me), sums);
-                ring.refill([&](unsigned char* slot) {
-                    request_ahead<before(STAGE) + CHUNK + DEPTH>(me, matrices, blocks, slot);
-                });
-            }
+            else
+                inputs.template multiply<STEP>(reader.take<STAGE, STEP>(me, block, TILE), sums);
         });
         store_sums(me, sums, TILE, parts);
     });

@@ -1,9 +1,10 @@
 // How weights get to where they are multiplied.
 //
-// A warp's chunks, in the order of their use, pass through a ring of its own in shared memory: they
-// are requested while the programs still wait for each other. A lane reads what it requested itself,
-// so nothing but its own copies is waited for. All sizes are constants, so that a request is an
-// addition or two.
+// One warp of a program, the *carrier*, copies the program's share of all matrices, in the order of
+// their use, to a ring of slots in shared memory: a slice of the rows of a tile, of which each warp has
+// a chunk. It waits for nothing but free slots, so weights come while programs wait for each other; but
+// no more than WINDOW slices are under way at a time. More would not come sooner: they would only
+// stand before what others wait for.
 #pragma once
 #include "inputs.cuh"
 
@@ -22,112 +23,173 @@ constexpr int most_body_pairs(int stage = 0) {
 }
 static_assert(most_body_pairs() <= THREADS, "a thread finishes one pair");
 
-// Chunks of a warp in the stages of a layer before one.
-constexpr int before(int stage) { return stage == 0 ? 0 : before(stage - 1) + shape_of(stage - 1).total(); }
-constexpr int LAYER = before(HEAD);  // in a whole layer
-constexpr int stage_of(int chunk) {
-    return chunk < before(OUTPUT) ? QUERY : chunk < before(GATE_UP) ? OUTPUT : chunk < before(DOWN) ? GATE_UP : DOWN;
-}
-
 constexpr bool ANY_SCALES = has_scales(BODY_KIND) || has_scales(HEAD_KIND);
-constexpr int CODES_NBYTES = LANES * PIECE_NBYTES;  // of one of the rows of all pairs
-constexpr int SLOT_NBYTES = 2 * CODES_NBYTES + (ANY_SCALES ? 2 * LANES * 4 : 0);
-// What a program has beside its rings, or a little more.
+constexpr int TILE_ROWS = 2 * TILE_PAIRS;
+constexpr int SLICE_NBYTES = WARPS * CHUNK_NBYTES;  // of a row: one chunk for each warp
+// Rows are apart so that the lanes that read neighbouring ones meet no bank twice.
+constexpr int SLICE_PITCH = up_to(SLICE_NBYTES, 128) * 128 + 64;
+// Scales of rows may begin anywhere; copies begin at multiples of 16 bytes.
+constexpr int SCALES_PITCH = WARPS * 16 + 16;
+constexpr int SLOT_NBYTES = TILE_ROWS * (SLICE_PITCH + (ANY_SCALES ? SCALES_PITCH : 0));
+// What a program has beside its ring, or a little more.
 constexpr int OTHER_NBYTES =
     WARPS * static_cast<int>(sizeof(WarpInputs)) + DIGITS_NBYTES + 2 * PARTS * 4 + (WARPS + 12) * HEAD_DIM * 4 + 2048;
-// Chunks on their way: no more than RING_DEPTH, a layer, and what there is room for.
-constexpr int DEPTH =
-    least(least(RING_DEPTH, LAYER), (SHARED_LIMIT - OTHER_NBYTES) / (WARPS * SLOT_NBYTES));
-constexpr int RING_NBYTES = DEPTH * SLOT_NBYTES;
-static_assert(DEPTH > 0, "more shared memory than a program can have");
+constexpr int SLOTS = least(RING_SLOTS, (SHARED_LIMIT - OTHER_NBYTES) / SLOT_NBYTES);
+static_assert(SLOTS > 1, "more shared memory than a program can have");
 
-// Request a warp's chunk number STEP of a tile, or nothing.
-template <int STAGE, int STEP>
-DEVICE void request(
-    const Worker& me, const Codes& matrix, int block, int tile, unsigned char* slot) {
-    constexpr Shape SHAPE = shape_of(STAGE);
-    constexpr int ROW = SHAPE.row_nbytes(), SCALES = SHAPE.scales_nbytes();
-    const int chunk = me.warp + STEP * WARPS, quarter = me.lane % QUARTERS;
-    const int within = chunk * CHUNK_NBYTES + quarter * PIECE_NBYTES;
-    const int pair = tile * TILE_PAIRS + me.lane / QUARTERS;
-    // programs differ by one pair at most: only the last tile can lack some
-    bool live = tile < SHAPE.tiles() - 1 || pair < me.pairs[STAGE];
-    if constexpr ((STEP + 1) * WARPS * CHUNK_NBYTES > ROW) live = live && within < ROW;
-    const int row = row_of(STAGE, me.first_pair[STAGE] + pair);
-    const unsigned char* const from = matrix.codes + block * (static_cast<long long>(SHAPE.rows) * ROW) +
-                                      (row * ROW + within);
-    copy_16_later(slot + me.lane * PIECE_NBYTES, from, live);
-    copy_16_later(
-        slot + CODES_NBYTES + me.lane * PIECE_NBYTES, from + row_distance(STAGE) * ROW, live);
-    if constexpr (has_scales(SHAPE.kind)) {
-        // of one group, or of two neighbours
-        const unsigned char* const scales =
-            matrix.scales + block * (static_cast<long long>(SHAPE.rows) * SCALES) +
-            (row * SCALES + chunk * chunk_scales_nbytes(SHAPE.kind) +
-             (SHAPE.kind == INT4_G32 ? quarter * 4 : 0));
-        unsigned char* const to = slot + 2 * CODES_NBYTES + me.lane * 4;
-        copy_4_later(to, scales, live);
-        copy_4_later(to + LANES * 4, scales + row_distance(STAGE) * SCALES, live);
+// The carrier's view of a matrix.
+struct Freight {
+    const unsigned char* codes;  // of block 0; the others follow
+    const unsigned char* scales;
+    long long block_nbytes, block_scales_nbytes;
+    int row_nbytes, row_scales_nbytes, chunk_scales_nbytes;
+    int distance;      // rows between those of a pair
+    int tiles, steps;  // slices of a tile
+    int first_pair, pairs;
+};
+
+struct Ring {
+    unsigned char slots[SLOTS][SLOT_NBYTES];
+    Barrier full[SLOTS], empty[SLOTS];
+    Freight freights[STAGES];
+};
+
+// A place in the order of slices.
+struct RingPlace {
+    int slot;
+    unsigned parity;
+
+    DEVICE RingPlace() : slot(0), parity(0) {}
+
+    DEVICE void advance() {
+        if (++slot == SLOTS) {
+            slot = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// Before anyone uses it, by one thread.
+DEVICE void prepare(Ring& ring, const Worker& me, const Codes (&matrices)[STAGES]) {
+    for_each<0, STAGES>([&](auto stage) {
+        constexpr int STAGE = decltype(stage)::VALUE;
+        constexpr Shape SHAPE = shape_of(STAGE);
+        constexpr int ROW = SHAPE.row_nbytes(), SCALES = SHAPE.scales_nbytes();
+        ring.freights[STAGE] = {
+            matrices[STAGE].codes, matrices[STAGE].scales, static_cast<long long>(SHAPE.rows) * ROW,
+            static_cast<long long>(SHAPE.rows) * SCALES, ROW, SCALES,
+            has_scales(SHAPE.kind) ? chunk_scales_nbytes(SHAPE.kind) : 0, row_distance(STAGE),
+            SHAPE.tiles(), SHAPE.steps(), me.first_pair[STAGE], me.pairs[STAGE]};
+    });
+    for (int i = 0; i < SLOTS; ++i) {
+        init_barrier(ring.full[i], 1);
+        init_barrier(ring.empty[i], WARPS);
     }
 }
 
-// A warp's ring of chunks, always with DEPTH groups of copies on their way.
-struct Ring {
-    unsigned char* begin;
-    int offset;  // of the slot to read, and then to fill again
+// The warp that brings the slices.
+struct Carrier {
+    Ring& ring;
+    int lane, under_way;
+    RingPlace place, landed;  // to fill next; the oldest slice that may be under way
 
-    DEVICE explicit Ring(unsigned char* begin) : begin(begin), offset(0) {}
+    DEVICE Carrier(Ring& ring, int lane) : ring(ring), lane(lane), under_way(0) {}
 
-    // What this lane has of the next chunk, when it is there.
-    template <int KIND>
-    DEVICE Pieces take(const Worker& me) const {
-        wait_for_copies<DEPTH - 1>();
-        const unsigned char* const slot = begin + offset;
-        Pieces pieces;
-        UNROLL for (int row = 0; row < 2; ++row) {
-            pieces.codes[row] = *reinterpret_cast<const Codes16*>(
-                slot + row * CODES_NBYTES + me.lane * PIECE_NBYTES);
-            pieces.scales[row] = 0;
-            if constexpr (has_scales(KIND)) {
-                pieces.scales[row] = *reinterpret_cast<const unsigned*>(
-                    slot + 2 * CODES_NBYTES + row * LANES * 4 + me.lane * 4);
-                if constexpr (KIND == INT8_G32) pieces.scales[row] >>= me.lane % QUARTERS / 2 * 16;
+    // All slices of a matrix of a block.
+    DEVICE void bring(int stage, int block) {
+        const Freight& freight = ring.freights[stage];
+        // 16 lanes have the rows of a tile, first those of the pairs' first ones; the other lanes have
+        // the scales of these rows
+        const int number = lane % TILE_ROWS;
+        const bool has_codes = lane < TILE_ROWS;
+        const int row_nbytes = has_codes ? freight.row_nbytes : freight.row_scales_nbytes;
+        const int slice_nbytes = has_codes ? SLICE_NBYTES : WARPS * freight.chunk_scales_nbytes;
+        const unsigned char* const matrix =
+            has_codes ? freight.codes + block * freight.block_nbytes
+                      : freight.scales + block * freight.block_scales_nbytes;
+        const int to = has_codes ? number * SLICE_PITCH
+                                 : TILE_ROWS * SLICE_PITCH + number * SCALES_PITCH;
+        ROLLED for (int tile = 0; tile < freight.tiles; ++tile) {
+            const int pair = tile * TILE_PAIRS + number % TILE_PAIRS;
+            const int row = row_of(stage, freight.first_pair + pair) +
+                            number / TILE_PAIRS * freight.distance;
+            const unsigned char* from = matrix + row * row_nbytes;
+            int left = pair < freight.pairs && slice_nbytes > 0 ? row_nbytes : 0;
+            ROLLED for (int step = 0; step < freight.steps; ++step) {
+                bring_slice(from, least(left, slice_nbytes), has_codes, to);
+                from += slice_nbytes;
+                left = most(left - slice_nbytes, 0);
             }
+        }
+    }
+
+private:
+    // One slice: this lane's part of it.
+    DEVICE void bring_slice(const unsigned char* from, int nbytes, bool has_codes, int to) {
+        if (ANY_SCALES && !has_codes && nbytes > 0) {
+            // whole units of 16 bytes around them
+            const int before = misalignment(from);
+            from -= before;
+            nbytes = up_to(nbytes + before, 16) * 16;
+        }
+        const int total = reduce_add(nbytes);
+        if (under_way == WINDOW) {
+            wait_for(ring.full[landed.slot], landed.parity);
+            landed.advance();
+        } else {
+            ++under_way;
+        }
+        wait_for(ring.empty[place.slot], place.parity ^ 1);
+        if (lane == 0) arrive_expecting(ring.full[place.slot], total);
+        sync_warp();
+        if (nbytes > 0) copy_bulk(ring.slots[place.slot] + to, from, nbytes, ring.full[place.slot]);
+        place.advance();
+    }
+};
+
+// A warp's view of the ring, chunk by chunk.
+struct Reader {
+    Ring& ring;
+    RingPlace place;
+
+    DEVICE explicit Reader(Ring& ring) : ring(ring) {}
+
+    // What this lane has of the next chunk, number STEP of a tile, when it is there.
+    template <int STAGE, int STEP>
+    DEVICE Pieces take(const Worker& me, int block, int tile) {
+        constexpr Shape SHAPE = shape_of(STAGE);
+        constexpr int SCALES = SHAPE.scales_nbytes();
+        wait_for(ring.full[place.slot], place.parity);
+        const unsigned char* const slot = ring.slots[place.slot];
+        const int pair = me.lane / QUARTERS, quarter = me.lane % QUARTERS;
+        Pieces pieces;
+        UNROLL for (int i = 0; i < 2; ++i) {
+            const int number = i * TILE_PAIRS + pair;
+            pieces.codes[i] = *reinterpret_cast<const Codes16*>(
+                slot + number * SLICE_PITCH + me.warp * CHUNK_NBYTES + quarter * PIECE_NBYTES);
+            pieces.scales[i] = 0;
+            if constexpr (has_scales(SHAPE.kind)) {
+                int before = 0;
+                if constexpr (SCALES % 16 != 0) {
+                    const int row = row_of(STAGE, me.first_pair[STAGE] + tile * TILE_PAIRS + pair) +
+                                    i * row_distance(STAGE);
+                    before = (block * SHAPE.rows + row) * SCALES % 16;
+                }
+                pieces.scales[i] = *reinterpret_cast<const unsigned*>(
+                    slot + TILE_ROWS * SLICE_PITCH + number * SCALES_PITCH + before +
+                    me.warp * chunk_scales_nbytes(SHAPE.kind) +
+                    (SHAPE.kind == INT4_G32 ? quarter * 4 : 0));
+                if constexpr (SHAPE.kind == INT8_G32) pieces.scales[i] >>= quarter / 2 * 16;
+            }
+        }
+        sync_warp();
+        if (me.lane == 0) arrive(ring.empty[place.slot]);
+        place.advance();
+        // behind the end of the rows lies something else
+        if constexpr ((STEP + 1) * SLICE_NBYTES > SHAPE.row_nbytes()) {
+            const int within = (me.warp + STEP * WARPS) * CHUNK_NBYTES + quarter * PIECE_NBYTES;
+            if (within >= SHAPE.row_nbytes()) pieces = {};
         }
         return pieces;
     }
-
-    // After `request(slot)` or nothing, go on to the next one.
-    template <class Request>
-    DEVICE void refill(const Request& request) {
-        request(begin + offset);
-        close_copies();
-        offset = offset + SLOT_NBYTES == RING_NBYTES ? 0 : offset + SLOT_NBYTES;
-    }
-
-    // Until nothing is on its way.
-    DEVICE void finish() { wait_for_copies<0>(); }
 };
-
-// Where what is to be multiplied next comes from.
-struct Blocks {
-    int now, next;  // blocks; `next` is of the next layer
-    bool is_last;   // after this layer comes the head
-};
-
-// Request chunk CHUNK of a layer, or of what follows it: of the next layer, or of the head.
-template <int CHUNK>
-DEVICE void request_ahead(
-    const Worker& me, const Codes (&matrices)[STAGES], const Blocks& blocks, unsigned char* slot) {
-    constexpr bool IS_NEXT = CHUNK >= LAYER;
-    constexpr int OF_LAYER = CHUNK % LAYER, STAGE = stage_of(OF_LAYER);
-    constexpr int OF_STAGE = OF_LAYER - before(STAGE), STEPS = shape_of(STAGE).steps();
-    if (IS_NEXT && blocks.is_last) {
-        constexpr int HEAD_STEPS = shape_of(HEAD).steps();
-        if constexpr (OF_LAYER < shape_of(HEAD).total())
-            request<HEAD, OF_LAYER % HEAD_STEPS>(me, matrices[HEAD], 0, OF_LAYER / HEAD_STEPS, slot);
-    } else {
-        request<STAGE, OF_STAGE % STEPS>(
-            me, matrices[STAGE], IS_NEXT ? blocks.next : blocks.now, OF_STAGE / STEPS, slot);
-    }
-}

@@ -22,7 +22,8 @@ SOURCE = Path(kernels.__file__).parent / "ring" / "decode.cu"
 KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int8_g32": 3, "int4_g32": 4}
 CACHES = {"fp16": 0, "bf16": 1, "fp32": 2}
 WARPS = 16
-RING_DEPTH = 12  # chunks of a warp on their way, at most
+RING_SLOTS = 16  # of the ring, at most: what shared memory holds is less
+WINDOW = 2  # slices of weights that a program has under way at a time
 TAKEN_EARLY = 4  # chunks of a stage that a warp has in registers before its inputs are there
 ROOM_FOR_PARTS = 8  # of a head's attention, in the vectors
 LOAD_NBYTES = 16  # of a row that a lane reads at a time
@@ -189,8 +190,9 @@ def kernel_constants(
     return {
         "PROGRAMS": programs,
         "WARPS": WARPS,
-        "THREADS": 32 * WARPS,
-        "RING_DEPTH": RING_DEPTH,
+        "THREADS": 32 * (WARPS + 1),
+        "RING_SLOTS": RING_SLOTS,
+        "WINDOW": WINDOW,
         "TAKEN_EARLY": TAKEN_EARLY,
         "VECTORS": vectors,
         "HIDDEN": config.hidden_size,

@@ -132,7 +132,41 @@ DEVICE int thread_id() { return emulator::scheduler->current().thread; }
 DEVICE int program_id() { return emulator::scheduler->current().program; }
 
 DEVICE void sync_program(emulator::Site site = emulator::Site::here()) {
-  emulator::scheduler->join_barrier(site);
+  emulator::scheduler->join_barrier(THREADS, site);
+}
+
+template <int THREADS_>
+DEVICE void sync_threads(emulator::Site site = emulator::Site::here()) {
+  emulator::scheduler->join_barrier(THREADS_, site);
+}
+
+using emulator::Barrier;
+
+DEVICE void init_barrier(Barrier& barrier, int count) { barrier = {count, count, 0, 0}; }
+DEVICE void publish_barriers() {}
+
+DEVICE void arrive(Barrier& barrier, emulator::Site site = emulator::Site::here()) {
+  emulator::scheduler->arrive_at(barrier, 0, site);
+}
+
+DEVICE void arrive_expecting(Barrier& barrier, int nbytes,
+                             emulator::Site site = emulator::Site::here()) {
+  emulator::scheduler->arrive_at(barrier, nbytes, site);
+}
+
+DEVICE void wait_for(Barrier& barrier, unsigned parity,
+                     emulator::Site site = emulator::Site::here()) {
+  emulator::scheduler->wait_at(barrier, parity, site);
+}
+
+// It happens while somebody waits; until then its place holds NaN.
+DEVICE void copy_bulk(void* to, const void* from, int nbytes, Barrier& barrier,
+                      emulator::Site site = emulator::Site::here()) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | nbytes) % 16) {
+    emulator::scheduler->fail(site, "copies from, to or in what is no multiple of 16 bytes");
+  }
+  std::memset(to, 0xFF, nbytes);
+  emulator::scheduler->copy_bulk({to, from, nbytes}, barrier, site);
 }
 
 DEVICE unsigned shuffle_xor(unsigned v, int mask, emulator::Site site = emulator::Site::here()) {
@@ -147,6 +181,11 @@ DEVICE bool any_of_warp(bool value, emulator::Site site = emulator::Site::here()
   unsigned any = value;
   for (int mask = 16; mask; mask /= 2) any |= emulator::scheduler->shuffle(any, mask, site);
   return any;
+}
+
+DEVICE int reduce_add(int value, emulator::Site site = emulator::Site::here()) {
+  for (int mask = 16; mask; mask /= 2) value += emulator::scheduler->shuffle(value, mask, site);
+  return value;
 }
 
 DEVICE unsigned reduce_max(unsigned value, emulator::Site site = emulator::Site::here()) {
@@ -250,6 +289,10 @@ DEVICE void wait_for_copies() {
       }
     }
   }
+}
+
+DEVICE int misalignment(const void* place) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(place) % 16);
 }
 
 DEVICE void sync_warp(emulator::Site site = emulator::Site::here()) {

@@ -78,6 +78,17 @@ struct Copy {  // to shared memory, which has not happened yet
   int nbytes;
 };
 
+// Counts arrivals, and bytes of copies; its phase ends when all have come.
+struct Barrier {
+  int count = 0, pending = 0, nbytes = 0;
+  unsigned phase = 0;
+};
+
+struct BulkCopy {
+  Copy copy;
+  Barrier* barrier;
+};
+
 struct Fiber {
   int program, thread;
   std::deque<std::vector<Copy>> copies{{}};  // in groups, the last one open
@@ -112,8 +123,10 @@ struct Stored {
 struct Program {
   Warp warps[kWarps];
   int at_barrier = 0, returned = 0;
+  int awaited = 0;                                // at the barrier
   Fiber* first = nullptr;                         // to arrive at the barrier, or to return
   std::vector<Stored> delayed;                    // words stored but not yet visible
+  std::vector<BulkCopy> bulk_copies;              // that have not happened yet
   std::unique_ptr<char[]> shared;
   char* shared_memory = nullptr;  // its first address of 16-byte alignment
 };
@@ -190,22 +203,26 @@ class Scheduler {
     if (yield_one_of_ == 1 || random_.below(yield_one_of_) == 0) suspend();
   }
 
-  void join_barrier(Site site) {
+  // Wait for `threads` of the program, whole warps.
+  void join_barrier(int threads, Site site) {
     Fiber& fiber = *current_;
     Warp& warp = warp_of(fiber);
     Program& program = this->program();
     count(fiber, site);
-    if (program.returned) fail(kDivergence, "waits at a barrier, returned already:", program.first);
+    if (program.returned + threads > THREADS) {
+      fail(kDivergence, "waits at a barrier, returned already:", program.first);
+    }
     if (warp.at_shuffle) fail(kDivergence, "waits at a barrier, at a shuffle:", warp.first);
-    if (!program.at_barrier) program.first = &fiber;
+    if (!program.at_barrier) program.first = &fiber, program.awaited = threads;
     if (!(program.first->site == site)) {
       fail(kDivergence, "waits at a barrier, at another:", program.first);
     }
     fiber.state = kAtBarrier;
     --warp.ready, ++warp.at_barrier;
-    if (++program.at_barrier == THREADS) {
+    if (++program.at_barrier == threads) {
       program.at_barrier = 0;
       for (Warp& each : program.warps) {
+        if (!each.at_barrier) continue;
         each.ready = kLanes, each.at_barrier = 0;
         for (int i = 0; i < kLanes; ++i) each.fibers[i].state = kReady;
       }
@@ -285,6 +302,38 @@ class Scheduler {
     pass(site);
   }
 
+  void arrive_at(Barrier& barrier, int nbytes, Site site) {
+    if (!barrier.count || barrier.pending < 1) fail(site, "arrives once too often at a barrier");
+    barrier.nbytes += nbytes;
+    --barrier.pending;
+    end_phase(barrier);
+    change();
+    pass(site);
+  }
+
+  void copy_bulk(Copy copy, Barrier& barrier, Site site) {
+    program().bulk_copies.push_back({copy, &barrier});
+    change();
+    pass(site);
+  }
+
+  // Until the phase of this parity has ended; copies of the program happen meanwhile, in any order.
+  void wait_at(const Barrier& barrier, unsigned parity, Site site) {
+    std::vector<BulkCopy>& copies = program().bulk_copies;
+    while (barrier.phase % 2 == parity) {
+      if (!copies.empty() && random_.below(2) == 0) {
+        std::swap(copies[random_.below(static_cast<unsigned>(copies.size()))], copies.back());
+        const BulkCopy done = copies.back();
+        copies.pop_back();
+        std::memcpy(done.copy.to, done.copy.from, done.copy.nbytes);
+        done.barrier->nbytes -= done.copy.nbytes;
+        end_phase(*done.barrier);
+        change();
+      }
+      pass(site);
+    }
+  }
+
   // End the run: the current thread did this, and how that concerns another one.
   [[noreturn]] void fail(Status status, const std::string& what, const Fiber* other = nullptr) {
     std::string text = current_->text() + " at " + current_->site.text() + " " + what;
@@ -301,6 +350,12 @@ class Scheduler {
   const unsigned shared_nbytes;
 
  private:
+  static void end_phase(Barrier& barrier) {
+    if (barrier.pending || barrier.nbytes) return;
+    barrier.pending = barrier.count;
+    ++barrier.phase;
+  }
+
   static Warp& warp_in(Program& program, int thread) { return program.warps[thread / kLanes]; }
   Warp& warp_of(Fiber& fiber) { return warp_in(programs_[fiber.program], fiber.thread); }
 
@@ -358,11 +413,14 @@ class Scheduler {
     Fiber& fiber = *current_;
     Warp& warp = warp_of(fiber);
     Program& program = this->program();
-    if (program.at_barrier) fail(kDivergence, "or later returned, at a barrier:", program.first);
+    if (program.at_barrier && program.returned + program.awaited == THREADS) {
+      fail(kDivergence, "or later returned, at a barrier:", program.first);
+    }
     if (warp.at_shuffle) fail(kDivergence, "or later returned, at a shuffle:", warp.first);
     fiber.state = kReturned;
     --warp.ready, ++warp.returned, ++program.returned;
-    program.first = warp.first = &fiber;
+    if (!program.at_barrier) program.first = &fiber;
+    warp.first = &fiber;
     if (program.returned == THREADS) {
       while (!program.delayed.empty()) publish(program, 0u);
     }
