@@ -111,7 +111,6 @@ DEVICE void unpack_elements(const Load& load, float (&values)[PER_LOAD]) {
 }
 
 struct alignas(16) AttentionShared {
-    float token[3 * HEAD_DIM];  // query times the scale, for powers of two; new key, new value
     float largest[WARPS], total[WARPS];
     float sums[WARPS * HEAD_DIM];
     // parts that one program joins
@@ -132,13 +131,30 @@ DEVICE float sum_of_token(float sum) {
 
 DEVICE float most(float a, float b) { return a > b ? a : b; }
 
-DEVICE void load_floats(const float* from, float (&values)[PER_LOAD]) {
-    UNROLL for (int i = 0; i < PER_LOAD; i += 4) {
-        const float4 four = *reinterpret_cast<const float4*>(from + i);
-        values[i] = four.x;
-        values[i + 1] = four.y;
-        values[i + 2] = four.z;
-        values[i + 3] = four.w;
+// This lane's dimensions of two heads of a vector, when they are there.
+DEVICE void receive_dims(
+    const Worker& me, const unsigned* vector, const int (&heads)[2], unsigned epoch,
+    float (&values)[2][PER_LOAD]) {
+    uint4 found[2][PER_LOAD / EACH];
+    bool late = true;
+    while (late) {
+        late = false;
+        UNROLL for (int i = 0; i < 2; ++i) {
+            UNROLL for (int j = 0; j < PER_LOAD / EACH; ++j) {
+                const int dim = me.lane % LANES_PER_TOKEN * PER_LOAD + j * EACH;
+                found[i][j] = load_relaxed_4(vector + spread(heads[i] * HEAD_DIM + dim));
+            }
+        }
+        UNROLL for (int i = 0; i < 2; ++i)
+            UNROLL for (int j = 0; j < PER_LOAD / EACH; ++j) late |= is_late(found[i][j], epoch);
+    }
+    UNROLL for (int i = 0; i < 2; ++i) {
+        UNROLL for (int j = 0; j < PER_LOAD / EACH; ++j) {
+            values[i][j * EACH] = value_of(found[i][j].x);
+            values[i][j * EACH + 1] = value_of(found[i][j].y);
+            values[i][j * EACH + 2] = value_of(found[i][j].z);
+            values[i][j * EACH + 3] = value_of(found[i][j].w);
+        }
     }
 }
 
@@ -148,22 +164,34 @@ DEVICE float dot(const float (&a)[PER_LOAD], const float (&b)[PER_LOAD]) {
     return sums[0] + sums[1];
 }
 
+constexpr int AHEAD = 2;  // tiles on their way
+
+// Add a lane's tokens of AHEAD tiles, of which those before `end` are alive.
 DEVICE void attend_to(
-    const Load& key, const Load& value, bool live, const float (&query)[PER_LOAD], Softmax& softmax) {
-    float k[PER_LOAD], v[PER_LOAD];
-    unpack_elements(key, k);
-    unpack_elements(value, v);
-    const float score = sum_of_token(dot(query, k));
-    if (!live) return;
-    if (score > softmax.largest) {
-        const float shrink = exp2_(softmax.largest - score);
-        softmax.largest = score;
+    const Load (&keys)[AHEAD], const Load (&values)[AHEAD], int token, int end,
+    const float (&query)[PER_LOAD], Softmax& softmax) {
+    float scores[AHEAD], largest = softmax.largest;
+    UNROLL for (int i = 0; i < AHEAD; ++i) {
+        float key[PER_LOAD];
+        unpack_elements(keys[i], key);
+        const float score = sum_of_token(dot(query, key));
+        scores[i] = token + i * TILE < end ? score : NO_SCORE;
+        largest = most(largest, scores[i]);
+    }
+    if (largest != softmax.largest) {
+        const float shrink = exp2_(softmax.largest - largest);
+        softmax.largest = largest;
         softmax.total *= shrink;
         UNROLL for (int i = 0; i < PER_LOAD; ++i) softmax.sums[i] *= shrink;
     }
-    const float weight = exp2_(score - softmax.largest);
-    softmax.total += weight;
-    UNROLL for (int i = 0; i < PER_LOAD; ++i) softmax.sums[i] = fma_(weight, v[i], softmax.sums[i]);
+    UNROLL for (int i = 0; i < AHEAD; ++i) {
+        float value[PER_LOAD];
+        unpack_elements(values[i], value);
+        const float weight = exp2_(scores[i] - largest);
+        softmax.total += weight;
+        UNROLL for (int j = 0; j < PER_LOAD; ++j)
+            softmax.sums[j] = fma_(weight, value[j], softmax.sums[j]);
+    }
 }
 
 // Join what a warp's lanes have of different tokens, which began with the largest score `reference`.
@@ -240,44 +268,41 @@ DEVICE void attend(
     const unsigned char* values =
         cache.place(1, kv_head, token) + me.lane % LANES_PER_TOKEN * 16;
     constexpr int STEP = TILE * HEAD_DIM * ELEMENT_NBYTES;
-    constexpr int AHEAD = 2;  // tiles on their way
     Load key[AHEAD], value[AHEAD];
     UNROLL for (int i = 0; i < AHEAD; ++i) {
         key[i] = load_elements(keys + i * STEP, token + i * TILE < end);
         value[i] = load_elements(values + i * STEP, token + i * TILE < end);
     }
 
-    // the query, the new key, the new value
-    ROLLED for (int k = me.thread * EACH; k < 3 * HEAD_DIM; k += WORKERS * EACH) {
-        const int kind = k / HEAD_DIM, dim = k % HEAD_DIM;
-        const int row = kind == 0 ? head : HEADS + kv_head + (kind - 1) * KV_HEADS;
-        uint4 found;
-        do found = load_relaxed_4(qkv + row * HEAD_DIM + dim);
-        while (is_late(found, epoch - 1));
-        const unsigned(&bits)[EACH] = {found.x, found.y, found.z, found.w};
-        UNROLL for (int i = 0; i < EACH; ++i)
-            shared.token[k + i] = kind == 0 ? value_of(bits[i]) * (scale * LOG2_E) : rounded(value_of(bits[i]));
+    float query_and_key[2][PER_LOAD];
+    receive_dims(me, qkv, {head, HEADS + kv_head}, epoch - 1, query_and_key);
+    float(&query)[PER_LOAD] = query_and_key[0], (&new_key)[PER_LOAD] = query_and_key[1];
+    UNROLL for (int i = 0; i < PER_LOAD; ++i) {
+        query[i] *= scale * LOG2_E;
+        new_key[i] = rounded(new_key[i]);
     }
-    sync_workers();
-    float query[PER_LOAD], new_key[PER_LOAD];
-    const int dims = me.lane % LANES_PER_TOKEN * PER_LOAD;
-    load_floats(shared.token + dims, query);
-    load_floats(shared.token + HEAD_DIM + dims, new_key);
     const float reference = sum_of_token(dot(query, new_key));
     Softmax softmax = {reference, 0, {}};
     int place = token;
     ROLLED for (int start = first; start < end; start += AHEAD * TILE) {
+        attend_to(key, value, place, end, query, softmax);
         keys += AHEAD * STEP;
         values += AHEAD * STEP;
+        place += AHEAD * TILE;
         UNROLL for (int i = 0; i < AHEAD; ++i) {
-            attend_to(key[i], value[i], place < end, query, softmax);
-            const int ahead = place + AHEAD * TILE;
-            key[i] = load_elements(keys + i * STEP, ahead < end);
-            value[i] = load_elements(values + i * STEP, ahead < end);
-            place += TILE;
+            key[i] = load_elements(keys + i * STEP, place + i * TILE < end);
+            value[i] = load_elements(values + i * STEP, place + i * TILE < end);
         }
     }
+    if (task >= PROGRAMS) sync_workers();  // of the task before, all is read
     store_warp(me, softmax, reference, shared);
+    unsigned new_value = 0;
+    if (me.thread < HEAD_DIM && part == 0) {
+        const unsigned* const place =
+            qkv + spread((HEADS + KV_HEADS + kv_head) * HEAD_DIM + me.thread);
+        do new_value = load_relaxed(place);
+        while ((new_value ^ (epoch - 1)) & TAG);
+    }
     sync_workers();
 
     if (me.thread < HEAD_DIM) {
@@ -299,7 +324,7 @@ DEVICE void attend(
         if (part == 0) {
             const float weight = exp2_(reference - largest);
             total += weight;
-            sum = fma_(weight, shared.token[2 * HEAD_DIM + dim], sum);
+            sum = fma_(weight, rounded(value_of(new_value)), sum);
         }
         if (plan.parts == 1) {
             store_word(attended + head * HEAD_DIM + dim, divide(sum, total), epoch);
@@ -310,7 +335,6 @@ DEVICE void attend(
             if (dim == 0) store_word(place + HEAD_DIM, largest + log2_(total), epoch);
         }
     }
-    sync_workers();  // the next task writes to the shared memory
 }
 
 // Publish a head's whole attention, from its parts. A program does so for one head at most: where

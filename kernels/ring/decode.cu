@@ -14,7 +14,7 @@
 // launch.
 //
 // Constants, given by the compiler's command line: PROGRAMS, WARPS, THREADS, RING_SLOTS, WINDOW,
-// TAKEN_EARLY, VECTORS, SHARED_LIMIT, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CACHE, and the kinds of
+// TAKEN_EARLY, SPREAD, VECTORS, SHARED_LIMIT, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CACHE, and the kinds of
 // matrices: BODY_KIND, EMBEDDING_KIND, HEAD_KIND.
 #include "next_token.cuh"
 
@@ -22,11 +22,13 @@
 constexpr int ATTENDED = 0;
 constexpr int PARTIAL = ATTENDED + QUERIES;
 constexpr int WORDS = PARTIAL + HEADS * MOST_PARTS * PART_WORDS;
+constexpr int length_of(int size) { return up_to(size, 8) * 8 * SPREAD; }
 constexpr int X = 0;
-constexpr int MIDDLE = X + HIDDEN;
-constexpr int QKV = MIDDLE + HIDDEN;
-constexpr int GATED = QKV + QKV_ROWS;
-static_assert(WORDS % 2 == 0 && WORDS + up_to(GATED + INNER, 2) <= VECTORS, "vectors overlap");
+constexpr int MIDDLE = X + length_of(HIDDEN);
+constexpr int QKV = MIDDLE + length_of(HIDDEN);
+constexpr int GATED = QKV + length_of(QKV_ROWS);
+constexpr int VALUES = GATED + length_of(INNER);
+static_assert(WORDS % 2 == 0 && WORDS + up_to(VALUES, 2) <= VECTORS, "vectors overlap");
 constexpr int EPOCHS = 5;  // of a layer
 
 static_assert(VOCAB % 2 == 0 && HIDDEN % 2 == 0 && INNER % 2 == 0, "rows are computed in pairs");
@@ -93,8 +95,8 @@ DEVICE void finish_query(
     constexpr int HALF = HEAD_DIM / 2;
     const int head = row / HEAD_DIM, dim = row % HEAD_DIM;
     const float low = sums.x * cos - sums.y * sin, high = sums.y * cos + sums.x * sin;
-    store_value(qkv + row, low, epoch);
-    store_value(qkv + row + HALF, high, epoch);
+    store_value(qkv, row, low, epoch);
+    store_value(qkv, row + HALF, high, epoch);
     if (head >= HEADS) {
         const int is_value = head >= HEADS + KV_HEADS;
         unsigned char* place =
@@ -247,8 +249,8 @@ KERNEL(decode, Arguments) {
                     const int row = row_in(Constant<OUTPUT>());
                     residual.x = fma_(sums.x, scales.x, residual.x);
                     residual.y = fma_(sums.y, scales.y, residual.y);
-                    store_value(vector + row, residual.x, written);
-                    store_value(vector + row + 1, residual.y, written);
+                    store_value(vector, row, residual.x, written);
+                    store_value(vector, row + 1, residual.y, written);
                 };
             };
             run(Constant<OUTPUT>(),
@@ -275,7 +277,7 @@ KERNEL(decode, Arguments) {
                         const float gate = sums.x * (factor * scales.x);
                         const float up = sums.y * (factor * scales.y);
                         store_value(
-                            vectors + GATED + row_in(STAGE), divide(gate, 1 + exp_(-gate)) * up,
+                            vectors + GATED, row_in(STAGE), divide(gate, 1 + exp_(-gate)) * up,
                             epoch + 4);
                     });
             }

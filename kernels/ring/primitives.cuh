@@ -126,6 +126,11 @@ DEVICE void store_word(uint2* place, float value, unsigned epoch) {
 DEVICE void store_relaxed(unsigned* place, unsigned value) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(place), "r"(value) : "memory");
 }
+DEVICE unsigned load_relaxed(const unsigned* place) {
+    unsigned found;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(place) : "memory");
+    return found;
+}
 DEVICE uint4 load_relaxed_4(const unsigned* place) {
     uint4 found;
     asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"

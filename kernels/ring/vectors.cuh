@@ -15,6 +15,10 @@
 #include "matrices.cuh"
 
 constexpr int EACH = 4;  // neighbours that a lane has: what it loads by one instruction
+// Where a value lies: eight neighbours are a sector of the L2 cache, and sectors are apart, so that
+// what everyone asks for at the same time is spread over more of its banks.
+DEVICE int spread(int k) { return k / 8 * (8 * SPREAD) + k % 8; }
+
 constexpr unsigned TAG = 15;  // the bits of a value that hold its epoch's last
 
 // A warp has the inputs of its chunks, a lane some neighbours of each, four by four.
@@ -41,9 +45,9 @@ struct Four {
 
 // `factor` is a little more than 1, so that cutting off bits makes values no smaller on average; NaN
 // remains.
-DEVICE void store_value(unsigned* place, float value, unsigned epoch) {
+DEVICE void store_value(unsigned* vector, int k, float value, unsigned epoch) {
     constexpr float FACTOR = 1 + 1.0f / (1 << 21);
-    store_relaxed(place, (as_bits(value * FACTOR) & ~TAG) | (epoch & TAG));
+    store_relaxed(vector + spread(k), (as_bits(value * FACTOR) & ~TAG) | (epoch & TAG));
 }
 
 DEVICE bool is_late(const uint4& found, unsigned epoch) {
@@ -62,7 +66,7 @@ DEVICE void receive(
     UNROLL for (int i = 0; i < FOURS; ++i) {
         const unsigned none = epoch & TAG;
         found[i] = make_uint4(none, none, none, none);
-        if (Mine<STAGE>::is_live(me, i)) found[i] = load_relaxed_4(vector + Mine<STAGE>::input(me, i));
+        if (Mine<STAGE>::is_live(me, i)) found[i] = load_relaxed_4(vector + spread(Mine<STAGE>::input(me, i)));
     }
     bool late = true;
     while (late) {
@@ -71,7 +75,7 @@ DEVICE void receive(
         UNROLL for (int i = 0; i < FOURS; ++i) {
             if (is_late(found[i], epoch)) {
                 late = true;
-                found[i] = load_relaxed_4(vector + Mine<STAGE>::input(me, i));
+                found[i] = load_relaxed_4(vector + spread(Mine<STAGE>::input(me, i)));
             }
         }
     }

@@ -325,6 +325,11 @@ DEVICE void store_relaxed(unsigned* address, unsigned value,
   emulator::scheduler->store(address, value, site);
 }
 
+DEVICE unsigned load_relaxed(const unsigned* address,
+                             emulator::Site site = emulator::Site::here()) {
+  return emulator::scheduler->load(address, site);
+}
+
 // The four may be of different times.
 DEVICE uint4 load_relaxed_4(const unsigned* address,
                             emulator::Site site = emulator::Site::here()) {
