@@ -22,28 +22,24 @@ constexpr int ELEMENT_NBYTES = 16 / PER_LOAD;
 constexpr int LANES_PER_TOKEN = HEAD_DIM / PER_LOAD;
 constexpr int TOKENS_PER_WARP = LANES / LANES_PER_TOKEN;
 constexpr int TILE = WARPS * TOKENS_PER_WARP;
+constexpr int AHEAD = 2;  // tiles on their way
 static_assert(HEAD_DIM % PER_LOAD == 0 && LANES % LANES_PER_TOKEN == 0, "a head is a power of two");
 
-// Parts of a head that every program joins for itself, as many as its registers take ...
-constexpr int FEW_PARTS = most(1, least(4, 4 / Mine<OUTPUT>::FOURS));
-constexpr int FEW_TILES = 4;  // ... while each has no more tiles than this
-// Beyond, one program per head joins more parts, and publishes the result: one more exchange.
+// One program attends to a head's tokens, while these are no more tiles than this ...
+constexpr int FEW_TILES = 8;
+// ... and several to parts of more, which one of them joins: one more exchange.
 constexpr int MANY_PARTS = most(1, least(least(WORKERS / HEAD_DIM, 8), PROGRAMS / HEADS));
 
 struct Plan {
     int tiles;  // of each part
     int parts;
-    bool is_joined;  // before it is published to all
 };
 
 DEVICE Plan plan_for(int tokens) {
     const int tiles = up_to(tokens, TILE);
-    const bool few = tiles <= FEW_PARTS * FEW_TILES || MANY_PARTS <= FEW_PARTS;
-    const int parts = few ? least(FEW_PARTS, most(1, up_to(tiles, FEW_TILES))) : MANY_PARTS;
     Plan plan;
-    plan.tiles = most(1, up_to(tiles, parts));
+    plan.tiles = most(1, tiles <= FEW_TILES ? tiles : up_to(tiles, MANY_PARTS));
     plan.parts = most(1, up_to(tiles, plan.tiles));
-    plan.is_joined = !few && plan.parts > 1;
     return plan;
 }
 
@@ -142,7 +138,7 @@ DEVICE void receive_dims(
         UNROLL for (int i = 0; i < 2; ++i) {
             UNROLL for (int j = 0; j < PER_LOAD / EACH; ++j) {
                 const int dim = me.lane % LANES_PER_TOKEN * PER_LOAD + j * EACH;
-                found[i][j] = load_relaxed_4(vector + spread(heads[i] * HEAD_DIM + dim));
+                found[i][j] = load_relaxed_4(vector + heads[i] * HEAD_DIM + dim);
             }
         }
         UNROLL for (int i = 0; i < 2; ++i)
@@ -163,8 +159,6 @@ DEVICE float dot(const float (&a)[PER_LOAD], const float (&b)[PER_LOAD]) {
     UNROLL for (int i = 0; i < PER_LOAD; ++i) sums[i % 2] = fma_(a[i], b[i], sums[i % 2]);
     return sums[0] + sums[1];
 }
-
-constexpr int AHEAD = 2;  // tiles on their way
 
 // Add a lane's tokens of AHEAD tiles, of which those before `end` are alive.
 DEVICE void attend_to(
@@ -234,30 +228,30 @@ DEVICE void store_warp(
     }
 }
 
-// Where results go: `attended` if they are whole, `partial` (HEADS, most parts, PART_WORDS) with
-// the base-2 logarithms of their sums of weights if not.
-constexpr int MOST_PARTS = most(FEW_PARTS, MANY_PARTS);
-constexpr int PART_WORDS = HEAD_DIM + 2;  // even, so that words are loaded in pairs
+// Where results go: `attended` if they are whole, `partial` (HEADS, MANY_PARTS, PART_WORDS) with the
+// base-2 logarithms of their sums of weights if not.
+constexpr int PART_WORDS = HEAD_DIM + 1;
 
-// The first keys and values of this program's first task, which `attend` will load.
+// The first keys and values of a program's first task, which `attend` will load; by one warp.
 DEVICE void prefetch_cache(
-    const Worker& me, const Plan& plan, const CacheSlot& cache, int position) {
+    int program, int lane, const Plan& plan, const CacheSlot& cache, int position) {
     constexpr int ROWS = most(1, LINE_NBYTES / (HEAD_DIM * ELEMENT_NBYTES));  // of a line
     constexpr int LINES = up_to(HEAD_DIM * ELEMENT_NBYTES, LINE_NBYTES);      // of a row
-    if (me.program >= HEADS * plan.parts) return;
-    const int kv_head = me.program % HEADS / GROUP_HEADS, part = me.program / HEADS;
+    if (program >= HEADS * plan.parts) return;
+    const int kv_head = program % HEADS / GROUP_HEADS, part = program / HEADS;
     const int first = part * plan.tiles * TILE;
-    const int end = least(first + least(plan.tiles, 2) * TILE, position);
-    const int token = first + me.thread / LINES * ROWS;
-    if (token >= end) return;
-    UNROLL for (int is_value = 0; is_value < 2; ++is_value)
-        prefetch_line(
-            cache.place(is_value, kv_head, token) + me.thread % LINES * LINE_NBYTES);
+    const int end = least(first + least(plan.tiles, AHEAD) * TILE, position);
+    ROLLED for (int i = lane;; i += LANES) {
+        const int token = first + i / LINES * ROWS;
+        if (token >= end) break;
+        UNROLL for (int is_value = 0; is_value < 2; ++is_value)
+            prefetch_line(cache.place(is_value, kv_head, token) + i % LINES * LINE_NBYTES);
+    }
 }
 
 DEVICE void attend(
     const Worker& me, int task, const Plan& plan, const unsigned* qkv, const CacheSlot& cache,
-    int position, float scale, uint2* partial, uint2* attended, unsigned epoch,
+    int position, float scale, uint2* partial, unsigned* attended, unsigned epoch,
     AttentionShared& shared) {
     const int head = task % HEADS, kv_head = head / GROUP_HEADS, part = task / HEADS;
     const int first = part * plan.tiles * TILE;
@@ -299,9 +293,9 @@ DEVICE void attend(
     unsigned new_value = 0;
     if (me.thread < HEAD_DIM && part == 0) {
         const unsigned* const place =
-            qkv + spread((HEADS + KV_HEADS + kv_head) * HEAD_DIM + me.thread);
+            qkv + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + me.thread;
         do new_value = load_relaxed(place);
-        while ((new_value ^ (epoch - 1)) & TAG);
+        while (is_late(new_value, epoch - 1));
     }
     sync_workers();
 
@@ -327,11 +321,11 @@ DEVICE void attend(
             sum = fma_(weight, rounded(value_of(new_value)), sum);
         }
         if (plan.parts == 1) {
-            store_word(attended + head * HEAD_DIM + dim, divide(sum, total), epoch);
+            store_value(attended + head * HEAD_DIM + dim, divide(sum, total), epoch);
         } else {
             // without tokens a part is nothing
-            uint2* place = partial + (head * MOST_PARTS + part) * PART_WORDS;
-            store_word(place + dim, total > 0 ? sum / total : 0, epoch);
+            uint2* place = partial + (head * MANY_PARTS + part) * PART_WORDS;
+            store_word(place + dim, total > 0 ? divide(sum, total) : 0, epoch);
             if (dim == 0) store_word(place + HEAD_DIM, largest + log2_(total), epoch);
         }
     }
@@ -340,11 +334,11 @@ DEVICE void attend(
 // Publish a head's whole attention, from its parts. A program does so for one head at most: where
 // there are many parts, there are more programs than heads.
 DEVICE void join_parts(
-    const Worker& me, int head, int parts, const uint2* partial, uint2* attended, unsigned epoch,
+    const Worker& me, int head, int parts, const uint2* partial, unsigned* attended, unsigned epoch,
     AttentionShared& shared) {
     const int part = me.thread / HEAD_DIM, dim = me.thread % HEAD_DIM;
     if (part < parts) {
-        const uint2* place = partial + (head * MOST_PARTS + part) * PART_WORDS;
+        const uint2* place = partial + (head * MANY_PARTS + part) * PART_WORDS;
         uint2 value, log;
         do {
             value = load_word(place + dim);
@@ -356,60 +350,13 @@ DEVICE void join_parts(
     sync_workers();
     if (me.thread < HEAD_DIM) {
         float largest = NO_SCORE, total = 0, sum = 0;
-        for (int i = 0; i < parts; ++i)
+        ROLLED for (int i = 0; i < parts; ++i)
             largest = shared.part_logs[i] > largest ? shared.part_logs[i] : largest;
-        for (int i = 0; i < parts; ++i) {
+        ROLLED for (int i = 0; i < parts; ++i) {
             const float weight = exp2_(shared.part_logs[i] - largest);
             total += weight;
             sum = fma_(shared.part_values[i * HEAD_DIM + dim], weight, sum);
         }
-        store_word(attended + head * HEAD_DIM + dim, sum / total, epoch);
-    }
-}
-
-// Gets this lane's inputs of the output projection from up to FEW_PARTS parts of each head.
-DEVICE void receive_parts(
-    const Worker& me, const uint2* partial, int parts, unsigned epoch,
-    Four (&inputs)[Mine<OUTPUT>::FOURS]) {
-    constexpr int FOURS = Mine<OUTPUT>::FOURS;
-    uint2 values[FOURS][FEW_PARTS][EACH], logs[FOURS][FEW_PARTS];
-    bool late = true;
-    while (late) {
-        late = false;
-        UNROLL for (int i = 0; i < FOURS; ++i) {
-            const int k = Mine<OUTPUT>::input(me, i);
-            const uint2* head = partial + k / HEAD_DIM * MOST_PARTS * PART_WORDS;
-            UNROLL for (int part = 0; part < FEW_PARTS; ++part) {
-                uint2(&words)[EACH] = values[i][part];
-                if (k < QUERIES && part < parts) {
-                    const uint2* place = head + part * PART_WORDS;
-                    load_words(place + k % HEAD_DIM, words[0], words[1]);
-                    load_words(place + k % HEAD_DIM + 2, words[2], words[3]);
-                    logs[i][part] = load_word(place + HEAD_DIM);
-                } else {
-                    UNROLL for (int j = 0; j < EACH; ++j) words[j] = make_uint2(0, epoch);
-                    logs[i][part] = make_uint2(as_bits(NO_SCORE), epoch);
-                }
-            }
-        }
-        UNROLL for (int i = 0; i < FOURS; ++i) {
-            UNROLL for (int part = 0; part < FEW_PARTS; ++part) {
-                late |= logs[i][part].y != epoch;
-                UNROLL for (int j = 0; j < EACH; ++j) late |= values[i][part][j].y != epoch;
-            }
-        }
-    }
-    UNROLL for (int i = 0; i < FOURS; ++i) {
-        float largest = NO_SCORE, total = 0, sums[EACH] = {0, 0, 0, 0};
-        UNROLL for (int part = 0; part < FEW_PARTS; ++part)
-            largest = most(largest, as_float(logs[i][part].x));
-        UNROLL for (int part = 0; part < FEW_PARTS; ++part) {
-            const float weight = exp2_(as_float(logs[i][part].x) - largest);
-            total += weight;
-            UNROLL for (int j = 0; j < EACH; ++j)
-                sums[j] = fma_(as_float(values[i][part][j].x), weight, sums[j]);
-        }
-        UNROLL for (int j = 0; j < EACH; ++j)
-            inputs[i].values[j] = Mine<OUTPUT>::is_live(me, i) ? sums[j] / total : 0;
+        store_value(attended + head * HEAD_DIM + dim, divide(sum, total), epoch);
     }
 }

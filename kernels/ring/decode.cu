@@ -3,7 +3,7 @@
 // A program, one per multiprocessor, keeps its share of every matrix and takes part in every stage:
 //
 //     query     norm + query, key and value, rotated; stores  -> qkv, KV cache
-//     attend    attention; few programs                       -> attended, or partial results
+//     attend    attention; few programs                       -> attended
 //     output    output projection, + x                        -> middle
 //     gate_up   norm + gate and up projections, SiLU * up     -> inner
 //     down      down projection, + middle                     -> x
@@ -13,37 +13,38 @@
 // new keys and values safe to read. The grid must be on the GPU all at once, hence the cooperative
 // launch.
 //
+// All stages of a layer go through the same instructions: those of four products, each with its own,
+// would not fit into the cache of instructions, and take longer to come than the products.
+//
 // Constants, given by the compiler's command line: PROGRAMS, WARPS, THREADS, RING_SLOTS, WINDOW,
-// TAKEN_EARLY, SPREAD, VECTORS, SHARED_LIMIT, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CACHE, and the kinds of
+// VECTORS, SHARED_LIMIT, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CACHE, and the kinds of
 // matrices: BODY_KIND, EMBEDDING_KIND, HEAD_KIND.
 #include "next_token.cuh"
 
-// The vectors, one behind the other: those of words, then those of values.
-constexpr int ATTENDED = 0;
-constexpr int PARTIAL = ATTENDED + QUERIES;
-constexpr int WORDS = PARTIAL + HEADS * MOST_PARTS * PART_WORDS;
-constexpr int length_of(int size) { return up_to(size, 8) * 8 * SPREAD; }
+// The vectors, one behind the other: values, then words.
 constexpr int X = 0;
-constexpr int MIDDLE = X + length_of(HIDDEN);
-constexpr int QKV = MIDDLE + length_of(HIDDEN);
-constexpr int GATED = QKV + length_of(QKV_ROWS);
-constexpr int VALUES = GATED + length_of(INNER);
-static_assert(WORDS % 2 == 0 && WORDS + up_to(VALUES, 2) <= VECTORS, "vectors overlap");
+constexpr int MIDDLE = X + HIDDEN;
+constexpr int QKV = MIDDLE + HIDDEN;
+constexpr int ATTENDED = QKV + QKV_ROWS;
+constexpr int GATED = ATTENDED + QUERIES;
+constexpr int VALUES = up_to(GATED + INNER, 2);  // in words
+constexpr int PARTIAL = VALUES;
+static_assert(PARTIAL + HEADS * MANY_PARTS * PART_WORDS <= VECTORS, "vectors overlap");
 constexpr int EPOCHS = 5;  // of a layer
 
-static_assert(VOCAB % 2 == 0 && HIDDEN % 2 == 0 && INNER % 2 == 0, "rows are computed in pairs");
+static_assert(
+    VOCAB % EACH == 0 && HIDDEN % EACH == 0 && INNER % EACH == 0, "values are loaded four by four");
 
 struct alignas(16) Shared {
     Ring ring;
     WarpInputs inputs[WARPS];
-    unsigned char zeros[DIGITS_NBYTES];  // digits of other lanes' inputs
-    float parts[2][PARTS];               // of one stage, and of the next
+    unsigned char zeros[2 * PIECE_NBYTES];  // digits of other lanes' inputs
+    float parts[2][PARTS];                  // of one stage, and of the next
     float squares[WARPS];
     Candidate candidates[WARPS];
     AttentionShared attention;
 };
 
-static_assert(sizeof(WarpInputs) % 16 == 0 && DIGITS_NBYTES % 16 == 0, "digits are loaded by 16 bytes");
 static_assert(sizeof(Shared) <= SHARED_LIMIT, "more shared memory than a program can have");
 SHARED(decode, Shared)
 
@@ -74,14 +75,11 @@ struct Arguments {
     long long* clock;  // (CLOCKED,) nanoseconds at the ends of program 0's stages, if CLOCKED
 };
 
-// The norms of a block that comes next: one program brings them for all.
-DEVICE void prefetch_norms(const Worker& me, const Arguments& arguments, int slot, int block) {
-    constexpr int LINES = up_to(HIDDEN * 4, LINE_NBYTES);
-    if (me.program != slot % PROGRAMS || me.thread >= 2 * LINES) return;
-    const float* norms =
-        me.thread < LINES ? arguments.attention_norms : arguments.ffn_norms;
-    prefetch_line(norms + block * HIDDEN + me.thread % LINES * (LINE_NBYTES / 4));
+// What a stage of a layer reads: its input in the vectors, and the epoch of that in the layer.
+DEVICE int input_of(int stage) {
+    return stage == QUERY ? X : stage == OUTPUT ? ATTENDED : stage == GATE_UP ? MIDDLE : GATED;
 }
+DEVICE unsigned epoch_of(int stage) { return stage == QUERY ? 0 : stage + 1; }
 
 DEVICE float embedded(const Arguments& arguments, int token, int k) {
     return weight_at<EMBEDDING_KIND, HIDDEN>(
@@ -95,14 +93,41 @@ DEVICE void finish_query(
     constexpr int HALF = HEAD_DIM / 2;
     const int head = row / HEAD_DIM, dim = row % HEAD_DIM;
     const float low = sums.x * cos - sums.y * sin, high = sums.y * cos + sums.x * sin;
-    store_value(qkv, row, low, epoch);
-    store_value(qkv, row + HALF, high, epoch);
+    store_value(qkv + row, low, epoch);
+    store_value(qkv + row + HALF, high, epoch);
     if (head >= HEADS) {
         const int is_value = head >= HEADS + KV_HEADS;
         unsigned char* place =
             cache.place(is_value, head - HEADS - is_value * KV_HEADS, position);
         store_element(place, dim, low);
         store_element(place, dim + HALF, high);
+    }
+}
+
+// The warp that brings the weights; norms, keys and values come to the L2 cache.
+DEVICE void carry(Ring& ring, const Arguments& arguments, int program, int lane) {
+    constexpr int LINES = up_to(HIDDEN * 4, LINE_NBYTES);
+    const long long slot_nbytes =
+        2ll * KV_HEADS * arguments.capacity * HEAD_DIM * ELEMENT_NBYTES;
+    Carrier carrier(ring, lane);
+    ROLLED for (int step = 0; step < arguments.steps; ++step) {
+        const int position = arguments.position + step;
+        const Plan plan = plan_for(position);
+        ROLLED for (int slot = 0; slot < arguments.length; ++slot) {
+            const int block = arguments.schedule[slot];
+            if (program == slot % PROGRAMS) {  // for all
+                ROLLED for (int i = lane; i < LINES; i += LANES) {
+                    const int at = block * HIDDEN + i * (LINE_NBYTES / 4);
+                    prefetch_line(arguments.attention_norms + at);
+                    prefetch_line(arguments.ffn_norms + at);
+                }
+            }
+            prefetch_cache(
+                program, lane, plan, {arguments.cache + slot * slot_nbytes, arguments.capacity},
+                position);
+            ROLLED for (int stage = QUERY; stage <= DOWN; ++stage) carrier.bring(stage, block);
+        }
+        carrier.bring(HEAD, 0);
     }
 }
 
@@ -123,26 +148,19 @@ KERNEL(decode, Arguments) {
     sync_program();
     Worker me;
     if (me.thread == 0) {
-        prepare(shared.ring, me, arguments.matrices);
+        prepare(shared.ring, me.program, arguments.matrices);
         publish_barriers();
     }
     sync_program();
-
     if (me.warp == WARPS) {
-        Carrier carrier(shared.ring, me.lane);
-        ROLLED for (int step = 0; step < arguments.steps; ++step) {
-            ROLLED for (int slot = 0; slot < arguments.length; ++slot)
-                ROLLED for (int stage = QUERY; stage <= DOWN; ++stage)
-                    carrier.bring(stage, arguments.schedule[slot]);
-            carrier.bring(HEAD, 0);
-        }
+        carry(shared.ring, arguments, me.program, me.lane);
         return;
     }
 
     WarpInputs& my_inputs = shared.inputs[me.warp];
     Reader reader(shared.ring);
-    uint2* const words = arguments.vectors;
-    unsigned* const vectors = reinterpret_cast<unsigned*>(words + WORDS);
+    unsigned* const vectors = reinterpret_cast<unsigned*>(arguments.vectors);
+    uint2* const partial = arguments.vectors + PARTIAL;
     const long long slot_nbytes =
         2ll * KV_HEADS * arguments.capacity * HEAD_DIM * ELEMENT_NBYTES;
     int token = arguments.token;
@@ -154,172 +172,123 @@ KERNEL(decode, Arguments) {
 
     ROLLED for (int step = 0; step < arguments.steps; ++step) {
         const Plan plan = plan_for(position);
-        const bool has_rows = me.thread < me.pairs[OUTPUT];
-        float2 residual = make_float2(0, 0);  // of this thread's rows, to which products are added
-        if (has_rows) {
-            const int row = row_of(OUTPUT, me.first_pair[OUTPUT] + me.thread);
-            residual = make_float2(embedded(arguments, token, row), embedded(arguments, token, row + 1));
+        // The residual's rows that this thread adds products to; at first the token's embedding.
+        float2 residual = make_float2(0, 0);
+        {
+            const Share& share = shared.ring.shares[OUTPUT];
+            if (me.thread < share.pairs) {
+                const int row = share.first_row(OUTPUT, me.thread);
+                residual.x = embedded(arguments, token, row);
+                residual.y = embedded(arguments, token, row + 1);
+                store_value(vectors + X + row, residual.x, epoch);
+                store_value(vectors + X + row + 1, residual.y, epoch);
+            }
         }
         ROLLED for (int slot = 0; slot < arguments.length; ++slot) {
             const int block = arguments.schedule[slot];
             const CacheSlot cache = {arguments.cache + slot * slot_nbytes, arguments.capacity};
-            // Multiply a stage's inputs, which `take(inputs)` waits for; `finish(row, sums)` gets the
-            // sums of this thread's pair, if it has one.
-            const auto run = [&](auto stage, const auto& take, const auto& finish) {
-                constexpr int STAGE = decltype(stage)::VALUE;
-                const FirstPieces<STAGE> first(me, reader, block);
-                Four inputs[Mine<STAGE>::FOURS];
-                take(inputs);
+            ROLLED for (int stage = QUERY; stage <= DOWN; ++stage) {
+                me.begin_stage();
+                if (stage == OUTPUT) {
+                    ROLLED for (int task = me.program; task < HEADS * plan.parts; task += PROGRAMS)
+                        attend(
+                            me, task, plan, vectors + QKV, cache, position, arguments.scale, partial,
+                            vectors + ATTENDED, epoch + epoch_of(OUTPUT), shared.attention);
+                    if (plan.parts > 1)
+                        ROLLED for (int i = PROGRAMS - 1 - me.program; i < HEADS; i += PROGRAMS)
+                            join_parts(
+                                me, i, plan.parts, partial, vectors + ATTENDED,
+                                epoch + epoch_of(OUTPUT), shared.attention);
+                    MARK();
+                }
+                // what needs no inputs comes first
+                const Share& share = shared.ring.shares[stage];
+                const bool finishes = me.thread < share.pairs;
+                const int row = share.first_row(stage, me.thread);
+                float scales[2] = {1, 1}, cos = 1, sin = 0;
+                if (finishes) {
+                    if (BODY_KIND == INT8) {
+                        const float* const of_rows = reinterpret_cast<const float*>(
+                            share.matrix.scales + block * share.block_scales_nbytes);
+                        scales[0] = of_rows[row];
+                        scales[1] = of_rows[row + share.distance];
+                    }
+                    if (stage == QUERY && row < (HEADS + KV_HEADS) * HEAD_DIM) {
+                        const int place = position * (HEAD_DIM / 2) + row % HEAD_DIM;
+                        cos = arguments.cos[place];
+                        sin = arguments.sin[place];
+                    }
+                }
+                const bool is_normed = stage == QUERY || stage == GATE_UP;
+                const float* const norms =
+                    stage == QUERY ? arguments.attention_norms : arguments.ffn_norms;
+                const Norm<BODY_KIND, BODY_FOURS> norm(
+                    me, is_normed ? norms + block * HIDDEN : nullptr);
+                Pieces pieces = reader.take<BODY_KIND>(me);
+
+                Four values[BODY_FOURS];
+                receive<BODY_KIND>(
+                    me, vectors + input_of(stage), share.cols, epoch + epoch_of(stage), values);
                 MARK();
-                const Inputs<STAGE> digits(me, inputs, my_inputs, shared.zeros);
-                float* const parts = shared.parts[STAGE % 2];
-                multiply<STAGE>(me, reader, block, first, digits, parts);
+                if (is_normed) norm.apply(me, values, shared.squares);
+                const Inputs<BODY_KIND> inputs(me, values, my_inputs, shared.zeros);
+                float* const parts = shared.parts[stage % 2];
+                multiply(
+                    me, reader, share.tiles, false, share.steps, share.row_nbytes, inputs, pieces,
+                    parts);
                 sync_workers();
                 MARK();
-                if (me.thread < me.pairs[STAGE]) finish(joined(parts, me.thread));
-                MARK();
-            };
-            // The first row of this thread's pair, and the scales of both.
-            const auto row_in = [&](auto stage) {
-                constexpr int STAGE = decltype(stage)::VALUE;
-                return row_of(STAGE, me.first_pair[STAGE] + me.thread);
-            };
-            const auto scales_in = [&](auto stage) {
-                constexpr int STAGE = decltype(stage)::VALUE;
-                const int row = row_in(stage);
-                const Codes& matrix = arguments.matrices[STAGE];
-                if (BODY_KIND != INT8 || me.thread >= me.pairs[STAGE]) return make_float2(1, 1);
-                return make_float2(
-                    row_scale<STAGE>(matrix, block, row),
-                    row_scale<STAGE>(matrix, block, row + row_distance(STAGE)));
-            };
-
-            me.begin_stage();
-            {
-                prefetch_norms(
-                    me, arguments, slot, arguments.schedule[slot + 1 == arguments.length ? 0 : slot + 1]);
-                prefetch_cache(me, plan, cache, position);
-                constexpr Constant<QUERY> STAGE{};
-                const int row = row_in(STAGE);
-                float2 scales = scales_in(STAGE);
-                float cos = 1, sin = 0;
-                if (me.thread < me.pairs[QUERY] && row < (HEADS + KV_HEADS) * HEAD_DIM) {
-                    const int place = position * (HEAD_DIM / 2) + row % HEAD_DIM;
-                    cos = arguments.cos[place];
-                    sin = arguments.sin[place];
+                if (!finishes) continue;
+                float2 sums = joined(parts, me.thread);
+                const float factor = is_normed ? norm_factor(shared.squares, arguments.eps) : 1;
+                sums.x *= factor * scales[0];
+                sums.y *= factor * scales[1];
+                if (stage == QUERY) {
+                    finish_query(row, sums, cos, sin, position, cache, vectors + QKV, epoch + 1);
+                } else if (stage == GATE_UP) {
+                    store_value(
+                        vectors + GATED + row, divide(sums.x, 1 + exp_(-sums.x)) * sums.y, epoch + 4);
+                } else {
+                    residual.x += sums.x;
+                    residual.y += sums.y;
+                    unsigned* const out = vectors + (stage == OUTPUT ? MIDDLE : X) + row;
+                    const unsigned written = epoch + (stage == OUTPUT ? 3 : 5);
+                    store_value(out, residual.x, written);
+                    store_value(out + 1, residual.y, written);
                 }
-                const Norm<QUERY> norm(me, arguments.attention_norms + block * HIDDEN);
-                run(STAGE,
-                    [&](Four(&inputs)[Mine<QUERY>::FOURS]) {
-                        if (slot > 0) {
-                            receive<QUERY>(me, vectors + X, epoch, inputs);
-                        } else {
-                            UNROLL for (int i = 0; i < Mine<QUERY>::FOURS; ++i) {
-                                const int k = Mine<QUERY>::input(me, i);
-                                UNROLL for (int j = 0; j < EACH; ++j)
-                                    inputs[i].values[j] =
-                                        k < HIDDEN ? embedded(arguments, token, k + j) : 0;
-                            }
-                        }
-                        norm.apply(me, inputs, shared.squares);
-                    },
-                    [&](float2 sums) {
-                        const float factor = norm_factor(shared.squares, arguments.eps);
-                        sums.x *= factor * scales.x;
-                        sums.y *= factor * scales.y;
-                        finish_query(row, sums, cos, sin, position, cache, vectors + QKV, epoch + 1);
-                    });
+                MARK();
             }
-
-            ROLLED for (int task = me.program; task < HEADS * plan.parts; task += PROGRAMS)
-                attend(
-                    me, task, plan, vectors + QKV, cache, position, arguments.scale,
-                    words + PARTIAL, words + ATTENDED, epoch + 2, shared.attention);
-            if (plan.is_joined)
-                ROLLED for (int i = PROGRAMS - 1 - me.program; i < HEADS; i += PROGRAMS)
-                    join_parts(
-                        me, i, plan.parts, words + PARTIAL, words + ATTENDED, epoch + 2,
-                        shared.attention);
-            MARK();
-
-            me.begin_stage();
-            const auto add_to_residual = [&](auto stage, unsigned* vector, unsigned written) {
-                const float2 scales = scales_in(stage);
-                return [&, scales, vector, written](float2 sums) {
-                    const int row = row_in(Constant<OUTPUT>());
-                    residual.x = fma_(sums.x, scales.x, residual.x);
-                    residual.y = fma_(sums.y, scales.y, residual.y);
-                    store_value(vector, row, residual.x, written);
-                    store_value(vector, row + 1, residual.y, written);
-                };
-            };
-            run(Constant<OUTPUT>(),
-                [&](Four(&inputs)[Mine<OUTPUT>::FOURS]) {
-                    if (plan.parts == 1 || plan.is_joined)
-                        receive_words<OUTPUT>(me, words + ATTENDED, epoch + 2, inputs);
-                    else
-                        receive_parts(me, words + PARTIAL, plan.parts, epoch + 2, inputs);
-                },
-                add_to_residual(Constant<OUTPUT>(), vectors + MIDDLE, epoch + 3));
-
-            me.begin_stage();
-            {
-                constexpr Constant<GATE_UP> STAGE{};
-                const float2 scales = scales_in(STAGE);
-                const Norm<GATE_UP> norm(me, arguments.ffn_norms + block * HIDDEN);
-                run(STAGE,
-                    [&](Four(&inputs)[Mine<GATE_UP>::FOURS]) {
-                        receive<GATE_UP>(me, vectors + MIDDLE, epoch + 3, inputs);
-                        norm.apply(me, inputs, shared.squares);
-                    },
-                    [&](float2 sums) {
-                        const float factor = norm_factor(shared.squares, arguments.eps);
-                        const float gate = sums.x * (factor * scales.x);
-                        const float up = sums.y * (factor * scales.y);
-                        store_value(
-                            vectors + GATED, row_in(STAGE), divide(gate, 1 + exp_(-gate)) * up,
-                            epoch + 4);
-                    });
-            }
-
-            me.begin_stage();
-            run(Constant<DOWN>(),
-                [&](Four(&inputs)[Mine<DOWN>::FOURS]) {
-                    receive<DOWN>(me, vectors + GATED, epoch + 4, inputs);
-                },
-                add_to_residual(Constant<DOWN>(), vectors + X, epoch + 5));
             epoch += EPOCHS;
         }
 
         me.begin_stage();
-        const Norm<HEAD> norm(me, arguments.final_norm);
-        Four inputs[Mine<HEAD>::FOURS];
-        receive<HEAD>(me, vectors + X, epoch, inputs);
-        norm.apply(me, inputs, shared.squares);
-        const Inputs<HEAD> digits(me, inputs, my_inputs, shared.zeros);
-        constexpr Shape SHAPE = shape_of(HEAD);
-        constexpr int TILES = SHAPE.tiles(), STEPS = SHAPE.steps();
+        const Share& share = shared.ring.shares[HEAD];
+        const Norm<HEAD_KIND, HEAD_FOURS> norm(me, arguments.final_norm);
+        Pieces pieces = reader.take<HEAD_KIND>(me);
+        Four values[HEAD_FOURS];
+        receive<HEAD_KIND>(me, vectors + X, HIDDEN, epoch, values);
+        norm.apply(me, values, shared.squares);
+        const Inputs<HEAD_KIND> inputs(me, values, my_inputs, shared.zeros);
         Candidate best = no_candidate();
-        ROLLED for (int begin = 0; begin < TILES; begin += HEAD_TILES) {
+        ROLLED for (int begin = 0; begin < share.tiles; begin += HEAD_TILES) {
             float* const parts = shared.parts[begin / HEAD_TILES % 2];
-            ROLLED for (int tile = begin; tile < least(begin + HEAD_TILES, TILES); ++tile) {
-                TileSums<HEAD_KIND> sums;
-                for_each<0, STEPS>([&](auto number) {
-                    constexpr int STEP = decltype(number)::VALUE;
-                    digits.template multiply<STEP>(reader.take<HEAD, STEP>(me, 0, tile), sums);
-                });
-                store_sums(me, sums, tile - begin, parts);
-            }
+            const int tiles = least(HEAD_TILES, share.tiles - begin);
+            multiply(
+                me, reader, tiles, begin + tiles < share.tiles, share.steps, share.row_nbytes, inputs,
+                pieces, parts);
             sync_workers();
-            ROLLED for (int i = me.thread; i < HEAD_TILES * TILE_PAIRS; i += WORKERS) {
+            ROLLED for (int i = me.thread; i < tiles * TILE_PAIRS; i += WORKERS) {
                 const int pair = begin * TILE_PAIRS + i;
-                if (pair >= me.pairs[HEAD]) continue;
-                const int row = row_of(HEAD, me.first_pair[HEAD] + pair);
+                if (pair >= share.pairs) continue;
+                const int row = share.first_row(HEAD, pair);
                 const float factor = norm_factor(shared.squares, arguments.eps);
                 const float2 sums = joined(parts, i);
                 ROLLED for (int j = 0; j < 2; ++j) {
-                    const float logit = (j ? sums.y : sums.x) * factor *
-                                        row_scale<HEAD>(arguments.matrices[HEAD], 0, row + j);
+                    const float scale =
+                        HEAD_KIND == INT8
+                            ? reinterpret_cast<const float*>(share.matrix.scales)[row + j]
+                            : 1;
+                    const float logit = (j ? sums.y : sums.x) * factor * scale;
                     arguments.logits[row + j] = logit;
                     best = better(
                         best, candidate_of(

@@ -2,40 +2,42 @@
 #pragma once
 #include "vectors.cuh"
 
-// Of all stages: bytes of a warp's digits, and its chunks of a tile.
-constexpr int most_digits(int stage = 0) {
-    return stage == STAGES
-               ? 0
-               : most(up_to(shape_of(stage).steps(), 4) * 4 * digits_nbytes(shape_of(stage).kind),
-                      most_digits(stage + 1));
+// Of all stages: a lane's fours, and a warp's chunks of a tile.
+constexpr int most_fours(int first, int end) {
+    return first == end ? 0
+                        : most(fours_of(shape_of(first).kind, shape_of(first).steps()), most_fours(first + 1, end));
 }
-constexpr int most_steps(int stage = 0) {
-    return stage == STAGES ? 0 : most(shape_of(stage).steps(), most_steps(stage + 1));
+constexpr int BODY_FOURS = most_fours(QUERY, HEAD), HEAD_FOURS = most_fours(HEAD, STAGES);
+constexpr int digits_nbytes_of(int kind, int fours) {
+    return fours * EACH * LANES / chunk_inputs(kind) * digits_nbytes(kind);
 }
-constexpr int DIGITS_NBYTES = most_digits();
+constexpr int DIGITS_NBYTES =
+    most(digits_nbytes_of(BODY_KIND, BODY_FOURS), digits_nbytes_of(HEAD_KIND, HEAD_FOURS));
+constexpr int MOST_FOURS = most(BODY_FOURS, HEAD_FOURS);
 
-struct WarpInputs {
+struct alignas(16) WarpInputs {
     unsigned char digits[DIGITS_NBYTES];
-    float sums[(has_scales(BODY_KIND) || has_scales(HEAD_KIND) ? most_steps() : 1) * QUARTERS];
+    float units[MOST_FOURS];            // of the smaller digits, for integers
+    float sums[MOST_FOURS * QUARTERS];  // of the inputs of pieces, for weights with a minimum
 };
 
-// The inputs of a warp's chunks for its lanes.
-template <int STAGE>
+// The inputs of a warp's chunks as its lanes multiply them.
+template <int KIND>
 struct Inputs {
-    static constexpr int KIND = shape_of(STAGE).kind, STEPS = shape_of(STAGE).steps();
+    const WarpInputs& warp;
     const unsigned char* column;  // of this lane: digits of its own inputs, or zeros
-    InputScale scales[STEPS];
+    int stride;                   // to those of the next chunk
 
+    template <int FOURS>
     DEVICE Inputs(
-        const Worker& me, const Four (&inputs)[Mine<STAGE>::FOURS], WarpInputs& warp,
-        const unsigned char* zeros) {
-        constexpr int CHUNK = chunk_inputs(KIND), FOURS = Mine<STAGE>::FOURS;
+        const Worker& me, const Four (&inputs)[FOURS], WarpInputs& warp, const unsigned char* zeros)
+        : warp(warp) {
+        constexpr int CHUNK = chunk_inputs(KIND);
         UNROLL for (int i = 0; i < FOURS; ++i) {
-            const int place = Mine<STAGE>::place(me, i);
+            const int place = Mine<KIND>::place(me, i);
             const float unit = store_digits<KIND>(
                 warp.digits + place / CHUNK * digits_nbytes(KIND), place % CHUNK, inputs[i].values);
-            UNROLL for (int step = 0; step < STEPS; ++step)
-                if (step * CHUNK / (EACH * LANES) == i) scales[step].unit = unit;
+            if (KIND != BF16 && me.lane == 0) warp.units[i] = unit;
             if constexpr (KIND == INT4_G32) {
                 constexpr int SHARERS = LANES / QUARTERS;  // of a piece
                 const float(&x)[EACH] = inputs[i].values;
@@ -46,15 +48,15 @@ struct Inputs {
         }
         sync_warp();
         const int number = me.lane / QUARTERS;
-        column = number / 2 == me.lane % QUARTERS ? warp.digits + number * column_nbytes(KIND) : zeros;
-        if constexpr (KIND == INT4_G32)
-            UNROLL for (int step = 0; step < STEPS; ++step)
-                scales[step].sum = warp.sums[step * QUARTERS + me.lane % QUARTERS];
+        const bool is_own = number / 2 == me.lane % QUARTERS;
+        column = is_own ? warp.digits + number * column_nbytes(KIND) : zeros;
+        stride = is_own ? digits_nbytes(KIND) : 0;
     }
 
-    // Add the products of chunk STEP of a tile.
-    template <int STEP>
-    DEVICE void multiply(const Pieces& pieces, TileSums<KIND>& sums) const {
-        sums.add(pieces, column + STEP * digits_nbytes(KIND), scales[STEP]);
+    DEVICE InputScale scale(const Worker& me, int step) const {
+        if constexpr (KIND == BF16) return {1, 0};
+        return {
+            warp.units[step * chunk_inputs(KIND) / (EACH * LANES)],
+            KIND == INT4_G32 ? warp.sums[step * QUARTERS + me.lane % QUARTERS] : 0};
     }
 };

@@ -72,19 +72,10 @@ constexpr int row_distance(int stage) {
 // Who runs this.
 struct Worker {
     int thread, program, warp, lane;
-    int first_pair[STAGES], pairs[STAGES];  // of this program, in each matrix
 
     DEVICE Worker()
         : thread(thread_id()), program(program_id()), warp(same_for_warp(thread / LANES)),
-          lane(thread % LANES) {
-        for_each<0, STAGES>([&](auto stage) {
-            constexpr int STAGE = decltype(stage)::VALUE;
-            constexpr long long PAIRS = shape_of(STAGE).pairs();
-            first_pair[STAGE] = static_cast<int>(program * PAIRS / PROGRAMS);
-            pairs[STAGE] = static_cast<int>((program + 1) * PAIRS / PROGRAMS) - first_pair[STAGE];
-        });
-        begin_stage();
-    }
+          lane(thread % LANES) {}
 
     // Compute nothing of the stage before its turn: what others wait for comes first.
     DEVICE void begin_stage() {
@@ -92,10 +83,6 @@ struct Worker {
         forget(program);
         forget(warp);
         forget(lane);
-        for_each<0, STAGES>([&](auto stage) {
-            forget(first_pair[decltype(stage)::VALUE]);
-            forget(pairs[decltype(stage)::VALUE]);
-        });
     }
 };
 

@@ -22,45 +22,27 @@ DEVICE float2 joined(const float* parts, int pair) {
     return make_float2(sum_of_warps(parts), sum_of_warps(parts + WARPS));
 }
 
-// The first chunks of a stage of a layer, which are taken before its inputs are there, ...
-template <int STAGE>
-struct FirstPieces {
-    static constexpr int STEPS = shape_of(STAGE).steps();
-    static constexpr int COUNT = least(TAKEN_EARLY, shape_of(STAGE).total());
-    Pieces pieces[COUNT];
-
-    DEVICE FirstPieces(const Worker& me, Reader& reader, int block) {
-        for_each<0, COUNT>([&](auto chunk) {
-            constexpr int CHUNK = decltype(chunk)::VALUE;
-            pieces[CHUNK] = reader.take<STAGE, CHUNK % STEPS>(me, block, CHUNK / STEPS);
-        });
-    }
-};
-
-// ... and all products of the stage.
-template <int STAGE>
+// Multiply `tiles` tiles of a share. `pieces` is the first chunk, taken before the inputs are there, and
+// afterwards the one behind, if there are `more` tiles.
+template <int KIND>
 DEVICE void multiply(
-    const Worker& me, Reader& reader, int block, const FirstPieces<STAGE>& first,
-    const Inputs<STAGE>& inputs, float* parts) {
-    constexpr int KIND = shape_of(STAGE).kind, STEPS = shape_of(STAGE).steps();
-    for_each<0, shape_of(STAGE).tiles()>([&](auto tile) {
-        constexpr int TILE = decltype(tile)::VALUE;
+    const Worker& me, Reader& reader, int tiles, bool more, int steps, int row_nbytes,
+    const Inputs<KIND>& inputs, Pieces& pieces, float* parts) {
+    ROLLED for (int tile = 0; tile < tiles; ++tile) {
         TileSums<KIND> sums;
-        for_each<0, STEPS>([&](auto step) {
-            constexpr int STEP = decltype(step)::VALUE, CHUNK = TILE * STEPS + STEP;
-            if constexpr (CHUNK < FirstPieces<STAGE>::COUNT)
-                inputs.template multiply<STEP>(first.pieces[CHUNK], sums);
-            else
-                inputs.template multiply<STEP>(reader.take<STAGE, STEP>(me, block, TILE), sums);
-        });
-        store_sums(me, sums, TILE, parts);
-    });
-}
-
-// The scale of a row whose inputs share one.
-template <int STAGE>
-DEVICE float row_scale(const Codes& matrix, long long block, int row) {
-    constexpr Shape SHAPE = shape_of(STAGE);
-    if constexpr (SHAPE.kind != INT8) return 1;
-    return reinterpret_cast<const float*>(matrix.scales + block * (static_cast<long long>(SHAPE.rows) * 4))[row];
+        const unsigned char* digits = inputs.column;
+        int step = 0;
+        while (true) {
+            if (MIXED_KINDS) {  // what lies behind a row can be no number at all
+                const int begin = (me.warp + step * WARPS) * CHUNK_NBYTES;
+                if (begin + me.lane % QUARTERS * PIECE_NBYTES >= row_nbytes) pieces = {};
+            }
+            sums.add(pieces, digits, inputs.scale(me, step));
+            const bool is_last = ++step == steps;
+            if (!is_last || tile + 1 < tiles || more) pieces = reader.take<KIND>(me);
+            if (is_last) break;
+            digits += inputs.stride;
+        }
+        store_sums(me, sums, tile, parts);
+    }
 }

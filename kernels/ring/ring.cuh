@@ -21,37 +21,43 @@ constexpr int PARTS = most_tiles() * TILE_PAIRS * PAIR_FLOATS;
 constexpr int most_body_pairs(int stage = 0) {
     return stage == HEAD ? 0 : most(shape_of(stage).most_pairs(), most_body_pairs(stage + 1));
 }
-static_assert(most_body_pairs() <= THREADS, "a thread finishes one pair");
+static_assert(most_body_pairs() <= WORKERS, "a thread finishes one pair");
 
 constexpr bool ANY_SCALES = has_scales(BODY_KIND) || has_scales(HEAD_KIND);
+// What the slots hold beyond a row, left by others, is finite in one kind of weights.
+constexpr bool MIXED_KINDS = BODY_KIND != HEAD_KIND && (BODY_KIND == BF16 || HEAD_KIND == BF16);
 constexpr int TILE_ROWS = 2 * TILE_PAIRS;
 constexpr int SLICE_NBYTES = WARPS * CHUNK_NBYTES;  // of a row: one chunk for each warp
 // Rows are apart so that the lanes that read neighbouring ones meet no bank twice.
 constexpr int SLICE_PITCH = up_to(SLICE_NBYTES, 128) * 128 + 64;
 // Scales of rows may begin anywhere; copies begin at multiples of 16 bytes.
 constexpr int SCALES_PITCH = WARPS * 16 + 16;
-constexpr int SLOT_NBYTES = TILE_ROWS * (SLICE_PITCH + (ANY_SCALES ? SCALES_PITCH : 0));
+// Where it is said by how many bytes the scales of a row are shifted.
+constexpr int SHIFTS = TILE_ROWS * (SLICE_PITCH + SCALES_PITCH);
+constexpr int SLOT_NBYTES =
+    TILE_ROWS * (SLICE_PITCH + (ANY_SCALES ? SCALES_PITCH + static_cast<int>(sizeof(int)) : 0));
 // What a program has beside its ring, or a little more.
 constexpr int OTHER_NBYTES =
-    WARPS * static_cast<int>(sizeof(WarpInputs)) + DIGITS_NBYTES + 2 * PARTS * 4 + (WARPS + 12) * HEAD_DIM * 4 + 2048;
+    WARPS * static_cast<int>(sizeof(WarpInputs)) + 2 * PARTS * 4 + (WARPS + 12) * HEAD_DIM * 4 + 4096;
 constexpr int SLOTS = least(RING_SLOTS, (SHARED_LIMIT - OTHER_NBYTES) / SLOT_NBYTES);
 static_assert(SLOTS > 1, "more shared memory than a program can have");
 
-// The carrier's view of a matrix.
-struct Freight {
-    const unsigned char* codes;  // of block 0; the others follow
-    const unsigned char* scales;
+// A program's share of a matrix, found in shared memory by the number of the stage.
+struct Share {
+    Codes matrix;  // of block 0; the others follow
     long long block_nbytes, block_scales_nbytes;
-    int row_nbytes, row_scales_nbytes, chunk_scales_nbytes;
+    int cols, row_nbytes, row_scales_nbytes, chunk_scales_nbytes;
     int distance;      // rows between those of a pair
     int tiles, steps;  // slices of a tile
     int first_pair, pairs;
+
+    DEVICE int first_row(int stage, int pair) const { return row_of(stage, first_pair + pair); }
 };
 
 struct Ring {
     unsigned char slots[SLOTS][SLOT_NBYTES];
     Barrier full[SLOTS], empty[SLOTS];
-    Freight freights[STAGES];
+    Share shares[STAGES];
 };
 
 // A place in the order of slices.
@@ -70,16 +76,18 @@ struct RingPlace {
 };
 
 // Before anyone uses it, by one thread.
-DEVICE void prepare(Ring& ring, const Worker& me, const Codes (&matrices)[STAGES]) {
+DEVICE void prepare(Ring& ring, int program, const Codes (&matrices)[STAGES]) {
     for_each<0, STAGES>([&](auto stage) {
         constexpr int STAGE = decltype(stage)::VALUE;
         constexpr Shape SHAPE = shape_of(STAGE);
         constexpr int ROW = SHAPE.row_nbytes(), SCALES = SHAPE.scales_nbytes();
-        ring.freights[STAGE] = {
-            matrices[STAGE].codes, matrices[STAGE].scales, static_cast<long long>(SHAPE.rows) * ROW,
-            static_cast<long long>(SHAPE.rows) * SCALES, ROW, SCALES,
+        constexpr long long ROWS = SHAPE.rows, PAIRS = SHAPE.pairs();
+        const int first = static_cast<int>(program * PAIRS / PROGRAMS);
+        const int end = static_cast<int>((program + 1) * PAIRS / PROGRAMS);
+        ring.shares[STAGE] = {
+            matrices[STAGE], ROWS * ROW, ROWS * SCALES, SHAPE.cols, ROW, SCALES,
             has_scales(SHAPE.kind) ? chunk_scales_nbytes(SHAPE.kind) : 0, row_distance(STAGE),
-            SHAPE.tiles(), SHAPE.steps(), me.first_pair[STAGE], me.pairs[STAGE]};
+            SHAPE.tiles(), SHAPE.steps(), first, end - first};
     });
     for (int i = 0; i < SLOTS; ++i) {
         init_barrier(ring.full[i], 1);
@@ -97,25 +105,24 @@ struct Carrier {
 
     // All slices of a matrix of a block.
     DEVICE void bring(int stage, int block) {
-        const Freight& freight = ring.freights[stage];
+        const Share& share = ring.shares[stage];
         // 16 lanes have the rows of a tile, first those of the pairs' first ones; the other lanes have
         // the scales of these rows
         const int number = lane % TILE_ROWS;
         const bool has_codes = lane < TILE_ROWS;
-        const int row_nbytes = has_codes ? freight.row_nbytes : freight.row_scales_nbytes;
-        const int slice_nbytes = has_codes ? SLICE_NBYTES : WARPS * freight.chunk_scales_nbytes;
+        const int row_nbytes = has_codes ? share.row_nbytes : share.row_scales_nbytes;
+        const int slice_nbytes = has_codes ? SLICE_NBYTES : WARPS * share.chunk_scales_nbytes;
         const unsigned char* const matrix =
-            has_codes ? freight.codes + block * freight.block_nbytes
-                      : freight.scales + block * freight.block_scales_nbytes;
+            has_codes ? share.matrix.codes + block * share.block_nbytes
+                      : share.matrix.scales + block * share.block_scales_nbytes;
         const int to = has_codes ? number * SLICE_PITCH
                                  : TILE_ROWS * SLICE_PITCH + number * SCALES_PITCH;
-        ROLLED for (int tile = 0; tile < freight.tiles; ++tile) {
+        ROLLED for (int tile = 0; tile < share.tiles; ++tile) {
             const int pair = tile * TILE_PAIRS + number % TILE_PAIRS;
-            const int row = row_of(stage, freight.first_pair + pair) +
-                            number / TILE_PAIRS * freight.distance;
+            const int row = share.first_row(stage, pair) + number / TILE_PAIRS * share.distance;
             const unsigned char* from = matrix + row * row_nbytes;
-            int left = pair < freight.pairs && slice_nbytes > 0 ? row_nbytes : 0;
-            ROLLED for (int step = 0; step < freight.steps; ++step) {
+            int left = pair < share.pairs && slice_nbytes > 0 ? row_nbytes : 0;
+            ROLLED for (int step = 0; step < share.steps; ++step) {
                 bring_slice(from, least(left, slice_nbytes), has_codes, to);
                 from += slice_nbytes;
                 left = most(left - slice_nbytes, 0);
@@ -126,11 +133,13 @@ struct Carrier {
 private:
     // One slice: this lane's part of it.
     DEVICE void bring_slice(const unsigned char* from, int nbytes, bool has_codes, int to) {
+        int shift = 0;
         if (ANY_SCALES && !has_codes && nbytes > 0) {
             // whole units of 16 bytes around them
             const int before = misalignment(from);
             from -= before;
             nbytes = up_to(nbytes + before, 16) * 16;
+            shift = before;
         }
         const int total = reduce_add(nbytes);
         if (under_way == WINDOW) {
@@ -140,6 +149,9 @@ private:
             ++under_way;
         }
         wait_for(ring.empty[place.slot], place.parity ^ 1);
+        if (ANY_SCALES && !has_codes)
+            reinterpret_cast<int*>(ring.slots[place.slot] + SHIFTS)[lane % TILE_ROWS] = shift;
+        sync_warp();
         if (lane == 0) arrive_expecting(ring.full[place.slot], total);
         sync_warp();
         if (nbytes > 0) copy_bulk(ring.slots[place.slot] + to, from, nbytes, ring.full[place.slot]);
@@ -154,11 +166,9 @@ struct Reader {
 
     DEVICE explicit Reader(Ring& ring) : ring(ring) {}
 
-    // What this lane has of the next chunk, number STEP of a tile, when it is there.
-    template <int STAGE, int STEP>
-    DEVICE Pieces take(const Worker& me, int block, int tile) {
-        constexpr Shape SHAPE = shape_of(STAGE);
-        constexpr int SCALES = SHAPE.scales_nbytes();
+    // What this lane has of the next chunk, when it is there.
+    template <int KIND>
+    DEVICE Pieces take(const Worker& me) {
         wait_for(ring.full[place.slot], place.parity);
         const unsigned char* const slot = ring.slots[place.slot];
         const int pair = me.lane / QUARTERS, quarter = me.lane % QUARTERS;
@@ -168,28 +178,17 @@ struct Reader {
             pieces.codes[i] = *reinterpret_cast<const Codes16*>(
                 slot + number * SLICE_PITCH + me.warp * CHUNK_NBYTES + quarter * PIECE_NBYTES);
             pieces.scales[i] = 0;
-            if constexpr (has_scales(SHAPE.kind)) {
-                int before = 0;
-                if constexpr (SCALES % 16 != 0) {
-                    const int row = row_of(STAGE, me.first_pair[STAGE] + tile * TILE_PAIRS + pair) +
-                                    i * row_distance(STAGE);
-                    before = (block * SHAPE.rows + row) * SCALES % 16;
-                }
+            if constexpr (has_scales(KIND)) {
+                const int shift = reinterpret_cast<const int*>(slot + SHIFTS)[number];
                 pieces.scales[i] = *reinterpret_cast<const unsigned*>(
-                    slot + TILE_ROWS * SLICE_PITCH + number * SCALES_PITCH + before +
-                    me.warp * chunk_scales_nbytes(SHAPE.kind) +
-                    (SHAPE.kind == INT4_G32 ? quarter * 4 : 0));
-                if constexpr (SHAPE.kind == INT8_G32) pieces.scales[i] >>= quarter / 2 * 16;
+                    slot + TILE_ROWS * SLICE_PITCH + number * SCALES_PITCH + shift +
+                    me.warp * chunk_scales_nbytes(KIND) + (KIND == INT4_G32 ? quarter * 4 : 0));
+                if constexpr (KIND == INT8_G32) pieces.scales[i] >>= quarter / 2 * 16;
             }
         }
         sync_warp();
         if (me.lane == 0) arrive(ring.empty[place.slot]);
         place.advance();
-        // behind the end of the rows lies something else
-        if constexpr ((STEP + 1) * SLICE_NBYTES > SHAPE.row_nbytes()) {
-            const int within = (me.warp + STEP * WARPS) * CHUNK_NBYTES + quarter * PIECE_NBYTES;
-            if (within >= SHAPE.row_nbytes()) pieces = {};
-        }
         return pieces;
     }
 };

@@ -24,8 +24,6 @@ CACHES = {"fp16": 0, "bf16": 1, "fp32": 2}
 WARPS = 16
 RING_SLOTS = 16  # of the ring, at most: what shared memory holds is less
 WINDOW = 2  # slices of weights that a program has under way at a time
-TAKEN_EARLY = 4  # chunks of a stage that a warp has in registers before its inputs are there
-SPREAD = 1  # sectors of the L2 cache for each of a vector
 ROOM_FOR_PARTS = 8  # of a head's attention, in the vectors
 LOAD_NBYTES = 16  # of a row that a lane reads at a time
 EPOCHS = 5  # of a layer
@@ -186,17 +184,15 @@ def kernel_constants(
     """
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    partial = config.num_attention_heads * ROOM_FOR_PARTS * (config.head_dim + 2)
-    sizes = (2 * config.hidden_size, queries + 2 * keys, config.intermediate_size)
-    vectors = queries + partial + (sum(sizes) + 4 * 8) * SPREAD // 2
+    partial = config.num_attention_heads * ROOM_FOR_PARTS * (config.head_dim + 1)
+    values = 2 * (config.hidden_size + queries + keys) + config.intermediate_size
+    vectors = -(-values // 2) + partial
     return {
         "PROGRAMS": programs,
         "WARPS": WARPS,
         "THREADS": 32 * (WARPS + 1),
         "RING_SLOTS": RING_SLOTS,
         "WINDOW": WINDOW,
-        "TAKEN_EARLY": TAKEN_EARLY,
-        "SPREAD": SPREAD,
         "VECTORS": vectors,
         "HIDDEN": config.hidden_size,
         "INNER": config.intermediate_size,
