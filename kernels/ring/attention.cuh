@@ -22,7 +22,7 @@ constexpr int ELEMENT_NBYTES = 16 / PER_LOAD;
 constexpr int LANES_PER_TOKEN = HEAD_DIM / PER_LOAD;
 constexpr int TOKENS_PER_WARP = LANES / LANES_PER_TOKEN;
 constexpr int TILE = WARPS * TOKENS_PER_WARP;
-constexpr int AHEAD = 2;  // tiles on their way
+constexpr int AHEAD = most(2, least(4, up_to(128, TILE)));  // tiles on their way
 static_assert(HEAD_DIM % PER_LOAD == 0 && LANES % LANES_PER_TOKEN == 0, "a head is a power of two");
 
 // One program attends to a head's tokens, while these are no more tiles than this ...
@@ -107,7 +107,7 @@ DEVICE void unpack_elements(const Load& load, float (&values)[PER_LOAD]) {
 }
 
 struct alignas(16) AttentionShared {
-    float largest[WARPS], total[WARPS];
+    float total[PADDED_WARPS], largest[WARPS];
     float sums[WARPS * HEAD_DIM];
     // parts that one program joins
     float part_values[MANY_PARTS * HEAD_DIM], part_logs[MANY_PARTS];
@@ -268,6 +268,10 @@ DEVICE void attend(
         value[i] = load_elements(values + i * STEP, token + i * TILE < end);
     }
 
+    // one thread per dimension joins all tokens, and needs the new value then
+    const bool joins = me.thread < HEAD_DIM;
+    const unsigned* const new_values = qkv + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + me.thread;
+    unsigned new_value = joins ? load_relaxed(new_values) : 0;
     float query_and_key[2][PER_LOAD];
     receive_dims(me, qkv, {head, HEADS + kv_head}, epoch - 1, query_and_key);
     float(&query)[PER_LOAD] = query_and_key[0], (&new_key)[PER_LOAD] = query_and_key[1];
@@ -290,16 +294,11 @@ DEVICE void attend(
     }
     if (task >= PROGRAMS) sync_workers();  // of the task before, all is read
     store_warp(me, softmax, reference, shared);
-    unsigned new_value = 0;
-    if (me.thread < HEAD_DIM && part == 0) {
-        const unsigned* const place =
-            qkv + (HEADS + KV_HEADS + kv_head) * HEAD_DIM + me.thread;
-        do new_value = load_relaxed(place);
-        while (is_late(new_value, epoch - 1));
-    }
+    if (joins)
+        while (is_late(new_value, epoch - 1)) new_value = load_relaxed(new_values);
     sync_workers();
 
-    if (me.thread < HEAD_DIM) {
+    if (joins) {
         const int dim = me.thread;
         // the warps' sums, relative to the largest score of all
         float largest = reference;

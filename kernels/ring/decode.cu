@@ -40,7 +40,7 @@ struct alignas(16) Shared {
     WarpInputs inputs[WARPS];
     unsigned char zeros[2 * PIECE_NBYTES];  // digits of other lanes' inputs
     float parts[2][PARTS];                  // of one stage, and of the next
-    float squares[WARPS];
+    float squares[PADDED_WARPS];
     Candidate candidates[WARPS];
     AttentionShared attention;
 };
@@ -224,18 +224,20 @@ KERNEL(decode, Arguments) {
                     stage == QUERY ? arguments.attention_norms : arguments.ffn_norms;
                 const Norm<BODY_KIND, BODY_FOURS> norm(
                     me, is_normed ? norms + block * HIDDEN : nullptr);
-                Pieces pieces = reader.take<BODY_KIND>(me);
-
-                Four values[BODY_FOURS];
-                receive<BODY_KIND>(
-                    me, vectors + input_of(stage), share.cols, epoch + epoch_of(stage), values);
-                MARK();
-                if (is_normed) norm.apply(me, values, shared.squares);
-                const Inputs<BODY_KIND> inputs(me, values, my_inputs, shared.zeros);
+                const Inputs<BODY_KIND> inputs(me, my_inputs, shared.zeros);
                 float* const parts = shared.parts[stage % 2];
+                float square = 0;
                 multiply(
-                    me, reader, share.tiles, false, share.steps, share.row_nbytes, inputs, pieces,
-                    parts);
+                    me, reader, share.tiles, share.steps, share.row_nbytes, inputs, parts, [&] {
+                        Four values[BODY_FOURS];
+                        receive<BODY_KIND>(
+                            me, vectors + input_of(stage), share.cols, epoch + epoch_of(stage),
+                            values);
+                        MARK();
+                        if (is_normed) square = norm.apply(values);
+                        inputs.store(me, share.fours, values);
+                    });
+                if (is_normed) store_squares(me, square, shared.squares);
                 sync_workers();
                 MARK();
                 if (!finishes) continue;
@@ -264,18 +266,20 @@ KERNEL(decode, Arguments) {
         me.begin_stage();
         const Share& share = shared.ring.shares[HEAD];
         const Norm<HEAD_KIND, HEAD_FOURS> norm(me, arguments.final_norm);
-        Pieces pieces = reader.take<HEAD_KIND>(me);
-        Four values[HEAD_FOURS];
-        receive<HEAD_KIND>(me, vectors + X, HIDDEN, epoch, values);
-        norm.apply(me, values, shared.squares);
-        const Inputs<HEAD_KIND> inputs(me, values, my_inputs, shared.zeros);
+        const Inputs<HEAD_KIND> inputs(me, my_inputs, shared.zeros);
         Candidate best = no_candidate();
         ROLLED for (int begin = 0; begin < share.tiles; begin += HEAD_TILES) {
             float* const parts = shared.parts[begin / HEAD_TILES % 2];
             const int tiles = least(HEAD_TILES, share.tiles - begin);
             multiply(
-                me, reader, tiles, begin + tiles < share.tiles, share.steps, share.row_nbytes, inputs,
-                pieces, parts);
+                me, reader, tiles, share.steps, share.row_nbytes, inputs, parts, [&] {
+                    if (begin > 0) return;
+                    Four values[HEAD_FOURS];
+                    receive<HEAD_KIND>(me, vectors + X, HIDDEN, epoch, values);
+                    const float square = norm.apply(values);
+                    inputs.store(me, HEAD_FOURS, values);
+                    store_squares(me, square, shared.squares);
+                });
             sync_workers();
             ROLLED for (int i = me.thread; i < tiles * TILE_PAIRS; i += WORKERS) {
                 const int pair = begin * TILE_PAIRS + i;

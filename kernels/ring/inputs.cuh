@@ -24,16 +24,23 @@ struct alignas(16) WarpInputs {
 // The inputs of a warp's chunks as its lanes multiply them.
 template <int KIND>
 struct Inputs {
-    const WarpInputs& warp;
+    WarpInputs& warp;
     const unsigned char* column;  // of this lane: digits of its own inputs, or zeros
     int stride;                   // to those of the next chunk
 
+    DEVICE Inputs(const Worker& me, WarpInputs& warp, const unsigned char* zeros) : warp(warp) {
+        const int number = me.lane / QUARTERS;
+        const bool is_own = number / 2 == me.lane % QUARTERS;
+        column = is_own ? warp.digits + number * column_nbytes(KIND) : zeros;
+        stride = is_own ? digits_nbytes(KIND) : 0;
+    }
+
+    // Store the digits of the lanes' first `fours` fours.
     template <int FOURS>
-    DEVICE Inputs(
-        const Worker& me, const Four (&inputs)[FOURS], WarpInputs& warp, const unsigned char* zeros)
-        : warp(warp) {
+    DEVICE void store(const Worker& me, int fours, const Four (&inputs)[FOURS]) const {
         constexpr int CHUNK = chunk_inputs(KIND);
         UNROLL for (int i = 0; i < FOURS; ++i) {
+            if (i > 0 && i >= fours) break;
             const int place = Mine<KIND>::place(me, i);
             const float unit = store_digits<KIND>(
                 warp.digits + place / CHUNK * digits_nbytes(KIND), place % CHUNK, inputs[i].values);
@@ -47,10 +54,6 @@ struct Inputs {
             }
         }
         sync_warp();
-        const int number = me.lane / QUARTERS;
-        const bool is_own = number / 2 == me.lane % QUARTERS;
-        column = is_own ? warp.digits + number * column_nbytes(KIND) : zeros;
-        stride = is_own ? digits_nbytes(KIND) : 0;
     }
 
     DEVICE InputScale scale(const Worker& me, int step) const {

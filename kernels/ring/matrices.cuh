@@ -6,7 +6,7 @@
 #pragma once
 #include "weights.cuh"
 
-static_assert(WARPS % 4 == 0, "warps store their parts of sums in fours");
+constexpr int PADDED_WARPS = up_to(WARPS, 4) * 4;  // their parts of sums are read in fours
 constexpr int WORKERS = WARPS * LANES;  // threads that multiply; one warp more brings the weights
 static_assert(THREADS == WORKERS + LANES, "a warp has 32 threads");
 

@@ -3,6 +3,10 @@
 #pragma once
 #include "ring.cuh"
 
+#ifndef TOGETHER
+#define TOGETHER 4
+#endif
+
 // Store a warp's part of the sums of a tile.
 template <int KIND>
 DEVICE void store_sums(const Worker& me, const TileSums<KIND>& sums, int tile, float* parts) {
@@ -13,36 +17,46 @@ DEVICE void store_sums(const Worker& me, const TileSums<KIND>& sums, int tile, f
     sum += shuffle_xor(quarter % 2 ? first : second, 1);
     sum += shuffle_xor(sum, 2);
     if (quarter < 2)
-        parts[(tile * TILE_PAIRS + me.lane / QUARTERS) * PAIR_FLOATS + quarter * WARPS + me.warp] = sum;
+        parts[(tile * TILE_PAIRS + me.lane / QUARTERS) * PAIR_FLOATS + quarter * PADDED_WARPS +
+              me.warp] = sum;
 }
 
 // The sums of a pair, once all warps have stored their parts.
 DEVICE float2 joined(const float* parts, int pair) {
     parts += pair * PAIR_FLOATS;
-    return make_float2(sum_of_warps(parts), sum_of_warps(parts + WARPS));
+    return make_float2(sum_of_warps(parts), sum_of_warps(parts + PADDED_WARPS));
 }
 
-// Multiply `tiles` tiles of a share. `pieces` is the first chunk, taken before the inputs are there, and
-// afterwards the one behind, if there are `more` tiles.
-template <int KIND>
+// Multiply `tiles` tiles, `steps` chunks of each, some chunks at a time: these are taken together, the
+// first ones before `receive()` waits for the inputs.
+template <int KIND, class Receive>
 DEVICE void multiply(
-    const Worker& me, Reader& reader, int tiles, bool more, int steps, int row_nbytes,
-    const Inputs<KIND>& inputs, Pieces& pieces, float* parts) {
-    ROLLED for (int tile = 0; tile < tiles; ++tile) {
-        TileSums<KIND> sums;
-        const unsigned char* digits = inputs.column;
-        int step = 0;
-        while (true) {
+    const Worker& me, Reader& reader, int tiles, int steps, int row_nbytes, const Inputs<KIND>& inputs,
+    float* parts, const Receive& receive) {
+    const int total = tiles * steps;
+    int tile = 0, step = 0;
+    TileSums<KIND> sums;
+    const unsigned char* digits = inputs.column;
+    ROLLED for (int begin = 0; begin < total; begin += TOGETHER) {
+        Pieces pieces[TOGETHER];
+        UNROLL for (int i = 0; i < TOGETHER; ++i)
+            if (begin + i < total) pieces[i] = reader.take<KIND>(me);
+        if (begin == 0) receive();
+        UNROLL for (int i = 0; i < TOGETHER; ++i) {
+            if (begin + i >= total) break;
             if (MIXED_KINDS) {  // what lies behind a row can be no number at all
-                const int begin = (me.warp + step * WARPS) * CHUNK_NBYTES;
-                if (begin + me.lane % QUARTERS * PIECE_NBYTES >= row_nbytes) pieces = {};
+                const int within = (me.warp + step * WARPS) * CHUNK_NBYTES;
+                if (within + me.lane % QUARTERS * PIECE_NBYTES >= row_nbytes) pieces[i] = {};
             }
-            sums.add(pieces, digits, inputs.scale(me, step));
-            const bool is_last = ++step == steps;
-            if (!is_last || tile + 1 < tiles || more) pieces = reader.take<KIND>(me);
-            if (is_last) break;
+            sums.add(pieces[i], digits, inputs.scale(me, step));
             digits += inputs.stride;
+            if (++step == steps) {
+                store_sums(me, sums, tile, parts);
+                sums = {};
+                digits = inputs.column;
+                ++tile;
+                step = 0;
+            }
         }
-        store_sums(me, sums, tile, parts);
     }
 }

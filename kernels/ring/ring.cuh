@@ -10,7 +10,7 @@
 
 // Parts of sums: of a pair its first row's, one of each warp, then its second row's. Pairs are apart
 // so that the threads that read them meet no bank twice.
-constexpr int PAIR_FLOATS = 2 * WARPS + 4;
+constexpr int PAIR_FLOATS = 2 * PADDED_WARPS + 4;
 constexpr int HEAD_TILES = 8;  // that are added up together, of the many of the head
 constexpr int most_tiles(int stage = 0) {
     return stage == HEAD ? least(HEAD_TILES, shape_of(HEAD).tiles())
@@ -49,6 +49,7 @@ struct Share {
     int cols, row_nbytes, row_scales_nbytes, chunk_scales_nbytes;
     int distance;      // rows between those of a pair
     int tiles, steps;  // slices of a tile
+    int fours;         // that a lane has of the inputs
     int first_pair, pairs;
 
     DEVICE int first_row(int stage, int pair) const { return row_of(stage, first_pair + pair); }
@@ -87,7 +88,7 @@ DEVICE void prepare(Ring& ring, int program, const Codes (&matrices)[STAGES]) {
         ring.shares[STAGE] = {
             matrices[STAGE], ROWS * ROW, ROWS * SCALES, SHAPE.cols, ROW, SCALES,
             has_scales(SHAPE.kind) ? chunk_scales_nbytes(SHAPE.kind) : 0, row_distance(STAGE),
-            SHAPE.tiles(), SHAPE.steps(), first, end - first};
+            SHAPE.tiles(), SHAPE.steps(), fours_of(SHAPE.kind, SHAPE.steps()), first, end - first};
     });
     for (int i = 0; i < SLOTS; ++i) {
         init_barrier(ring.full[i], 1);

@@ -94,8 +94,8 @@ struct Norm {
         }
     }
 
-    // Multiply inputs; the sum of their squares is joined later.
-    DEVICE void apply(const Worker& me, Four (&inputs)[FOURS], float* squares) const {
+    // Multiply inputs; returns the sum of their squares.
+    DEVICE float apply(Four (&inputs)[FOURS]) const {
         float square = 0;
         UNROLL for (int i = 0; i < FOURS; ++i) {
             UNROLL for (int j = 0; j < EACH; ++j) {
@@ -104,16 +104,21 @@ struct Norm {
                 value *= weights[i].values[j];
             }
         }
-        UNROLL for (int mask = LANES / 2; mask > 0; mask /= 2) square += shuffle_xor(square, mask);
-        if (me.lane == 0) squares[me.warp] = square;
+        return square;
     }
 };
 
-// The sum of what all warps stored side by side.
+// Join the lanes' sums of squares; those of warps are joined by who needs them.
+DEVICE void store_squares(const Worker& me, float square, float* squares) {
+    UNROLL for (int mask = LANES / 2; mask > 0; mask /= 2) square += shuffle_xor(square, mask);
+    if (me.lane == 0) squares[me.warp] = square;
+}
+
+// The sum of what all warps stored side by side, and zeros behind.
 DEVICE float sum_of_warps(const float* parts) {
     const float4* const fours = reinterpret_cast<const float4*>(parts);
     float4 sum = fours[0];
-    UNROLL for (int i = 1; i < WARPS / 4; ++i) {
+    UNROLL for (int i = 1; i < PADDED_WARPS / 4; ++i) {
         const float4 more = fours[i];
         sum.x += more.x;
         sum.y += more.y;
