@@ -38,8 +38,9 @@ SMALL = Tiling(64, 64, 64, 4, 3, 2, 0.78)
 FEW = Tiling(16, 64, 64, 4, 4, 2, 0.4)
 WITH_COPY_ENGINE = (LARGE, SMALL, FEW)
 WITHOUT = (PLAIN, SMALL, FEW)  # addresses need registers, too
-# Of CUDA C++: a cluster's tiles, on two multiprocessors, whose speed is that of both. It gained 3%
-# of a block of 36 million results, 1.07 times LARGE's speed, and lost 2% of one of 3 million.
+# Of CUDA C++: a cluster's tiles, on two multiprocessors, whose speed is that of both. It gained
+# 2% to 5% of a block of 36 million results, for which it is 1.07 times as fast as LARGE, and lost
+# 2% of one of 3 million.
 CLUSTER = Tiling(wgmma.CLUSTER_ROWS, wgmma.SWIGLU_WIDTH, 64, 12, 4, 1, 2 * 1.07)
 CLUSTER_RESULTS_FROM = 1 << 25
 
