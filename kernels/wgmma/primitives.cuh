@@ -4,6 +4,9 @@
 #define DEVICE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 #define ROLLED _Pragma("unroll 1")
+#define KERNEL(name, Arguments)                              \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) \
+        name(const __grid_constant__ Arguments arguments)
 // Who launches it asks how much dynamic shared memory it takes.
 #define DYNAMIC_SHARED(name, nbytes) extern "C" __device__ unsigned name##_shared_nbytes = nbytes;
 
@@ -12,11 +15,19 @@ struct alignas(64) TensorMap {
     unsigned long long words[16];
 };
 
+DEVICE int thread_index() { return threadIdx.x; }
+DEVICE int program_index() { return blockIdx.x; }
+DEVICE int programs() { return gridDim.x; }
+DEVICE unsigned dynamic_shared() {
+    extern __shared__ unsigned char memory[];
+    return static_cast<unsigned>(__cvta_generic_to_shared(memory));
+}
 DEVICE int cluster_rank() {
     int rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
+DEVICE void sync_warp() { __syncwarp(); }
 // Wait for all threads of the cluster, and see what they wrote to shared memory.
 DEVICE void sync_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
@@ -118,6 +129,17 @@ DEVICE void hold(float (&sums)[N]) {
     UNROLL for (int i = 0; i < N; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
+// Numbers that nobody writes while the kernel runs.
+DEVICE float read(const float* place) { return __ldg(place); }
+DEVICE float2 read_pair(const float* place) {
+    return __ldg(reinterpret_cast<const float2*>(place));
+}
+DEVICE int smaller(int a, int b) { return min(a, b); }
+DEVICE float to_float(int number) { return __int2float_rn(number); }
+// A product that is not fused with a sum.
+DEVICE float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
+DEVICE float fast_exp(float x) { return __expf(x); }
+DEVICE float fast_quotient(float a, float b) { return __fdividef(a, b); }
 DEVICE unsigned to_halves(float low, float high) {
     unsigned out;
 #if HALF_IS_BF16

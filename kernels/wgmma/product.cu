@@ -5,9 +5,9 @@
 // program's twelve warps one thread loads, and two groups of four multiply 64 rows each. Programs
 // take tiles in turn: the next tile's factors come while a result is scaled and stored.
 //
-// Constants: INT8; HALF_IS_BF16, of the result and of SwiGLU's factors, else float16.
-#include "primitives.cuh"
-#include "instructions.cuh"
+// Constants: THREADS, 384; INT8; HALF_IS_BF16, of the result and of SwiGLU's factors, else float16.
+#include <primitives.cuh>
+#include <instructions.cuh>
 
 #if INT8
 using Sum = int;
@@ -39,15 +39,17 @@ struct Place {
 };
 // Bands of tile rows, column by column, so that neighbours share inputs; cf. kernels/tiles.py.
 DEVICE Place place_of(int tile, int down, int across, int rank) {
-    const int first = tile / (BAND * across) * BAND, height = min(down - first, BAND);
+    const int first = tile / (BAND * across) * BAND, height = smaller(down - first, BAND);
     const int within = tile % (BAND * across);
     return {(2 * (first + within % height) + rank) * ROWS, within / height * WIDTH};
 }
 
 DEVICE float scaled(int sum, float row_scale, float col_scale) {
-    return __fmul_rn(__fmul_rn(__int2float_rn(sum), row_scale), col_scale);
+    return multiply_rounded(multiply_rounded(to_float(sum), row_scale), col_scale);
 }
-DEVICE float gated(float gate, float up) { return __fdividef(gate, 1.0f + __expf(-gate)) * up; }
+DEVICE float gated(float gate, float up) {
+    return fast_quotient(gate, 1.0f + fast_exp(-gate)) * up;
+}
 
 // The ring of stages, of which both sides know the same.
 struct Ring {
@@ -63,17 +65,14 @@ struct Ring {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(384, 1)
-    product(const __grid_constant__ Arguments arguments) {
+KERNEL(product, Arguments) {
     const Arguments& a = arguments;
-    extern __shared__ unsigned char memory[];
-    // tiles are swizzled by their addresses
-    const unsigned start =
-        (static_cast<unsigned>(__cvta_generic_to_shared(memory)) + 1023) & ~1023u;
+    const unsigned start = (dynamic_shared() + 1023) & ~1023u;  // tiles are swizzled by address
     const unsigned staged = start + STAGES * STAGE, barriers = staged + GROUPS * STAGED;
     Ring ring{start, barriers, barriers + 8 * STAGES};
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = cluster_rank();
-    if (threadIdx.x == 0) {
+    const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
+    const int rank = cluster_rank();
+    if (thread == 0) {
         for (int i = 0; i < STAGES; ++i) {
             init_barrier(ring.full + 8 * i, 1);
             // by every warp that multiplies, of both programs
@@ -87,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 
     const int steps = (a.cols * ELEMENT + STEP - 1) / STEP;
     const int down = (a.rows + 2 * ROWS - 1) / (2 * ROWS), across = (a.outputs + WIDTH - 1) / WIDTH;
-    const int first_tile = blockIdx.x / 2, apart = gridDim.x / 2;
+    const int first_tile = program_index() / 2, apart = programs() / 2;
     if (warp >= GROUPS * GROUP_WARPS) {
         keep_few_registers();
         if (warp == GROUPS * GROUP_WARPS && lane == 0) {
@@ -109,12 +108,12 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 }
             }
         }
-        __syncwarp();
+        sync_warp();
     } else {
         take_many_registers();
         const int group = warp / GROUP_WARPS, r = warp % GROUP_WARPS * 16 + lane / 4;
         const unsigned mine = staged + group * STAGED;
-        const bool first_thread = threadIdx.x % (32 * GROUP_WARPS) == 0;
+        const bool first_thread = thread % (32 * GROUP_WARPS) == 0;
         Sum sums[SUMS];
         for (int tile = first_tile; tile < down * across; tile += apart) {
             const auto [tile_row, col] = place_of(tile, down, across, rank);
@@ -122,13 +121,12 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #if INT8
             // asked for before the products, which hide how long that takes
             const int upper = row + r, lower = upper + 8;
-            const float upper_scale = upper < a.rows ? __ldg(a.x_scales + upper) : 0;
-            const float lower_scale = lower < a.rows ? __ldg(a.x_scales + lower) : 0;
+            const float upper_scale = upper < a.rows ? read(a.x_scales + upper) : 0;
+            const float lower_scale = lower < a.rows ? read(a.x_scales + lower) : 0;
             float2 scales[WIDTH / 8];
             UNROLL for (int i = 0; i < WIDTH / 8; ++i) {
                 const int c = col + 8 * i + lane % 4 * 2;  // outputs is even
-                const auto pair = reinterpret_cast<const float2*>(a.weight_scales + c);
-                scales[i] = c < a.outputs ? __ldg(pair) : float2{0, 0};
+                scales[i] = c < a.outputs ? read_pair(a.weight_scales + c) : float2{0, 0};
             }
 #endif
             unsigned last = ring.is_empty();
@@ -187,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             }
         }
         if (first_thread) wait_for_stores_to_read();
-        __syncwarp();
+        sync_warp();
     }
     sync_cluster();  // the other program may still arrive at barriers here
 }

@@ -47,7 +47,7 @@ class Arguments(ctypes.Structure):
 
 def constants(int8: bool, dtype: torch.dtype) -> dict[str, int]:
     """Return the constants of the source for results of a dtype."""
-    return dict(INT8=int(int8), HALF_IS_BF16=int(dtype == torch.bfloat16))
+    return dict(THREADS=THREADS, INT8=int(int8), HALF_IS_BF16=int(dtype == torch.bfloat16))
 
 
 @functools.cache
