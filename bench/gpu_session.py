@@ -203,9 +203,9 @@ class Session:
             return model.tier
         if self.dry:
             return "auto"
-        from mobilellm_fast.cuda.executor import best_tier
+        from mobilellm_fast.cuda.executor import best_tiers
 
-        best = best_tier(self.device, shape(model.preset, self.dry))
+        best = best_tiers(self.device, shape(model.preset, self.dry))[0]
         faults[best] = faults[best] or self._broken.get(model.job)
         usable = [tier for tier in TIERS[: TIERS.index(best) + 1] if not faults[tier]]
         if not usable:

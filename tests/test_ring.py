@@ -33,8 +33,10 @@ TINY = MobileLLMConfig(
 )
 U = 2.0**-24
 SEEDS = range(12)
-# what `kernel_constants` chooses for wide models in bf16
-TENSOR_CORES = {"TENSOR_CORES": 1, "RING_DEPTH": 3}
+# Inputs of integer weights have 16 bits, relative to the largest of a few: half a step is 2^-16 of
+# that, about 2^-14.5 of most, in each of five products. A new key or value in 16 bits can fall to the
+# other side of a rounding than the oracle's, whose inputs differ in their last bits: 2^-11 of it.
+COARSE = 2.0**-11
 
 pytestmark = pytest.mark.skipif(interpreted.HAS_GPU, reason="for machines without a GPU")
 
@@ -54,7 +56,7 @@ def seed(monkeypatch):
 
 def make(
     config,
-    kind="fp32",
+    kind="bf16",
     kv_format="fp32",
     programs=3,
     warps=2,
@@ -79,13 +81,15 @@ def filled(executor, length):
 
 
 def assert_same_step(ours, oracle, length, tokens=(3, 5)):
+    is_coarse = ours.weights.qkv.kind.startswith("int") or ours.kv_format == "fp16"
+    bound = COARSE if is_coarse else 400 * U
     cache, expected = filled(ours, length), filled(oracle, length)
     for token in tokens:
         got, want = ours.forward([token], cache), oracle.forward([token], expected)
         assert np.isfinite(got).all()
-        assert np.abs(got - want).max() <= 400 * U * np.abs(want).max()
+        assert np.abs(got - want).max() <= bound * np.abs(want).max()
         # roundings of sums; a half may fall to the other side of one
-        relative = 400 * U if cache.format == "fp32" else 2.0**-10
+        relative = bound if cache.format == "fp32" else 2.0**-10
         kept, wanted = (c.data[..., : c.length, :].float() for c in (cache, expected))
         torch.testing.assert_close(kept, wanted, rtol=relative, atol=relative)
 
@@ -93,11 +97,11 @@ def assert_same_step(ours, oracle, length, tokens=(3, 5)):
 @pytest.mark.parametrize(
     "kind, length, heads, programs, warps",
     [
-        ("fp32", 70, 4, 3, 2),  # a program attends with several heads, one after another
+        ("bf16", 70, 4, 3, 2),  # a program attends with several heads, one after another
         ("bf16", 70, 3, 5, 2),
         ("int8", 70, 3, 3, 2),
         ("int4", 0, 3, 3, 2),
-        ("fp32", 560, 1, 8, 4),  # one program joins the parts of a head
+        ("bf16", 560, 1, 8, 4),  # one program joins the parts of a head
     ],
 )
 def test_the_same_bits_in_every_order_of_threads(seed, kind, length, heads, programs, warps):
@@ -139,21 +143,20 @@ def test_scales_of_groups_of_int8(seed):
     assert_same_step(ours, make(config, tier="graph", weights=weights), 20, (3,))
 
 
-def test_products_by_tensor_cores(seed):
-    """Several tiles per program and part of one, rows that several warps share, tails."""
+def test_blocks_and_a_head_of_other_kinds(seed):
+    """A head in bf16 after integers, whose bytes can be no number at all."""
     config = dataclasses.replace(TINY, intermediate_size=1088, num_attention_heads=4)
-    ours = make(config, "bf16", "fp32", 9, 4, **TENSOR_CORES)
-    assert_same_step(ours, make(config, "bf16", "fp32", tier="graph"), 20, (3,))
+    weights = random_cuda_weights(config, "int8", 0, "cpu")
+    floats = random_cuda_weights(config, "bf16", 1, "cpu")
+    weights = dataclasses.replace(weights, head=floats.head, embedding=floats.embedding)
+    ours = make(config, "int8", "fp32", 9, 4, weights=weights)
+    assert_same_step(ours, make(config, "int8", "fp32", tier="graph", weights=weights), 20, (3,))
 
 
-def test_tensor_cores_in_every_order_of_threads(seed):
-    config = dataclasses.replace(TINY, num_hidden_layers=2, layer_sharing="immediate")
-    ours = make(config, "bf16", **TENSOR_CORES)
-    outputs = []
-    for seed[0] in SEEDS[:6]:
-        tokens, logprobs = ours.decode(filled(ours, 70), 4, 2)
-        outputs.append((tokens, logprobs, ours._steps.logits.tolist()))
-    assert all(output == outputs[0] for output in outputs)
+@pytest.mark.parametrize("warps", [3, 5])
+def test_warps_that_are_no_multiple_of_four(seed, warps):
+    ours = make(TINY, "bf16", "fp32", 20, warps)
+    assert_same_step(ours, make(TINY, "bf16", "fp32", tier="graph"), 170, (3,))
 
 
 @pytest.mark.parametrize(
@@ -161,19 +164,17 @@ def test_tensor_cores_in_every_order_of_threads(seed):
     [(0, 1, "fp32"), (1, 3, "fp16"), (70, 3, "fp32"), (260, 3, "fp16"), (600, 8, "fp32")],
 )
 def test_attention_joins_its_parts(seed, length, programs, kv_format):
-    """No tokens, one part, several that all programs join, and more that one program joins."""
+    """No tokens, one part, and several that one program joins."""
     config = dataclasses.replace(TINY, num_attention_heads=1)
-    ours = make(config, "fp32", kv_format, programs, warps=4)
-    assert_same_step(ours, make(config, "fp32", kv_format, tier="graph"), length)
+    ours = make(config, "bf16", kv_format, programs, warps=4)
+    assert_same_step(ours, make(config, "bf16", kv_format, tier="graph"), length)
 
 
-@pytest.mark.parametrize("length, heads, programs", [(260, 8, 3), (600, 1, 8)])
-def test_tensor_cores_after_attention_that_is_joined(seed, length, heads, programs):
-    """By every program from several parts, where a warp gets others' inputs, and by one."""
-    config = dataclasses.replace(TINY, num_attention_heads=heads)
+def test_a_program_attends_to_several_parts(seed):
+    config = dataclasses.replace(TINY, num_attention_heads=6, max_position_embeddings=1024)
+    ours = make(config, "bf16", "fp32", 12, 4)
     seed[0] = 5
-    ours = make(config, "bf16", "fp32", programs, warps=4, **TENSOR_CORES)
-    assert_same_step(ours, make(config, "bf16", "fp32", tier="graph"), length)
+    assert_same_step(ours, make(config, "bf16", "fp32", tier="graph"), 600, (3,))
 
 
 @pytest.mark.parametrize("head_dim, kv_format", [(32, "fp16"), (64, "fp16"), (64, "fp32")])
@@ -181,8 +182,8 @@ def test_heads_of_other_sizes(seed, head_dim, kv_format):
     config = dataclasses.replace(
         TINY, head_dim=head_dim, num_attention_heads=4, num_key_value_heads=2
     )
-    ours = make(config, "fp32", kv_format, programs=5, warps=4)
-    assert_same_step(ours, make(config, "fp32", kv_format, tier="graph"), 40, tokens=(3,))
+    ours = make(config, "bf16", kv_format, programs=5, warps=4)
+    assert_same_step(ours, make(config, "bf16", kv_format, tier="graph"), 40, tokens=(3,))
 
 
 def test_warps_without_a_share(seed):
@@ -203,12 +204,13 @@ def test_draws_are_those_of_the_other_tiers(seed):
     [
         (
             {"vocab_size": 41},
-            "fp32",
-            "even vocab_size, hidden_size and intermediate_size, got 41, 64 and 96",
+            "bf16",
+            "vocab_size, hidden_size and intermediate_size of multiples of 4, got 41, 64 and 96",
         ),
-        ({"intermediate_size": 95}, "int4", "got 40, 64 and 95"),
+        ({"intermediate_size": 94}, "int4", "got 40, 64 and 94"),
+        ({}, "fp32", "blocks and a head in bf16, int8 or int4, got fp32"),
         ({"hidden_size": 72}, "int8", "needs rows of a multiple of 16 bytes, got 72"),
-        ({"head_dim": 24}, "fp32", "needs a head_dim of a power of two, 16 to 512 bytes, got 24"),
+        ({"head_dim": 24}, "bf16", "needs a head_dim of a power of two, 16 to 512 bytes, got 24"),
     ],
 )
 def test_models_that_it_does_not_take(changes, kind, message):
@@ -218,9 +220,9 @@ def test_models_that_it_does_not_take(changes, kind, message):
 
 
 def test_blocks_of_several_kinds_are_not_taken():
-    weights = random_cuda_weights(TINY, "fp32", 0, "cpu")
+    weights = random_cuda_weights(TINY, "bf16", 0, "cpu")
     mixed = dataclasses.replace(weights, down=random_cuda_weights(TINY, "int8", 0, "cpu").down)
-    assert "one kind of weights, got fp32, fp32, fp32, int8" in ring.obstacle(mixed, "fp32")
+    assert "one kind of weights, got bf16, bf16, bf16, int8" in ring.obstacle(mixed, "fp32")
 
 
 def test_auto_falls_back_where_the_ring_cannot_be(monkeypatch):
@@ -229,9 +231,9 @@ def test_auto_falls_back_where_the_ring_cannot_be(monkeypatch):
     def fails(self, *arguments, **options):
         raise MobileLLMError("[load] decode.cu does not compile: more shared memory")
 
-    monkeypatch.setattr(executor, "best_tier", lambda *_: "ring")
+    monkeypatch.setattr(executor, "best_tiers", lambda *_: ["ring", "graph"])
     monkeypatch.setattr(ring.RingSteps, "__init__", fails)
-    weights = random_cuda_weights(TINY, "fp32", 0, "cpu")
-    assert CudaExecutor(TINY, weights).tier == "pdl"
+    weights = random_cuda_weights(TINY, "bf16", 0, "cpu")
+    assert CudaExecutor(TINY, weights).tier == "graph"
     with pytest.raises(MobileLLMError, match="more shared memory"):
         CudaExecutor(TINY, weights, "ring")

@@ -16,7 +16,7 @@
 // All stages of a layer go through the same instructions: those of four products, each with its own,
 // would not fit into the cache of instructions, and take longer to come than the products.
 //
-// Constants, given by the compiler's command line: PROGRAMS, WARPS, THREADS, RING_SLOTS, WINDOW,
+// Constants, given by the compiler's command line: PROGRAMS, WARPS, THREADS, RING_SLOTS,
 // VECTORS, SHARED_LIMIT, HIDDEN, INNER, VOCAB, HEADS, KV_HEADS, HEAD_DIM, CACHE, and the kinds of
 // matrices: BODY_KIND, EMBEDDING_KIND, HEAD_KIND.
 #include "next_token.cuh"

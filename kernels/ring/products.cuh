@@ -3,9 +3,7 @@
 #pragma once
 #include "ring.cuh"
 
-#ifndef TOGETHER
-#define TOGETHER 4
-#endif
+constexpr int TOGETHER = ANY_SCALES ? 3 : 4;  // chunks that a warp has in registers at a time
 
 // Store a warp's part of the sums of a tile.
 template <int KIND>

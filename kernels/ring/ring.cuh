@@ -2,9 +2,7 @@
 //
 // One warp of a program, the *carrier*, copies the program's share of all matrices, in the order of
 // their use, to a ring of slots in shared memory: a slice of the rows of a tile, of which each warp has
-// a chunk. It waits for nothing but free slots, so weights come while programs wait for each other; but
-// no more than WINDOW slices are under way at a time. More would not come sooner: they would only
-// stand before what others wait for.
+// a chunk. It waits for nothing but free slots, so weights come while programs wait for each other.
 #pragma once
 #include "inputs.cuh"
 
@@ -99,10 +97,10 @@ DEVICE void prepare(Ring& ring, int program, const Codes (&matrices)[STAGES]) {
 // The warp that brings the slices.
 struct Carrier {
     Ring& ring;
-    int lane, under_way;
-    RingPlace place, landed;  // to fill next; the oldest slice that may be under way
+    int lane;
+    RingPlace place;  // to fill next
 
-    DEVICE Carrier(Ring& ring, int lane) : ring(ring), lane(lane), under_way(0) {}
+    DEVICE Carrier(Ring& ring, int lane) : ring(ring), lane(lane) {}
 
     // All slices of a matrix of a block.
     DEVICE void bring(int stage, int block) {
@@ -143,12 +141,6 @@ private:
             shift = before;
         }
         const int total = reduce_add(nbytes);
-        if (under_way == WINDOW) {
-            wait_for(ring.full[landed.slot], landed.parity);
-            landed.advance();
-        } else {
-            ++under_way;
-        }
         wait_for(ring.empty[place.slot], place.parity ^ 1);
         if (ANY_SCALES && !has_codes)
             reinterpret_cast<int*>(ring.slots[place.slot] + SHIFTS)[lane % TILE_ROWS] = shift;

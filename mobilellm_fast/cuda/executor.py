@@ -21,7 +21,7 @@ from .cache import FORMATS, CudaCache
 from .weights import CudaWeights
 
 TIERS = ("graph", "pdl", "persistent", "ring")
-RING_WIDTH = 960  # from which on it is the fastest; below, it is one Triton kernel (docs/gpu.md)
+PERSISTENT_WIDTH = 960  # below it one Triton kernel is faster than one per stage (docs/gpu.md)
 PIECE = 2048  # tokens of a prompt at once: bounds the memory of activations
 
 
@@ -45,7 +45,8 @@ class CudaExecutor:
     Args:
         config: the architecture.
         weights: on the device.
-        tier: how single tokens are decoded, see `steps`; "auto" takes what `best_tier` says.
+        tier: how single tokens are decoded, see `steps`; "auto" takes the first of `best_tiers` that
+            takes the model.
         kv_format: "fp16", "bf16" or "fp32"; None takes fp32 for fp32 weights, else fp16.
         options: of the tier, for measurements, see `PersistentSteps` and `RingSteps`.
 
@@ -73,14 +74,14 @@ class CudaExecutor:
         self.weight_nbytes = weights.nbytes
         tables = cos_sin(config, np.arange(config.context_length))
         self._rotary = tuple(torch.from_numpy(table).to(weights.device) for table in tables)
-        self.tier = best_tier(weights.device, config) if tier == "auto" else tier
-        try:
-            self._steps = self._make_steps(options)
-        except MobileLLMError:
-            if tier != "auto" or self.tier != "ring":
-                raise
-            self.tier = "pdl"  # another model, GPU or compiler than the ring takes
-            self._steps = self._make_steps(options)
+        tiers = best_tiers(weights.device, config) if tier == "auto" else [tier]
+        for self.tier in tiers:
+            try:
+                self._steps = self._make_steps(options)
+                break
+            except MobileLLMError:  # another model, GPU or compiler than it takes
+                if self.tier == tiers[-1]:
+                    raise
         self._batches: dict[int, Any] = {}
 
     def _make_steps(self, options: dict[str, Any]) -> Any:
@@ -235,19 +236,19 @@ class CudaExecutor:
         return ids
 
 
-def best_tier(device: torch.device, config: MobileLLMConfig) -> str:
-    """Choose how to decode: what is fastest of what this GPU can have."""
+def best_tiers(device: torch.device, config: MobileLLMConfig) -> list[str]:
+    """Say how this GPU can decode, the fastest first; the last takes every model."""
     if device.type != "cuda" or torch.version.hip:
-        return "graph"
+        return ["graph"]
     from ..kernels import grid_sync
     from .geometry import vector_size
 
     generation, _ = torch.cuda.get_device_capability(device)
-    width = config.hidden_size
-    fits = vector_size(config) <= grid_sync.COPY_STRIDE.value
-    if width < RING_WIDTH and fits and config.head_dim <= 128 and generation >= 8:
-        return "persistent"
-    return "ring" if generation >= 9 else "graph"
+    tiers = ["ring"] if generation >= 9 else []
+    fits = vector_size(config) <= grid_sync.COPY_STRIDE.value and config.head_dim <= 128
+    if generation >= 8 and fits and config.hidden_size < PERSISTENT_WIDTH:
+        tiers.append("persistent")
+    return [*tiers, "pdl" if generation >= 9 else "graph"]
 
 
 def check_tier(tier: str, device: torch.device) -> None:

@@ -21,11 +21,12 @@ SOURCE = Path(kernels.__file__).parent / "ring" / "decode.cu"
 # enum Kind and CacheType of the source
 KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int8_g32": 3, "int4_g32": 4}
 CACHES = {"fp16": 0, "bf16": 1, "fp32": 2}
-WARPS = 16
+# Warps that multiply: so many that no fewer turns would do for the rows of most models.
+WARPS, NARROW_WARPS = 15, 12
+NARROW = 960  # the width below which there are fewer
 RING_SLOTS = 16  # of the ring, at most: what shared memory holds is less
-WINDOW = 2  # slices of weights that a program has under way at a time
 ROOM_FOR_PARTS = 8  # of a head's attention, in the vectors
-LOAD_NBYTES = 16  # of a row that a lane reads at a time
+LOAD_NBYTES = 16  # of a row that are copied or read at a time
 EPOCHS = 5  # of a layer
 CANDIDATE_NBYTES = 20  # of a program
 
@@ -163,9 +164,10 @@ def obstacle(weights: CudaWeights, kv_format: str) -> str | None:
         if matrix.kind == "int8_g32" and matrix.cols % (2 * GROUP):
             return f"rows of a multiple of {2 * GROUP} inputs, got {matrix.cols}"
     sizes = config.vocab_size, config.hidden_size, config.intermediate_size
-    if any(size % 2 for size in sizes):
-        return "an even vocab_size, hidden_size and intermediate_size, got {}, {} and {}".format(
-            *sizes
+    if any(size % 4 for size in sizes):
+        return (
+            "a vocab_size, hidden_size and intermediate_size of multiples of 4, "
+            "got {}, {} and {}".format(*sizes)
         )
     lanes = config.head_dim * FORMATS[kv_format].itemsize // LOAD_NBYTES
     if lanes not in (1, 2, 4, 8, 16, 32) or config.head_dim & (config.head_dim - 1):
@@ -187,12 +189,12 @@ def kernel_constants(
     partial = config.num_attention_heads * ROOM_FOR_PARTS * (config.head_dim + 1)
     values = 2 * (config.hidden_size + queries + keys) + config.intermediate_size
     vectors = -(-values // 2) + partial
+    warps = NARROW_WARPS if config.hidden_size < NARROW else WARPS
     return {
         "PROGRAMS": programs,
-        "WARPS": WARPS,
-        "THREADS": 32 * (WARPS + 1),
+        "WARPS": warps,
+        "THREADS": 32 * (warps + 1),  # and one that brings the weights
         "RING_SLOTS": RING_SLOTS,
-        "WINDOW": WINDOW,
         "VECTORS": vectors,
         "HIDDEN": config.hidden_size,
         "INNER": config.intermediate_size,
