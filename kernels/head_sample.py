@@ -3,7 +3,8 @@
 Logits never go to memory. Each program keeps, of its share of the vocabulary and per token, the
 best row by logit (or, to sample, by logit / temperature + Gumbel noise, which draws from the
 softmax) and what the softmax's sum needs. Of one token, the program that finishes last joins the
-shares; of more, a second kernel does.
+shares; of more, a second kernel does. On Hopper one token with float weights is taken by CUDA C++,
+`../cuda/streamed_head.py`.
 """
 
 import torch
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..cuda import streamed_head
 from .counters import counters_of
 from .early_launch import early_options, let_next_start, wait_for_previous
 from .tiles import depth, processors
@@ -57,6 +59,13 @@ def head_sample(
         return ids, logprobs
     weights = (x, codes, codes if scales is None else scales)
     inverse = 1 / temperature if temperature > 0 else 0.0
+    if (
+        tokens == 1
+        and scales is None
+        and streamed_head.takes(x, codes)
+        and streamed_head.choose(x, codes, inverse, seed, ids, logprobs)
+    ):
+        return ids, logprobs
     if tokens == 1 and (shape := vector_shape(codes, kind, cols)):
         shares = min(triton.cdiv(vocab, shape.rows), processors(x.device) * shape.programs)
         found, best = _shares(x, shares, tokens)

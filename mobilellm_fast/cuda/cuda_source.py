@@ -16,6 +16,8 @@ from ..cache import cache_directory
 from ..errors import MobileLLMError
 from ..files import whole_file
 
+PORTABLE_CLUSTER = 8  # programs that every GPU with clusters has in one
+CONFIGS = 1024  # of launches of clusters that are kept: each stream and grid has its own
 DIGEST_NBYTES = 32  # of machine code in the cache, before it
 
 
@@ -97,6 +99,7 @@ class Kernel:
         shared = ctypes.c_uint()
         self._call(driver.cuMemcpyDtoH(ctypes.addressof(shared), place, size))
         self.shared_nbytes = shared.value
+        self._large_clusters = False
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         self._call(driver.cuFuncSetAttribute(self._function, attribute, self.shared_nbytes))
 
@@ -114,6 +117,32 @@ class Kernel:
             )
         )
 
+    def launch_clusters(
+        self,
+        arguments: ctypes.Structure,
+        grid: tuple[int, int, int],
+        threads: int,
+        cluster: int,
+        stream: int,
+        early: bool = True,
+    ) -> None:
+        """Start programs in clusters along x.
+
+        Args:
+            early: they are set up while the kernel before still runs, for which the kernel waits
+                itself.
+        """
+        driver = self._driver
+        if cluster > PORTABLE_CLUSTER and not self._large_clusters:
+            allowed = (
+                driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+            )
+            self._call(driver.cuFuncSetAttribute(self._function, allowed, 1))
+            self._large_clusters = True
+        config = _cluster_config(grid, threads, cluster, self.shared_nbytes, stream, early)
+        addresses = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+        self._call(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(addresses), 0))
+
     def _call(self, result: tuple[Any, ...]) -> tuple[Any, ...]:
         status, *values = result
         _check(status, self._driver)
@@ -126,8 +155,41 @@ def _check(status: Any, library: Any) -> None:
         raise MobileLLMError(f"[cuda] {name} failed: {status.name}")
 
 
+@functools.lru_cache(CONFIGS)
+def _cluster_config(
+    grid: tuple[int, int, int], threads: int, cluster: int, shared: int, stream: int, early: bool
+) -> Any:
+    """Make what `cuLaunchKernelEx` wants, which takes longer than the launch."""
+    from cuda.bindings import driver
+
+    names = driver.CUlaunchAttributeID
+    size = driver.CUlaunchAttribute()
+    size.id = names.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    value = driver.CUlaunchAttributeValue()
+    value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = cluster, 1, 1
+    size.value = value
+    attributes = [size]
+    if early:
+        allowed = driver.CUlaunchAttribute()
+        allowed.id = names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        allowed.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(allowed)
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes, config.hStream = shared, stream
+    config.attrs, config.numAttrs = attributes, len(attributes)
+    return config
+
+
 @functools.cache
-def kernel(source: Path, constants: tuple[tuple[str, int], ...], device: int) -> Kernel:
-    """Compile and load the kernel of a file's name for the current GPU, once."""
-    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+def kernel(
+    source: Path, constants: tuple[tuple[str, int], ...], device: int, own: str = ""
+) -> Kernel:
+    """Compile and load the kernel of a file's name for the current GPU, once.
+
+    Args:
+        own: "a" for a kernel with instructions that no other generation of GPUs has.
+    """
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device)) + own
     return Kernel(compile_source(source, dict(constants), arch), source.stem)
