@@ -14,7 +14,7 @@ from mobilellm_fast import ops, reference
 pytest.importorskip("triton")
 
 from mobilellm_fast.cuda import cluster_attention, hopper, streamed_head
-from mobilellm_fast.kernels import gqa_decode, head_sample
+from mobilellm_fast.kernels import gqa_decode, head_sample, weight_rows
 
 pytestmark = [pytest.mark.gpu] if HAS_GPU else []
 RUNS = HAS_GPU and hopper.runs_on(torch.device(DEVICE, torch.cuda.current_device()))
@@ -81,6 +81,8 @@ def test_who_takes_the_head(taken, monkeypatch):
     want = int((x.double() @ codes.double().T).argmax())
     for given in ((make.normal(2, 256), codes), (x, *make.weights("int4_g32", 300, 256))):
         head_sample.head_sample(given[0], given[1], scales=given[2] if len(given) > 2 else None)
+    shape = weight_rows.vector_shape(codes, "float", 256)
+    assert head_sample.head_sample(x, codes, shape=shape)[0].item() == want
     assert len(taken) == 2
     monkeypatch.setattr(streamed_head, "choose", lambda *args: taken.append(args))
     ids, logprobs = head_sample.head_sample(x, codes)

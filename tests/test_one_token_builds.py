@@ -6,6 +6,7 @@ No GPU is needed; `test_gpu_one_token.py` runs them.
 import ctypes
 import re
 import subprocess
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from cuda.bindings import driver
 
 from mobilellm_fast.cuda import cluster_attention, hopper, streamed_head
 from mobilellm_fast.cuda.cuda_source import Kernel, compile_source
+from mobilellm_fast.errors import MobileLLMError
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS, SHARED_NBYTES = 65536, 228 << 10  # of a multiprocessor
@@ -246,3 +248,17 @@ def test_nothing_is_loaded_while_a_graph_is_captured(monkeypatch):
     assert not cluster_attention.decode(q, *tensors, lengths, 1.0, q)
     x, ids = torch.empty(1, 256, dtype=BF16), torch.empty(1, dtype=torch.int64)
     assert not streamed_head.choose(x, x, 0.0, 0, ids, ids.float())
+
+
+def test_a_kernel_that_cannot_be_loaded_is_told_of_once(monkeypatch):
+    def refuse(*key):
+        raise MobileLLMError("[cuda] driver failed: CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(hopper, "kernel", refuse)
+    monkeypatch.setattr(hopper, "_loaded", {})
+    with pytest.warns(UserWarning, match="Triton's kernel is taken: .*UNSUPPORTED_PTX"):
+        assert hopper.loaded(cluster_attention.SOURCE, (), 99) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert hopper.loaded(cluster_attention.SOURCE, (), 99) is None

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from pathlib import Path
 
 import torch
 
+from ..errors import MobileLLMError
 from .cuda_source import Kernel, kernel
 
 HALVES = (torch.bfloat16, torch.float16)
 
-_loaded: dict[tuple, Kernel] = {}
+_loaded: dict[tuple, Kernel | None] = {}
 
 
 @functools.cache
@@ -36,9 +38,16 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def loaded(source: Path, constants: tuple[tuple[str, int], ...], device: int) -> Kernel | None:
-    """Return a kernel of the current GPU; None if, as a graph is captured, it cannot be loaded."""
+    """Return a kernel of the current GPU.
+
+    None if it cannot be loaded: as a graph is captured, or, which a warning tells once, if the
+    compiler and the driver do not suit each other.
+    """
     key = source, constants, device
-    found = _loaded.get(key)
-    if found is None and not torch.cuda.is_current_stream_capturing():
-        found = _loaded[key] = kernel(*key)
-    return found
+    if key not in _loaded and not torch.cuda.is_current_stream_capturing():
+        try:
+            _loaded[key] = kernel(*key)
+        except MobileLLMError as error:
+            warnings.warn(f"Triton's kernel is taken: {error}", stacklevel=2)
+            _loaded[key] = None
+    return _loaded.get(key)
