@@ -1,0 +1,2 @@
+// The products are among the primitives.
+#pragma once
