@@ -16,7 +16,7 @@
 constexpr int DIM = 64, ROW_NBYTES = 2 * DIM;
 constexpr int WARPS = THREADS / 32;
 constexpr int PARTS = 64, OWN_PARTS = PARTS / (CLUSTER * WARPS);  // of a warp
-constexpr int TILE = 16, TILES = 2;      // keys, and tiles that are asked for together
+constexpr int TILE = 16, TILES = 2;  // keys, and tiles that are asked for together
 constexpr int STEP = TILE * TILES;
 constexpr int OWN_DIMS = DIM / CLUSTER;  // of each head, which a program merges
 constexpr int QUADS = GROUP * OWN_DIMS / 4;
@@ -82,6 +82,7 @@ struct Found {
     float peak[2] = {NOTHING, NOTHING}, total[2] = {0, 0};
     float sums[4][4] = {};  // of dimension 8 (lane / 4) + 2 i; [2] and [3]: of the one behind it
 
+    // Products of tiles of keys with the queries.
     DEVICE static void multiply(
         float (&scores)[TILES][4], const uint4 (&q)[2], const uint4 (&k)[TILES][4]) {
         UNROLL for (int t = 0; t < TILES; ++t) {
