@@ -138,26 +138,19 @@ def sweep_head(vocab: int, cols: int) -> dict[str, float]:
     count = max(2, (120 << 20) // (vocab * cols * 2))
     sets = [(random(1, cols), random(vocab, cols, spread=0.05)) for _ in range(count)]
     logits = F.linear(sets[0][0].float(), sets[0][1].float())
-    original = head_kernels.vector_shape
-
-    def with_shape(shape: VectorShape) -> Callable:
-        def call(x, weight):
-            head_kernels.vector_shape = lambda *args: shape
-            try:
-                return head_kernels.head_sample(x, weight)
-            finally:
-                head_kernels.vector_shape = original
-
-        return call
-
-    chosen = original(sets[0][1], "float", cols)
+    chosen = head_kernels.vector_shape(sets[0][1], "float", cols)
     shapes = [VectorShape(rows, chosen.groups, warps, programs) for rows, warps, programs in SHAPES]
     return sweep(
         f"head {cols} -> {vocab}, {count} heads in turn",
         sets,
         {
-            f"rows, groups, warps, programs {astuple(s)}{' chosen' * (s == chosen)}": with_shape(s)
-            for s in dict.fromkeys([chosen, *shapes])
+            "as chosen": head_kernels.head_sample,
+            **{
+                f"rows, groups, warps, programs {astuple(s)}{' chosen' * (s == chosen)}": (
+                    lambda x, weight, s=s: head_kernels.head_sample(x, weight, shape=s)
+                )
+                for s in dict.fromkeys([chosen, *shapes])
+            },
         },
         {"cuBLAS, argmax": lambda x, weight: F.linear(x, weight).argmax(-1)},
         lambda call: bool(logits.max() - logits[0, call(*sets[0])[0]] < 1e-2),

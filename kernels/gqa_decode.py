@@ -3,7 +3,8 @@
 A sequence's keys are cut into spans, each program attends one span for the query heads of one
 key/value head (packed into the rows of a tile, so keys and values are read once), and the program
 that finishes last merges the spans, in order. How a sequence is cut depends on its length alone, so
-its result is the same bits in every run and in every batch.
+its result is the same bits in every run and in every batch. On Hopper clusters in CUDA C++ do the
+same, `../cuda/cluster_attention.py`, with bits of their own.
 
 Lengths are read on the device and the grid covers the cache's capacity, so a captured CUDA graph
 serves every step. Reference: Dao et al., https://crfm.stanford.edu/2023/10/12/flashdecoding.html
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..cuda import cluster_attention
 from .counters import counters_of
 from .early_launch import early_options, let_next_start, wait_for_previous
 
@@ -222,7 +224,7 @@ def gqa_decode(
             count as capacity. A sequence of no tokens gives zeros.
         scale: factor of the scores; None means `head_dim ** -0.5`.
         out: (batch, heads, head_dim), written; None makes one.
-        cut: how to cut the work; None means `cut_of`.
+        cut: how to cut the work; None: one in CUDA C++ takes it, or `cut_of`.
         merge_last: whether the last program of a group merges its spans, or a second launch does.
             None means the former on NVIDIA. AMD's barrier within a program does not order the
             stores of all of its waves before the release of one.
@@ -242,6 +244,13 @@ def gqa_decode(
     if out is None:
         out = torch.empty((batch, heads, head_dim), dtype=q.dtype, device=q.device)
     if not out.numel():
+        return out
+    for_clusters = cut is None and merge_last is None
+    if (
+        for_clusters
+        and cluster_attention.takes(q, k_cache, v_cache, out)
+        and cluster_attention.decode(q, k_cache, v_cache, lengths, scale, out)
+    ):
         return out
     if merge_last is None:
         merge_last = torch.version.hip is None

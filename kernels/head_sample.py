@@ -3,7 +3,8 @@
 Logits never go to memory. Each program keeps, of its share of the vocabulary and per token, the
 best row by logit (or, to sample, by logit / temperature + Gumbel noise, which draws from the
 softmax) and what the softmax's sum needs. Of one token, the program that finishes last joins the
-shares; of more, a second kernel does.
+shares; of more, a second kernel does. On Hopper one token with float weights is taken by CUDA C++,
+`../cuda/streamed_head.py`.
 """
 
 import torch
@@ -11,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..cuda import streamed_head
 from .counters import counters_of
 from .early_launch import early_options, let_next_start, wait_for_previous
 from .tiles import depth, processors
-from .weight_rows import kind_of, times_matrix, times_vector, vector_shape
+from .weight_rows import VectorShape, kind_of, times_matrix, times_vector, vector_shape
 
 NOBODY = tl.constexpr(2147483647)  # no row; the smallest row wins a tie
 LOWEST = tl.constexpr(float("-inf"))
@@ -29,6 +31,7 @@ def head_sample(
     temperature: float = 0.0,
     seed: int = 0,
     scales: Tensor | None = None,
+    shape: VectorShape | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose a row of the head for each hidden state.
 
@@ -40,6 +43,8 @@ def head_sample(
             state t is drawn with `softmax(logits / temperature)`, by the noise of number
             `t * rows + i` of the seed.
         seed: of the noise, in 64 bits.
+        shape: how Triton's kernel cuts rows for one token; None: chosen by size, or one in CUDA C++
+            takes it.
 
     Returns:
         ids: (...) int64.
@@ -57,7 +62,15 @@ def head_sample(
         return ids, logprobs
     weights = (x, codes, codes if scales is None else scales)
     inverse = 1 / temperature if temperature > 0 else 0.0
-    if tokens == 1 and (shape := vector_shape(codes, kind, cols)):
+    if (
+        tokens == 1
+        and scales is None
+        and shape is None
+        and streamed_head.takes(x, codes)
+        and streamed_head.choose(x, codes, inverse, seed, ids, logprobs)
+    ):
+        return ids, logprobs
+    if tokens == 1 and (shape := shape or vector_shape(codes, kind, cols)):
         shares = min(triton.cdiv(vocab, shape.rows), processors(x.device) * shape.programs)
         found, best = _shares(x, shares, tokens)
         _head_vector[(shares,)](

@@ -1,0 +1,53 @@
+"""Which GPUs run CUDA C++ for Hopper, and its kernels, loaded once."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from pathlib import Path
+
+import torch
+
+from ..errors import MobileLLMError
+from .cuda_source import Kernel, kernel
+
+HALVES = (torch.bfloat16, torch.float16)
+
+_loaded: dict[tuple, Kernel | None] = {}
+
+
+@functools.cache
+def runs_on(device: torch.device) -> bool:
+    """Whether a GPU has the instructions, and the machine what compiles them."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    try:
+        from cuda.bindings import driver, nvrtc  # noqa: F401
+
+        nvrtc.nvrtcVersion()
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def loaded(source: Path, constants: tuple[tuple[str, int], ...], device: int) -> Kernel | None:
+    """Return a kernel of the current GPU.
+
+    None if it cannot be loaded: as a graph is captured, or, which a warning tells once, if the
+    compiler and the driver do not suit each other.
+    """
+    key = source, constants, device
+    if key not in _loaded and not torch.cuda.is_current_stream_capturing():
+        try:
+            _loaded[key] = kernel(*key)
+        except MobileLLMError as error:
+            warnings.warn(f"Triton's kernel is taken: {error}", stacklevel=2)
+            _loaded[key] = None
+    return _loaded.get(key)

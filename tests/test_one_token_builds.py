@@ -1,0 +1,264 @@
+"""Decode attention and the head in CUDA C++, compiled by NVRTC, and launched by a stand-in.
+
+No GPU is needed; `test_gpu_one_token.py` runs them.
+"""
+
+import ctypes
+import re
+import subprocess
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("cuda.bindings.nvrtc")
+pytest.importorskip("triton")
+
+import triton
+from cuda.bindings import driver
+
+from mobilellm_fast.cuda import cluster_attention, hopper, streamed_head
+from mobilellm_fast.cuda.cuda_source import Kernel, compile_source
+from mobilellm_fast.errors import MobileLLMError
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+REGISTERS, SHARED_NBYTES = 65536, 228 << 10  # of a multiprocessor
+OWN_SHARED_NBYTES = 1 << 10  # that each program takes besides
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+def run(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+class Build:
+    def __init__(self, source, constants, folder):
+        self.name, self.constants, cubin = source.stem, dict(constants), folder / "kernel.cubin"
+        cubin.write_bytes(compile_source(source, self.constants, "sm_90"))
+        usage = run(TOOLS / "cuobjdump", "-res-usage", cubin)
+        self.used = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        elf = run(TOOLS / "cuobjdump", "-elf", cubin)
+        sizes = re.findall(r"Ordinal : 0x0\s+Offset  : 0x\w+\s+Size    : (0x\w+)", elf)
+        self.arguments_nbytes = [int(size, 16) for size in sizes]
+        text = run(TOOLS / "nvdisasm", cubin)
+        self.code = re.findall(
+            r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", text, re.M
+        )
+        place = text[text.index(f"{self.name}_shared_nbytes:") :]
+        word = re.search(r"\.(byte|word)\s+(.*)", place)
+        values = [int(v, 16) for v in re.findall(r"0x\w+", word[2])]
+        self.shared_nbytes = (
+            values[0] if word[1] == "word" else int.from_bytes(values[:4], "little")
+        )
+
+    def check_fits(self):
+        threads = self.constants["THREADS"] * self.constants["RESIDENT"]
+        assert self.used["REG"] * threads <= REGISTERS
+        assert self.used["STACK"] == self.used["LOCAL"] == 0
+        shared = (self.shared_nbytes + OWN_SHARED_NBYTES) * self.constants["RESIDENT"]
+        assert 0 < shared <= SHARED_NBYTES
+
+    def loads(self, code=None):
+        return {c for c in code or self.code if c.startswith(("LDG", "LDGSTS"))}
+
+    def before_waiting(self):
+        return self.code[: self.code.index("ACQBULK")]
+
+
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    monkeypatch.setenv("MOBILELLM_FAST_CACHE", str(tmp_path))
+    return lambda source, constants: Build(source, constants, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("group", "dtype", "in_one_piece", "cluster"),
+    [
+        (3, BF16, True, cluster_attention.WIDE),
+        (5, BF16, True, cluster_attention.NARROW),
+        (5, FP16, False, cluster_attention.WIDE),
+        (8, BF16, False, cluster_attention.NARROW),
+    ],
+)
+def test_attention_fits_and_its_loads_are_wide(group, dtype, in_one_piece, cluster, build):
+    constants = cluster_attention.constants(group, dtype, in_one_piece, cluster)
+    made = build(cluster_attention.SOURCE, constants)
+    made.check_fits()
+    assert made.arguments_nbytes == [ctypes.sizeof(cluster_attention.Arguments)]
+    assert {c for c in made.code if c.startswith("HMMA")} == {
+        "HMMA.16816.F32.BF16" if dtype == BF16 else "HMMA.16816.F32"
+    }
+    assert made.loads() == {"LDG.E.STRONG.GPU", "LDG.E.NA.128"}
+    assert made.loads(made.before_waiting()) == {"LDG.E.STRONG.GPU"}, "the kernel before may run"
+    assert "UBLKPF.L2" in made.code or not in_one_piece
+
+
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize(("cols", "dtype"), [(576, BF16), (1600, FP16), (256, FP16)])
+def test_the_head_fits_and_leaves_room(cols, dtype, sample, build):
+    made = build(streamed_head.SOURCE, streamed_head.constants(cols, dtype, sample))
+    made.check_fits()
+    assert made.arguments_nbytes == [ctypes.sizeof(streamed_head.Arguments)]
+    # so that the next kernel is set up beside it
+    assert 2 * (made.shared_nbytes + OWN_SHARED_NBYTES) <= SHARED_NBYTES
+    assert 2 * made.used["REG"] * streamed_head.THREADS <= REGISTERS or cols == 1600
+    assert any(c.startswith("LDGSTS.E.BYPASS.128") for c in made.code)
+    assert not made.loads(made.before_waiting())
+
+
+# ---- launches ----
+
+
+class Driver:
+    """Stands in for the driver: notes what it is told to launch, and with which arguments."""
+
+    def __init__(self, structure):
+        self.structure, self.launches, self.attributes = structure, [], []
+
+    def cuLaunchKernelEx(self, config, function, addresses, extra):
+        place = ctypes.cast(addresses, ctypes.POINTER(ctypes.c_void_p))[0]
+        arguments = self.structure.from_buffer_copy(
+            ctypes.string_at(place, ctypes.sizeof(self.structure))
+        )
+        self.launches.append((config, arguments))
+        return (0,)
+
+    def cuFuncSetAttribute(self, function, attribute, value):
+        self.attributes.append((attribute, value))
+        return (0,)
+
+    CUfunction_attribute = driver.CUfunction_attribute
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    """Has a module launch on the tensors of a CPU; returns the driver, and what is loaded."""
+
+    def install(module):
+        noting, loaded = Driver(module.Arguments), []
+        found = Kernel.__new__(Kernel)
+        found._driver, found._function, found.shared_nbytes = noting, None, 1000
+        found._large_clusters = False
+        monkeypatch.setattr(module, "loaded", lambda *key: loaded.append(key) or found)
+        monkeypatch.setattr(module, "runs_on", lambda device: True)
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
+        stream = SimpleNamespace(cuda_stream=77)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+        return noting, loaded
+
+    return install
+
+
+def shape_of(config):
+    names = driver.CUlaunchAttributeID
+    values = {attribute.id: attribute.value for attribute in config.attrs}
+    early = values[names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION]
+    assert early.programmaticStreamSerializationAllowed == 1
+    assert config.numAttrs == len(values) and int(config.hStream) == 77
+    cluster = values[names.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION].clusterDim
+    assert (cluster.y, cluster.z) == (config.blockDimY, config.blockDimZ) == (1, 1)
+    grid = config.gridDimX, config.gridDimY, config.gridDimZ
+    return grid, cluster.x, config.blockDimX, config.sharedMemBytes
+
+
+@pytest.mark.parametrize(("batch", "cluster"), [(1, 16), (4, 16), (5, 8)])
+def test_attention_is_launched_with_its_tensors(batch, cluster, launcher):
+    noting, loaded = launcher(cluster_attention)
+    q = torch.empty(batch, 25, 64, dtype=BF16)
+    k, v = torch.empty(batch, 5, 100, 64, dtype=BF16), torch.empty(batch, 100, 5, 64, dtype=BF16)
+    v, lengths, out = v.transpose(1, 2), torch.empty(batch, dtype=torch.int32), torch.empty_like(q)
+    for _ in range(2):
+        assert cluster_attention.decode(q, k, v, lengths, 0.5, out)
+    (config, a), (again, _) = noting.launches
+    assert again is config, "made anew"
+    assert shape_of(config) == ((cluster, 5, batch), cluster, 128, 1000)
+    assert len(noting.attributes) == (cluster == 16)
+    chosen = cluster_attention.constants(5, BF16, False, cluster)
+    assert loaded == [(cluster_attention.SOURCE, chosen, q.get_device())] * 2
+    assert [a.q, a.k, a.v, a.lengths, a.out] == [t.data_ptr() for t in (q, k, v, lengths, out)]
+    assert [a.q_batch, a.q_head, a.out_batch, a.out_head] == [3200, 128] * 2
+    assert [a.k_batch, a.k_head, a.k_seq] == [64000, 12800, 128]
+    assert [a.v_batch, a.v_head, a.v_seq] == [64000, 128, 640]
+    assert a.capacity == 100 and abs(a.scale - 0.5 * 1.442695) < 1e-6
+
+
+def test_the_head_is_launched_with_its_tensors(launcher):
+    noting, loaded = launcher(streamed_head)
+    x, codes = torch.empty(1, 576, dtype=FP16), torch.empty(500, 576, dtype=FP16)
+    ids, logprobs = torch.empty(1, dtype=torch.int64), torch.empty(1)
+    assert streamed_head.choose(x, codes, 0.0, 0, ids, logprobs)
+    assert streamed_head.choose(x, codes, 2.0, -1, ids, logprobs)
+    (config, a), (_, drawn) = noting.launches
+    assert shape_of(config) == ((132, 1, 1), 1, 512, 1000)
+    assert [key[1] for key in loaded] == [
+        streamed_head.constants(576, FP16, sample) for sample in (False, True)
+    ]
+    assert [a.x, a.rows, a.id, a.logprob] == [t.data_ptr() for t in (x, codes, ids, logprobs)]
+    assert a.shares % 16 == 0 and a.counter and (a.vocab, a.inverse) == (500, 0)
+    assert (drawn.seed, drawn.inverse) == (2**64 - 1, 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda q, k, v, out: (q.float(), k.float(), v.float(), out.float()),
+        lambda q, k, v, out: (q[..., :32], k[..., :32], v[..., :32], out[..., :32]),
+        lambda q, k, v, out: (q, k[:, :1], v[:, :1], out),  # a group of 10
+        lambda q, k, v, out: (q, k.view(-1)[1:12801].view(k[:, :, :50].shape), v, out),
+        lambda q, k, v, out: (q, k, torch.empty(2, 2, 100, 68, dtype=BF16)[..., :64], out),
+        lambda q, k, v, out: (q, k, v, torch.empty(2, 10, 128, dtype=BF16)[..., ::2]),
+        lambda q, k, v, out: (q, k, v, out.half()),
+    ],
+    ids=["float32", "head_dim", "group", "address", "stride", "columns", "dtype"],
+)
+def test_attention_that_is_left_to_triton(change, launcher):
+    launcher(cluster_attention)
+    q, k = torch.empty(2, 10, 64, dtype=BF16), torch.empty(2, 2, 100, 64, dtype=BF16)
+    usual = q, k, k.clone(), torch.empty_like(q)
+    assert cluster_attention.takes(*usual)
+    assert not cluster_attention.takes(*change(*usual))
+
+
+def test_heads_that_are_left_to_triton(launcher):
+    launcher(streamed_head)
+    x, codes = torch.empty(1, 1608, dtype=BF16), torch.empty(9, 1608, dtype=BF16)
+    assert streamed_head.takes(x[:, :1600].clone(), codes[:, :1600].clone())
+    assert streamed_head.takes(x[:, :256].clone(), codes[:, :256].clone())
+    for cols in (252, 580, 1608, 248):
+        assert not streamed_head.takes(x[:, :cols].clone(), codes[:, :cols].clone())
+    one, other = x[:, :576].clone(), codes[:, :576].clone()
+    assert not streamed_head.takes(one, other.half())
+    assert not streamed_head.takes(one.float(), other.float())
+    assert not streamed_head.takes(x[0, 1:577], other)
+
+
+def test_a_cpu_runs_neither():
+    assert not hopper.runs_on(torch.device("cpu"))
+
+
+def test_nothing_is_loaded_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(hopper, "kernel", None)
+    assert hopper.loaded(cluster_attention.SOURCE, (), 99) is None
+    tensors = [torch.empty(1, 1, 1, 64, dtype=BF16)] * 2
+    q, lengths = tensors[0][0], torch.ones(1, dtype=torch.int32)
+    monkeypatch.setattr(cluster_attention, "multiprocessors", lambda device: 132)
+    assert not cluster_attention.decode(q, *tensors, lengths, 1.0, q)
+    x, ids = torch.empty(1, 256, dtype=BF16), torch.empty(1, dtype=torch.int64)
+    assert not streamed_head.choose(x, x, 0.0, 0, ids, ids.float())
+
+
+def test_a_kernel_that_cannot_be_loaded_is_told_of_once(monkeypatch):
+    def refuse(*key):
+        raise MobileLLMError("[cuda] driver failed: CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(hopper, "kernel", refuse)
+    monkeypatch.setattr(hopper, "_loaded", {})
+    with pytest.warns(UserWarning, match="Triton's kernel is taken: .*UNSUPPORTED_PTX"):
+        assert hopper.loaded(cluster_attention.SOURCE, (), 99) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert hopper.loaded(cluster_attention.SOURCE, (), 99) is None
