@@ -36,6 +36,11 @@ def decode_inputs(heads, kv_heads, lengths, capacity, dtype=BF16):
     return tuple(t.to(DEVICE) for t in (q, *caches, lengths))
 
 
+@pytest.fixture(autouse=True)
+def asked_for(monkeypatch):
+    monkeypatch.setenv(hopper.ONE_TOKEN, "1")
+
+
 # ---- dispatch ----
 
 
@@ -44,7 +49,7 @@ def taken(monkeypatch):
     """Notes what CUDA C++ is asked to do, where the GPU is said to be an H100; it does it."""
     calls = []
     for module, name in ((cluster_attention, "decode"), (streamed_head, "choose")):
-        monkeypatch.setattr(module, "runs_on", lambda device: True)
+        monkeypatch.setattr(module, "one_token_on", lambda device: True)
         monkeypatch.setattr(module, name, lambda *args: calls.append(args) or True)
     return calls
 

@@ -142,7 +142,7 @@ def launcher(monkeypatch):
         found._driver, found._function, found.shared_nbytes = noting, None, 1000
         found._large_clusters = False
         monkeypatch.setattr(module, "loaded", lambda *key: loaded.append(key) or found)
-        monkeypatch.setattr(module, "runs_on", lambda device: True)
+        monkeypatch.setattr(module, "one_token_on", lambda device: True)
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
         stream = SimpleNamespace(cuda_stream=77)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
@@ -234,8 +234,19 @@ def test_heads_that_are_left_to_triton(launcher):
     assert not streamed_head.takes(x[0, 1:577], other)
 
 
-def test_a_cpu_runs_neither():
+def test_a_cpu_runs_neither(monkeypatch):
     assert not hopper.runs_on(torch.device("cpu"))
+    monkeypatch.setenv(hopper.ONE_TOKEN, "1")
+    assert not hopper.one_token_on(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("asked, taken", [(None, False), ("0", False), ("1", True)])
+def test_they_are_taken_where_the_environment_asks(monkeypatch, asked, taken):
+    monkeypatch.setattr(hopper, "runs_on", lambda device: True)
+    monkeypatch.delenv(hopper.ONE_TOKEN, raising=False)
+    if asked is not None:
+        monkeypatch.setenv(hopper.ONE_TOKEN, asked)
+    assert hopper.one_token_on(torch.device("cuda")) is taken
 
 
 def test_nothing_is_loaded_while_a_graph_is_captured(monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from .hopper import HALVES, loaded, multiprocessors, runs_on
+from .hopper import HALVES, loaded, multiprocessors, one_token_on
 
 SOURCE = Path(kernels.__file__).parent / "one_token" / "gqa_decode.cu"
 HEAD_DIM, LARGEST_GROUP = 64, 8
@@ -62,7 +62,7 @@ def cluster_of(pairs: int, processors: int) -> int:
 
 def takes(q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor) -> bool:
     """Whether the kernel takes these; head_dim lies in one piece in the first three."""
-    if q.shape[-1] != HEAD_DIM or q.dtype not in HALVES or not runs_on(q.device):
+    if q.shape[-1] != HEAD_DIM or q.dtype not in HALVES or not one_token_on(q.device):
         return False
     if not len(q) <= LARGEST_BATCH >= k_cache.shape[1]:
         return False

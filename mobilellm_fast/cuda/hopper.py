@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ..errors import MobileLLMError
 from .cuda_source import Kernel, kernel
 
 HALVES = (torch.bfloat16, torch.float16)
+ONE_TOKEN = "MOBILELLM_FAST_ONE_TOKEN"  # 1 takes the kernels of kernels/one_token
 
 _loaded: dict[tuple, Kernel | None] = {}
 
@@ -30,6 +32,14 @@ def runs_on(device: torch.device) -> bool:
     except (ImportError, OSError, RuntimeError):
         return False
     return True
+
+
+def one_token_on(device: torch.device) -> bool:
+    """Whether the kernels of kernels/one_token are taken: `runs_on`, and the environment asks.
+
+    As they are, they ran as drafts and on a CPU alone (docs/gpu.md); tests on a GPU ask for them.
+    """
+    return os.environ.get(ONE_TOKEN) == "1" and runs_on(device)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.counters import counters_of
-from .hopper import HALVES, loaded, multiprocessors, runs_on
+from .hopper import HALVES, loaded, multiprocessors, one_token_on
 
 SOURCE = Path(kernels.__file__).parent / "one_token" / "head_sample.cu"
 THREADS = 512
@@ -55,7 +55,7 @@ def constants(cols: int, dtype: torch.dtype, sample: bool) -> tuple[tuple[str, i
 def takes(x: Tensor, codes: Tensor) -> bool:
     """Whether the kernel takes one hidden state and a head's weights, both contiguous."""
     cols = codes.shape[-1]
-    if x.dtype not in HALVES or codes.dtype != x.dtype or not runs_on(x.device):
+    if x.dtype not in HALVES or codes.dtype != x.dtype or not one_token_on(x.device):
         return False
     if cols % 8 or cols < NARROWEST or depth(cols) < SHALLOWEST:
         return False
