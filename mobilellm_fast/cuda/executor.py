@@ -45,8 +45,8 @@ class CudaExecutor:
     Args:
         config: the architecture.
         weights: on the device.
-        tier: how single tokens are decoded, see `steps`; "auto" takes the first of `best_tiers` that
-            takes the model.
+        tier: how single tokens are decoded, see `steps`; "auto" takes the first of `best_tiers`
+            that takes the model.
         kv_format: "fp16", "bf16" or "fp32"; None takes fp32 for fp32 weights, else fp16.
         options: of the tier, for measurements, see `PersistentSteps` and `RingSteps`.
 
