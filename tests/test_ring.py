@@ -35,7 +35,7 @@ U = 2.0**-24
 SEEDS = range(12)
 # Inputs of integer weights have 16 bits, relative to the largest of a few: half a step is 2^-16 of
 # that, about 2^-14.5 of most, in each of five products. A new key or value in 16 bits can fall to
-# the other side of a rounding than the oracle's, whose inputs differ in their last bits: 2^-11 of it.
+# the other side of a rounding than the oracle's, whose inputs differ in their last bits: 2^-11.
 COARSE = 2.0**-11
 
 pytestmark = pytest.mark.skipif(interpreted.HAS_GPU, reason="for machines without a GPU")
