@@ -26,6 +26,11 @@ LONG = (8192, 4352, 1600)  # of which swiglu does
 BF16 = torch.bfloat16
 
 
+def name_of(value):
+    """The name of a case: options by their keys, as values print differently in each process."""
+    return ",".join(value) or "plain" if isinstance(value, dict) else str(value)
+
+
 # ---- dispatch ----
 
 
@@ -74,7 +79,7 @@ def multiply(rows, outputs, cols, scales_from=0, **options):
         ((1024, 3072, 1152), {"bias": torch.empty(3072, device=DEVICE)}, "triton"),
         ((1024, 3072, 1152), {"tiling": int8_gemm.SMALL}, "triton"),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_who_takes_int8_gemm(sizes, options, who, taken):
     out = multiply(*sizes, **options)
@@ -103,7 +108,7 @@ def gate(rows, inner, cols, dtype=BF16, launcher=swiglu.swiglu, **options):
         ((8192, 4352, 64), {"tiling": swiglu.LARGE}, "triton"),
         ((8192, 4352, 64), {"launcher": swiglu.swiglu_saving}, "triton"),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_who_takes_swiglu(sizes, options, who, taken):
     gate(*sizes, **options)
