@@ -61,7 +61,7 @@ FIRST = [
         "125M-128",
         {"ours": OURS, **BY_TIER},
         peers=("graphed",),
-        pairs={"graphed": ("ours", "graphed"), "persistent": ("persistent", "pdl")},
+        pairs={"graphed": ("ours", "graphed"), "persistent": ("ours", "pdl")},
     ),
     Case(
         "1B-128",

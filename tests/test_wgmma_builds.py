@@ -115,7 +115,7 @@ def launches(monkeypatch):
         return 0
 
     monkeypatch.setattr(wgmma, "_driver", lambda: SimpleNamespace(cuTensorMapEncodeTiled=encode))
-    monkeypatch.setattr(wgmma, "_loaded", lambda *key: product)
+    monkeypatch.setattr(wgmma, "loaded", lambda *key: product)
     monkeypatch.setattr(wgmma, "_clusters", lambda device: 66)
     stream = SimpleNamespace(cuda_stream=77)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
@@ -189,7 +189,9 @@ def test_a_driver_that_refuses_is_heard(launches, monkeypatch):
         wgmma.tensor_map(16, (4, 16), (4, 16), torch.int8)
 
 
-def test_nothing_is_loaded_while_a_graph_is_captured(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(wgmma, "kernel", None)
-    assert wgmma._loaded(True, torch.float16, 99) is None
+def test_what_cannot_be_loaded_is_left_to_triton(launches, monkeypatch):
+    """As while a graph is captured, see `hopper.loaded`."""
+    monkeypatch.setattr(wgmma, "loaded", lambda *key: None)
+    x, weight = (torch.zeros(rows, 64, dtype=torch.int8) for rows in (512, 192))
+    scales = torch.ones(512), torch.ones(192)
+    assert not wgmma.int8_gemm(x, scales[0], weight, scales[1], torch.zeros(512, 192).bfloat16())

@@ -47,13 +47,15 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def loaded(source: Path, constants: tuple[tuple[str, int], ...], device: int) -> Kernel | None:
-    """Return a kernel of the current GPU.
+def loaded(
+    source: Path, constants: tuple[tuple[str, int], ...], device: int, own: str = ""
+) -> Kernel | None:
+    """Return a kernel of the current GPU, see `cuda_source.kernel`.
 
     None if it cannot be loaded: as a graph is captured, or, which a warning tells once, if the
     compiler and the driver do not suit each other.
     """
-    key = source, constants, device
+    key = source, constants, device, own
     if key not in _loaded and not torch.cuda.is_current_stream_capturing():
         try:
             _loaded[key] = kernel(*key)

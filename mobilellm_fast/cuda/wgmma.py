@@ -16,15 +16,16 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import MobileLLMError
-from .cuda_source import Kernel, kernel
+from .hopper import HALVES, loaded, multiprocessors, runs_on
 
 SOURCE = Path(kernels.__file__).parent / "wgmma" / "product.cu"
+__all__ = ["HALVES", "int8_gemm", "runs_on", "swiglu"]
+
 THREADS, CLUSTER = 384, 2
 CLUSTER_ROWS = 256  # of the tiles of a cluster, which lie below each other
 INT8_WIDTH, SWIGLU_WIDTH = 192, 128  # of the tiles
 STRIP_ROWS, STRIP = 64, 64  # of a box of the result
 STEP_NBYTES = 128  # of a box of a factor
-HALVES = (torch.bfloat16, torch.float16)
 KEPT = 4096  # arguments, by the addresses in them
 # CUtensorMapDataType, CUtensorMapSwizzle and CUtensorMapL2promotion of cuda.h
 DATA_TYPES = {torch.int8: 0, torch.float16: 6, torch.bfloat16: 9}
@@ -48,23 +49,6 @@ class Arguments(ctypes.Structure):
 def constants(int8: bool, dtype: torch.dtype) -> dict[str, int]:
     """Return the constants of the source for results of a dtype."""
     return dict(THREADS=THREADS, INT8=int(int8), HALF_IS_BF16=int(dtype == torch.bfloat16))
-
-
-@functools.cache
-def runs_on(device: torch.device) -> bool:
-    """Whether a GPU has these instructions, and the machine what compiles them."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        return False
-    try:
-        from cuda.bindings import driver, nvrtc  # noqa: F401
-
-        nvrtc.nvrtcVersion()
-        _driver()
-    except (ImportError, OSError, RuntimeError):
-        return False
-    return True
 
 
 def int8_gemm(
@@ -106,7 +90,8 @@ def _multiply(
 ) -> bool:
     x, weight, _, out = matrices
     device = x.get_device()
-    product = _loaded(x.dtype == torch.int8, out.dtype, device)
+    chosen = tuple(constants(x.dtype == torch.int8, out.dtype).items())
+    product = loaded(SOURCE, chosen, device, "a")
     if product is None:
         return False
     (rows, cols), outputs = x.shape, len(weight)
@@ -119,23 +104,10 @@ def _multiply(
     return True
 
 
-_LOADED: dict[tuple, Kernel] = {}
-
-
-def _loaded(int8: bool, dtype: torch.dtype, device: int) -> Kernel | None:
-    """Return the kernel; None if it is not loaded yet and, as a graph is captured, cannot be."""
-    key = int8, dtype, device
-    found = _LOADED.get(key)
-    if found is None and not torch.cuda.is_current_stream_capturing():
-        made = kernel(SOURCE, tuple(constants(int8, dtype).items()), device, own="a")
-        found = _LOADED[key] = made
-    return found
-
-
 @functools.cache
 def _clusters(device: int) -> int:
     """Clusters that a GPU runs at a time: a program fills a multiprocessor's shared memory."""
-    return torch.cuda.get_device_properties(device).multi_processor_count // CLUSTER
+    return multiprocessors(torch.device("cuda", device)) // CLUSTER
 
 
 @functools.lru_cache(KEPT)
