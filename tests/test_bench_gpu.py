@@ -47,7 +47,9 @@ def run_pytest(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join(p for p in (str(tmp_path), os.environ.get("PYTHONPATH")) if p)
     command = [sys.executable, "-m", "pytest", "--benchmark-only", f"--rootdir={BENCH.parent}"]
     command += ["-rs", *arguments, str(BENCH / "bench_gpu.py")]
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    # as a process of its own, also beside workers of pytest-xdist, where benchmarks are off
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    environment = inherited | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
