@@ -63,7 +63,7 @@ def test_what_does_not_compile_says_why():
 
 
 def test_a_gpu_with_less_shared_memory_is_told_so():
-    small = constants("1.5B", "bf16") | {"SHARED_LIMIT": 80 << 10}
+    small = constants("1.5B", "bf16") | {"SHARED_LIMIT": 99 << 10}
     with pytest.raises(MobileLLMError, match="more shared memory than a program can have"):
         compile_source(ring.SOURCE, small, "sm_120")
 

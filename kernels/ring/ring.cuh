@@ -38,7 +38,8 @@ constexpr int SLOT_NBYTES =
 constexpr int OTHER_NBYTES =
     WARPS * static_cast<int>(sizeof(WarpInputs)) + 2 * PARTS * 4 + (WARPS + 12) * HEAD_DIM * 4 + 4096;
 constexpr int SLOTS = least(RING_SLOTS, (SHARED_LIMIT - OTHER_NBYTES) / SLOT_NBYTES);
-static_assert(SLOTS > 1, "more shared memory than a program can have");
+// With fewer, the carrier would wait for the warps more than they for each other.
+static_assert(SLOTS >= 4, "more shared memory than a program can have");
 
 // A program's share of a matrix, found in shared memory by the number of the stage.
 struct Share {
