@@ -59,7 +59,7 @@ def random_cuda_matrix(
     codes = torch.randint(low, high, shape, dtype=dtype, device=device, generator=generator)
     step = std * 12**0.5 / (15 if kind == "int4_g32" else 254)  # of a uniform distribution
     sizes = {"int8": (rows,), "int8_g32": (rows, groups), "int4_g32": (rows, groups, 2)}[kind]
-    scales = torch.full((*blocks, *sizes), step, device=device)
+    scales = torch.rand((*blocks, *sizes), device=device, generator=generator).add_(0.5).mul_(step)
     if kind == "int4_g32":
-        scales[..., 1] *= -7.5
+        scales[..., 1] = -7.5 * scales[..., 0]
     return Matrix(kind, rows, cols, codes, scales if kind == "int8" else scales.to(torch.float16))

@@ -39,7 +39,7 @@ def emulated(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     for module in (cluster_attention, streamed_head):
         monkeypatch.setattr(module, "loaded", loaded)
-        monkeypatch.setattr(module, "runs_on", lambda device: True)
+        monkeypatch.setattr(module, "one_token_on", lambda device: True)
         monkeypatch.setattr(module, "multiprocessors", lambda device: said.processors)
     monkeypatch.setattr(streamed_head, "counters_of", lambda device, count: counter)
     yield said

@@ -28,8 +28,8 @@ def emulated(monkeypatch):
         (ctypes.c_uint64 * 6).from_address(place.value)[:] = words
         return 0
 
-    def loaded(int8, dtype, device):
-        run = compile_kernel(wgmma.SOURCE, wgmma.constants(int8, dtype), INCLUDE)
+    def loaded(source, constants, device, own):
+        run = compile_kernel(source, dict(constants), INCLUDE)
 
         def launch_clusters(arguments, grid, threads, cluster, stream, early):
             assert grid[0] <= 2 * said.clusters and (threads, cluster) == (384, 2)
@@ -38,7 +38,7 @@ def emulated(monkeypatch):
         return SimpleNamespace(launch_clusters=launch_clusters)
 
     monkeypatch.setattr(wgmma, "_driver", lambda: SimpleNamespace(cuTensorMapEncodeTiled=encode))
-    monkeypatch.setattr(wgmma, "_loaded", loaded)
+    monkeypatch.setattr(wgmma, "loaded", loaded)
     monkeypatch.setattr(wgmma, "_clusters", lambda device: said.clusters)
     stream = SimpleNamespace(cuda_stream=0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)

@@ -96,7 +96,7 @@ def test_who_takes_the_head(taken, monkeypatch):
 
 def test_without_a_hopper_gpu_triton_takes_everything(taken, monkeypatch):
     for module in (cluster_attention, streamed_head):
-        monkeypatch.setattr(module, "runs_on", lambda device: False)
+        monkeypatch.setattr(module, "one_token_on", lambda device: False)
     assert gqa_decode.gqa_decode(*decode_inputs(6, 2, (5, 9), 16)).isfinite().all()
     make = Maker(BF16)
     head_sample.head_sample(make.normal(1, 256), make.normal(300, 256))

@@ -121,12 +121,12 @@ def test_the_same_bits_in_every_order_of_threads(seed, kind, length, heads, prog
     assert all(output == outputs[0] for output in outputs)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
-def test_kinds_of_weights(seed, kind):
+@pytest.mark.parametrize("kind, kv_format", [("bf16", "fp16"), ("int8", "fp32"), ("int4", "fp32")])
+def test_kinds_of_weights(seed, kind, kv_format):
     """Rows of several chunks that several warps share, and tails of chunks."""
     config = dataclasses.replace(TINY, intermediate_size=1056)
-    ours = make(config, kind, "fp16", programs=9, warps=4)
-    assert_same_step(ours, make(config, kind, "fp16", tier="graph"), 20, tokens=(3,))
+    ours = make(config, kind, kv_format, programs=9, warps=4)
+    assert_same_step(ours, make(config, kind, kv_format, tier="graph"), 20, tokens=(3,))
 
 
 def test_scales_of_groups_of_int8(seed):
@@ -149,8 +149,33 @@ def test_blocks_and_a_head_of_other_kinds(seed):
     weights = random_cuda_weights(config, "int8", 0, "cpu")
     floats = random_cuda_weights(config, "bf16", 1, "cpu")
     weights = dataclasses.replace(weights, head=floats.head, embedding=floats.embedding)
-    ours = make(config, "int8", "fp32", 9, 4, weights=weights)
+    # few slots, so that the head finds what others left in them
+    ours = make(config, "int8", "fp32", 9, 4, weights=weights, RING_SLOTS=4)
     assert_same_step(ours, make(config, "int8", "fp32", tier="graph", weights=weights), 20, (3,))
+
+
+def test_a_head_that_is_added_up_in_several_turns(seed):
+    config = dataclasses.replace(TINY, vocab_size=416)
+    oracle = make(config, "bf16", "fp32", tier="graph")
+    for seed[0] in SEEDS[:4]:
+        assert_same_step(make(config, "bf16", "fp32", 1, 4), oracle, 5, (3,))
+
+
+def test_a_launch_that_fails_leaves_nothing_that_the_next_takes_for_its_own(seed, monkeypatch):
+    """Ten epochs on, old values would have the bits of new ones."""
+    ours = make(dataclasses.replace(TINY, num_hidden_layers=1), "bf16", "fp32")
+    want = ours.decode(filled(ours, 5), 4, 2)
+    launch = ring.RingSteps._launch
+    for count in range(1, 4):
+
+        def fails(self, arguments):
+            raise MobileLLMError("[cuda] driver failed")
+
+        monkeypatch.setattr(ring.RingSteps, "_launch", fails)
+        with pytest.raises(MobileLLMError, match="driver failed"):
+            ours.decode(filled(ours, 5), 4, count)
+        monkeypatch.setattr(ring.RingSteps, "_launch", launch)
+        assert ours.decode(filled(ours, 5), 4, 2) == want
 
 
 @pytest.mark.parametrize("warps", [3, 5])

@@ -23,6 +23,7 @@ constexpr int LANES_PER_TOKEN = HEAD_DIM / PER_LOAD;
 constexpr int TOKENS_PER_WARP = LANES / LANES_PER_TOKEN;
 constexpr int TILE = WARPS * TOKENS_PER_WARP;
 constexpr int AHEAD = most(2, least(4, up_to(128, TILE)));  // tiles on their way
+static_assert(HEAD_DIM <= WORKERS, "a thread joins what all found of a dimension");
 static_assert(HEAD_DIM % PER_LOAD == 0 && LANES % LANES_PER_TOKEN == 0, "a head is a power of two");
 
 // One program attends to a head's tokens, while these are no more tiles than this ...

@@ -9,9 +9,9 @@
 //     down      down projection, + middle                     -> x
 //
 // Its warps get their inputs by polling the vectors of the stage before (`vectors.cuh`); meanwhile one
-// warp brings the next weights to its shared memory (`ring.cuh`). Products are by tensor cores (`weights.cuh`, `products.cuh`). All programs meet at one barrier per token, which makes the
-// new keys and values safe to read. The grid must be on the GPU all at once, hence the cooperative
-// launch.
+// warp brings the next weights to its shared memory (`ring.cuh`). Products are by tensor cores
+// (`weights.cuh`, `products.cuh`). All programs meet at one barrier per token, which makes the new
+// keys and values safe to read. The grid must be on the GPU all at once, hence the cooperative launch.
 //
 // All stages of a layer go through the same instructions: those of four products, each with its own,
 // would not fit into the cache of instructions, and take longer to come than the products.

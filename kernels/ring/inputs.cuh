@@ -5,7 +5,8 @@
 // Of all stages: a lane's fours, and a warp's chunks of a tile.
 constexpr int most_fours(int first, int end) {
     return first == end ? 0
-                        : most(fours_of(shape_of(first).kind, shape_of(first).steps()), most_fours(first + 1, end));
+                        : most(fours_of(shape_of(first).kind, shape_of(first).steps()),
+                               most_fours(first + 1, end));
 }
 constexpr int BODY_FOURS = most_fours(QUERY, HEAD), HEAD_FOURS = most_fours(HEAD, STAGES);
 constexpr int digits_nbytes_of(int kind, int fours) {
@@ -42,15 +43,17 @@ struct Inputs {
         UNROLL for (int i = 0; i < FOURS; ++i) {
             if (i > 0 && i >= fours) break;
             const int place = Mine<KIND>::place(me, i);
+            int sum = 0;
             const float unit = store_digits<KIND>(
-                warp.digits + place / CHUNK * digits_nbytes(KIND), place % CHUNK, inputs[i].values);
+                warp.digits + place / CHUNK * digits_nbytes(KIND), place % CHUNK, inputs[i].values, sum);
             if (KIND != BF16 && me.lane == 0) warp.units[i] = unit;
             if constexpr (KIND == INT4_G32) {
+                // of what is multiplied: so roundings of the inputs do not meet codes and minimum apart
                 constexpr int SHARERS = LANES / QUARTERS;  // of a piece
-                const float(&x)[EACH] = inputs[i].values;
-                float sum = (x[0] + x[1]) + (x[2] + x[3]);
-                UNROLL for (int mask = 1; mask < SHARERS; mask *= 2) sum += shuffle_xor(sum, mask);
-                if (me.lane % SHARERS == 0) warp.sums[i * QUARTERS + me.lane / SHARERS] = sum;
+                UNROLL for (int mask = 1; mask < SHARERS; mask *= 2)
+                    sum += static_cast<int>(shuffle_xor(static_cast<unsigned>(sum), mask));
+                if (me.lane % SHARERS == 0)
+                    warp.sums[i * QUARTERS + me.lane / SHARERS] = static_cast<float>(sum) * unit;
             }
         }
         sync_warp();

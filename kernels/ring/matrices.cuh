@@ -39,9 +39,8 @@ struct Shape {
     // of a program
     constexpr int most_pairs() const { return up_to(pairs(), PROGRAMS); }
     constexpr int tiles() const { return up_to(most_pairs(), TILE_PAIRS); }
-    // chunks of a warp: in a tile, in all
+    // chunks of a warp, in a tile
     constexpr int steps() const { return up_to(chunks(), WARPS); }
-    constexpr int total() const { return tiles() * steps(); }
 };
 
 constexpr int QUERIES = HEADS * HEAD_DIM;

@@ -55,6 +55,8 @@ DEVICE void init_barrier(Barrier& barrier, int count) {
 DEVICE void publish_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async;" ::: "memory");
 }
+// Order what this thread read of shared memory with copies to it that others start later.
+DEVICE void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE void arrive(Barrier& barrier) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
 }
@@ -103,17 +105,6 @@ DEVICE uint2 load_word(const uint2* place) {
     unsigned long long word;
     asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(place) : "memory");
     return make_uint2(static_cast<unsigned>(word), static_cast<unsigned>(word >> 32));
-}
-
-// Two neighbours, each of which comes together, aligned to 16 bytes.
-DEVICE void load_words(const uint2* place, uint2& first, uint2& second) {
-    unsigned long long a, b;
-    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
-                 : "=l"(a), "=l"(b)
-                 : "l"(place)
-                 : "memory");
-    first = make_uint2(static_cast<unsigned>(a), static_cast<unsigned>(a >> 32));
-    second = make_uint2(static_cast<unsigned>(b), static_cast<unsigned>(b >> 32));
 }
 
 DEVICE void store_word(uint2* place, float value, unsigned epoch) {

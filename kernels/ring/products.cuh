@@ -39,6 +39,7 @@ DEVICE void multiply(
         Pieces pieces[TOGETHER];
         UNROLL for (int i = 0; i < TOGETHER; ++i)
             if (begin + i < total) pieces[i] = reader.take<KIND>(me);
+        reader.give_back(me, least(TOGETHER, total - begin));
         if (begin == 0) receive();
         UNROLL for (int i = 0; i < TOGETHER; ++i) {
             if (begin + i >= total) break;

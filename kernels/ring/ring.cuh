@@ -120,7 +120,7 @@ struct Carrier {
         ROLLED for (int tile = 0; tile < share.tiles; ++tile) {
             const int pair = tile * TILE_PAIRS + number % TILE_PAIRS;
             const int row = share.first_row(stage, pair) + number / TILE_PAIRS * share.distance;
-            const unsigned char* from = matrix + row * row_nbytes;
+            const unsigned char* from = matrix + static_cast<long long>(row) * row_nbytes;
             int left = pair < share.pairs && slice_nbytes > 0 ? row_nbytes : 0;
             ROLLED for (int step = 0; step < share.steps; ++step) {
                 bring_slice(from, least(left, slice_nbytes), has_codes, to);
@@ -156,11 +156,11 @@ private:
 // A warp's view of the ring, chunk by chunk.
 struct Reader {
     Ring& ring;
-    RingPlace place;
+    RingPlace place, given;  // to take next; to give back next
 
     DEVICE explicit Reader(Ring& ring) : ring(ring) {}
 
-    // What this lane has of the next chunk, when it is there.
+    // What this lane has of the next chunk, when it is there; its slot is to be given back.
     template <int KIND>
     DEVICE Pieces take(const Worker& me) {
         wait_for(ring.full[place.slot], place.parity);
@@ -180,9 +180,18 @@ struct Reader {
                 if constexpr (KIND == INT8_G32) pieces.scales[i] >>= quarter / 2 * 16;
             }
         }
-        sync_warp();
-        if (me.lane == 0) arrive(ring.empty[place.slot]);
         place.advance();
         return pieces;
+    }
+
+    // Give back the slots of the last `count` chunks. Their reads must be over before copies, which
+    // are not ordered with them otherwise, write to them again.
+    DEVICE void give_back(const Worker& me, int count) {
+        fence_copies();
+        sync_warp();
+        ROLLED for (int i = 0; i < count; ++i) {
+            if (me.lane == 0) arrive(ring.empty[given.slot]);
+            given.advance();
+        }
     }
 };

@@ -30,15 +30,14 @@ struct Mine {
     }
 };
 
-// How many fours a lane has of `cols` inputs.
+// How many fours a lane has of a warp's `steps` chunks.
 constexpr int fours_of(int kind, int steps) { return up_to(steps * chunk_inputs(kind), EACH * LANES); }
 
 struct Four {
     float values[EACH];
 };
 
-// `factor` is a little more than 1, so that cutting off bits makes values no smaller on average; NaN
-// remains.
+// The factor, a little more than 1, makes up for the bits that are cut off, on average; NaN remains.
 DEVICE void store_value(unsigned* place, float value, unsigned epoch) {
     constexpr float FACTOR = 1 + 1.0f / (1 << 21);
     store_relaxed(place, (as_bits(value * FACTOR) & ~TAG) | (epoch & TAG));
@@ -76,7 +75,8 @@ DEVICE void receive(
         }
     }
     UNROLL for (int i = 0; i < FOURS; ++i)
-        inputs[i] = {{value_of(found[i].x), value_of(found[i].y), value_of(found[i].z), value_of(found[i].w)}};
+        inputs[i] = {
+            {value_of(found[i].x), value_of(found[i].y), value_of(found[i].z), value_of(found[i].w)}};
 }
 
 // The weights of a norm for this lane's inputs.

@@ -1,8 +1,8 @@
 // Rows of stored weights, and their products with digits of the inputs by tensor cores.
 //
 // An input is the sum of two numbers that tensor cores take, its *digits*: two of bf16 for weights in
-// bf16; for integer ones two of eight bits, relative to the largest input of its chunk, so that sums
-// are exact and codes are multiplied as they are stored.
+// bf16; for integer ones two of eight bits, relative to the largest of the 128 inputs that a warp
+// receives together, so that sums are exact and codes are multiplied as they are stored.
 //
 // A chunk is 64 bytes of each row of eight pairs: lane 4 r + q has 16 of both rows of pair r, its
 // *pieces*. An instruction multiplies a matrix A of 16 rows, the weights, with a matrix B of 8
@@ -71,9 +71,10 @@ struct InputScale {
 constexpr float LARGEST_DIGITS = 32512;  // 127 * 256: the larger digit fits into a byte
 
 // Store the digits of four inputs, the first at `place` in its chunk, where the warp's lanes will read
-// them. Returns what a step of the smaller digit stands for, which all of the warp's share.
+// them. Returns what a step of the smaller digit stands for, which all of the warp's share, and the sum
+// of the four in such steps.
 template <int KIND>
-DEVICE float store_digits(unsigned char* chunk, int place, const float (&values)[4]) {
+DEVICE float store_digits(unsigned char* chunk, int place, const float (&values)[4], int& sum) {
     constexpr int PIECE = piece_inputs(KIND), COLUMN = column_nbytes(KIND);
     unsigned char* const to = chunk + place / PIECE * 2 * COLUMN + place % PIECE * digit_nbytes(KIND);
     if constexpr (KIND == BF16) {
@@ -96,6 +97,7 @@ DEVICE float store_digits(unsigned char* chunk, int place, const float (&values)
         unsigned low[4], high[4];
         UNROLL for (int i = 0; i < 4; ++i) {
             const int number = to_int(values[i] * inverse);
+            sum += number;
             low[i] = static_cast<unsigned>(number);
             high[i] = static_cast<unsigned>(number + 128);
         }
@@ -103,7 +105,8 @@ DEVICE float store_digits(unsigned char* chunk, int place, const float (&values)
             byte_perm(high[0], high[1], 0x0051), byte_perm(high[2], high[3], 0x0051), 0x5410);
         *reinterpret_cast<unsigned*>(to + COLUMN) = byte_perm(
             byte_perm(low[0], low[1], 0x0040), byte_perm(low[2], low[3], 0x0040), 0x5410);
-        return largest * (1 / LARGEST_DIGITS);
+        // what the quotient above would take for none
+        return largest > 1e37f ? as_float(0x7FC00000u) : largest * (1 / LARGEST_DIGITS);
     }
 }
 

@@ -28,6 +28,7 @@ RING_SLOTS = 16  # of the ring, at most: what shared memory holds is less
 ROOM_FOR_PARTS = 8  # of a head's attention, in the vectors
 LOAD_NBYTES = 16  # of a row that are copied or read at a time
 EPOCHS = 5  # of a layer
+LAST_EPOCH = 1 << 31
 CANDIDATE_NBYTES = 20  # of a program
 
 
@@ -125,15 +126,17 @@ class RingSteps(Steps):
     ) -> None:
         self._counter.zero_()
         used = count * (EPOCHS * len(self.schedule) + 1)
-        if self._epoch + used >= 1 << 31:  # words of long ago must not be taken for new ones
+        if self._epoch + used >= LAST_EPOCH:  # values of long ago must not be taken for new ones
             self._vectors.zero_()
             self._epoch = 1
         arguments = self._arguments
         arguments.steps, arguments.token, arguments.position = count, token_id, cache.length
         arguments.capacity, arguments.cache = cache.capacity, cache.address
-        arguments.first_epoch, self._epoch = self._epoch, self._epoch + used
+        # values have a few bits of their epochs: after a launch that fails they begin anew
+        arguments.first_epoch, self._epoch = self._epoch, LAST_EPOCH
         arguments.temperature, arguments.seed = temperature, seed
         self._launch(arguments)
+        self._epoch = arguments.first_epoch + used
 
     def _load(self) -> Kernel:
         properties = torch.cuda.get_device_properties(self.weights.device)
@@ -159,6 +162,8 @@ def obstacle(weights: CudaWeights, kv_format: str) -> str | None:
         nbytes = matrix.codes.shape[-1] * matrix.codes.element_size()
         if nbytes % LOAD_NBYTES:
             return f"rows of a multiple of {LOAD_NBYTES} bytes, got {nbytes}"
+        if matrix.codes.data_ptr() % LOAD_NBYTES:
+            return f"matrices at multiples of {LOAD_NBYTES} bytes"
         if matrix.rows * nbytes >= 1 << 31:
             return f"matrices of less than 2 GiB, got {matrix.rows * nbytes} bytes"
         if matrix.kind == "int8_g32" and matrix.cols % (2 * GROUP):

@@ -144,6 +144,7 @@ using emulator::Barrier;
 
 DEVICE void init_barrier(Barrier& barrier, int count) { barrier = {count, count, 0, 0}; }
 DEVICE void publish_barriers() {}
+DEVICE void fence_copies() {}
 
 DEVICE void arrive(Barrier& barrier, emulator::Site site = emulator::Site::here()) {
   emulator::scheduler->arrive_at(barrier, 0, site);
@@ -270,11 +271,6 @@ DEVICE void copy_16_later(void* to, const void* from, bool live,
   copy_later(to, from, live, 16, site);
 }
 
-DEVICE void copy_4_later(void* to, const void* from, bool live,
-                         emulator::Site site = emulator::Site::here()) {
-  copy_later(to, from, live, 4, site);
-}
-
 DEVICE void close_copies() { emulator::scheduler->current().copies.emplace_back(); }
 
 template <int LEFT>
@@ -304,15 +300,6 @@ constexpr int LINE_NBYTES = 128;
 
 DEVICE uint2 load_word(const uint2* address, emulator::Site site = emulator::Site::here()) {
   return emulator::scheduler->load(address, site);
-}
-
-DEVICE void load_words(const uint2* address, uint2& first, uint2& second,
-                       emulator::Site site = emulator::Site::here()) {
-  if (reinterpret_cast<uintptr_t>(address) % 16) {
-    emulator::scheduler->fail(site, "loads two words from an address that is no multiple of 16");
-  }
-  first = emulator::scheduler->load(address, site);
-  second = emulator::scheduler->load(address + 1, site);
 }
 
 DEVICE void store_word(uint2* address, float value, unsigned epoch,
