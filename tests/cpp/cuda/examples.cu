@@ -115,11 +115,19 @@ KERNEL(numbers, NumbersArguments) {
     arguments.halves[i] = float_to_half(arguments.floats[i]);
     arguments.widened[i] = half_to_float(static_cast<unsigned short>(i));
   }
-  uint4& weights = shared_memory<uint4>();
+  struct Copied {
+    uint4 weights;
+    Barrier barrier;
+  };
+  Copied& copied = shared_memory<Copied>();
+  const uint4& weights = copied.weights;
   if (thread_id() == 0) {
-    copy_16_later(&weights, arguments.weights + (arguments.fault == kMisaligned), true);
-    close_copies();
-    wait_for_copies<0>();
+    init_barrier(copied.barrier, 1);
+    publish_barriers();
+    arrive_expecting(copied.barrier, sizeof weights);
+    copy_bulk(&copied.weights, arguments.weights + (arguments.fault == kMisaligned), sizeof weights,
+              copied.barrier);
+    wait_for(copied.barrier, 0);
     arguments.integers[0] = byte_perm(weights.x, weights.y, 0x7214);
     arguments.integers[1] = mul_high(weights.z, weights.w);
   }

@@ -254,39 +254,6 @@ DEVICE T& shared_memory(emulator::Site site = emulator::Site::here()) {
   return *reinterpret_cast<T*>(emulator::scheduler->program().shared_memory);
 }
 
-// Copies happen when they are waited for; until then their place holds NaN.
-DEVICE void copy_later(void* to, const void* from, bool live, int nbytes, emulator::Site site) {
-  if (reinterpret_cast<uintptr_t>(to) % nbytes ||
-      (live && reinterpret_cast<uintptr_t>(from) % nbytes)) {
-    emulator::scheduler->fail(site, "copies " + std::to_string(nbytes) +
-                                        " bytes from or to an address that is no multiple of " +
-                                        std::to_string(nbytes));
-  }
-  std::memset(to, 0xFF, nbytes);
-  emulator::scheduler->current().copies.back().push_back({to, live ? from : nullptr, nbytes});
-}
-
-DEVICE void copy_16_later(void* to, const void* from, bool live,
-                          emulator::Site site = emulator::Site::here()) {
-  copy_later(to, from, live, 16, site);
-}
-
-DEVICE void close_copies() { emulator::scheduler->current().copies.emplace_back(); }
-
-template <int LEFT>
-DEVICE void wait_for_copies() {
-  auto& groups = emulator::scheduler->current().copies;
-  for (; groups.size() > LEFT + 1u; groups.pop_front()) {
-    for (const emulator::Copy& copy : groups.front()) {
-      if (copy.from) {
-        std::memcpy(copy.to, copy.from, copy.nbytes);
-      } else {
-        std::memset(copy.to, 0, copy.nbytes);
-      }
-    }
-  }
-}
-
 DEVICE int misalignment(const void* place) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(place) % 16);
 }
