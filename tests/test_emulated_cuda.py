@@ -1,6 +1,7 @@
 """The emulation of CUDA kernels: right results in every order, and an error for every fault."""
 
 import ctypes
+import re
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,21 @@ FAULTS = (
     "one epoch for all",
     "too much shared memory",
     "misaligned",
+    "no meeting before fence",
+    "no fence at start",
+    "fence before barriers",
+    "no fence",
+    "fence after arrival",
+    "one lane fences",
+    "no meeting of lanes",
+    "arrival before wait",
+    "no wait for readers",
+    "one reader is late",
+    "copies twice",
+    "copies elsewhere",
+    "no barriers",
+    "arrives twice",
+    "returns early",
 )
 
 
@@ -63,6 +79,16 @@ def run_exchange(seed, fault="none", rounds=10):
     return out[0] == sum(p + t for p in range(2) for t in range(THREADS)) * 2**rounds
 
 
+def run_stream(seed, fault="none", rounds=9):
+    """Return whether the sums are right."""
+    numbers = np.arange(4 * rounds + 4, dtype=np.uint32)
+    numbers = numbers[-numbers.ctypes.data % 16 // 4 :][: 4 * rounds]
+    out = np.zeros(THREADS - 32, np.uint32)
+    arguments = structure(numbers=numbers, out=out, rounds=rounds, fault=FAULTS.index(fault))
+    example("stream")(arguments, 2, seed)
+    return (out == numbers.sum()).all()
+
+
 def faults_found(run, fault):
     """For each seed, an error's text or whether the result was right."""
     outcomes = []
@@ -79,6 +105,7 @@ def test_correct_kernels(seed):
     assert run_sum(seed)
     assert run_sum(seed, programs=1, rounds=3)
     assert run_exchange(seed)
+    assert run_stream(seed)
 
 
 def test_a_seed_repeats_its_order():
@@ -114,6 +141,47 @@ def test_everybody_waits(seed):
 def test_divergence(seed, fault, error):
     with pytest.raises(RuntimeError, match=error):
         run_sum(seed, fault)
+
+
+WRITTEN = r"copies over what thread \d+ may have written, without knowing of a fence since"
+READ = r"copies over what thread \d+ may still read, without knowing of a fence since it waited"
+LATE = r"waits for bytes that are overwritten already, by the copy at examples\.cu:\d+"
+TWICE = r"copies over what the copy at examples\.cu:\d+ brings, without knowing of anybody who"
+MADE = r"copies with a barrier without knowing of a fence since it was made at examples\.cu:\d+"
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        ("no meeting before fence", WRITTEN),
+        ("no fence at start", MADE),
+        ("fence before barriers", MADE),
+        ("no fence", READ),
+        ("fence after arrival", READ),
+        ("one lane fences", READ),
+        ("no meeting of lanes", READ),
+        ("one reader is late", LATE),
+        ("copies twice", TWICE),
+        ("copies elsewhere", "copies to no place of shared memory"),
+        ("no barriers", "uses a barrier that nobody made"),
+        ("arrives twice", "arrives once too often at a barrier"),
+        ("returns early", "all threads returned before copies came"),
+    ],
+)
+def test_misused_copies(fault, error):
+    """In every order of the threads, also where results would be right."""
+    for seed in SEEDS:
+        with pytest.raises(RuntimeError, match=error):
+            # the last copy of several may come while somebody waits for another
+            run_stream(seed, fault, rounds=1 if fault == "returns early" else 9)
+
+
+@pytest.mark.parametrize("fault", ["arrival before wait", "no wait for readers"])
+def test_slots_that_are_filled_too_early(fault):
+    """Depending on the order, a warp that misses a phase of a barrier may be found before."""
+    errors = faults_found(run_stream, fault)
+    assert True not in errors and False not in errors
+    assert any(re.search(READ, error) for error in errors)
 
 
 def run_numbers(fault="none"):

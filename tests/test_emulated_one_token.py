@@ -16,7 +16,7 @@ from mobilellm_fast.cuda import cluster_attention, streamed_head
 INCLUDE = Path(__file__).parent / "cpp" / "one_token"
 SHARED_NBYTES = 227 << 10
 BF16 = torch.bfloat16
-CACHE_LENGTH = 1100
+CACHE_LENGTH = 4200
 
 
 @pytest.fixture
@@ -51,7 +51,8 @@ def decode_inputs(heads, kv_heads, lengths, in_one_piece=True):
     shape = len(lengths), kv_heads, CACHE_LENGTH, 64
     if not in_one_piece:
         shape = len(lengths), CACHE_LENGTH, kv_heads, 64
-    q = torch.randn(len(lengths), heads, 64, generator=generator).to(BF16)
+    qkv = torch.randn(len(lengths), heads + 2 * kv_heads, 64, generator=generator).to(BF16)
+    q = qkv[:, :heads]
     caches = [torch.randn(shape, generator=generator).to(BF16) for _ in range(2)]
     if not in_one_piece:
         caches = [cache.transpose(1, 2) for cache in caches]
@@ -62,7 +63,7 @@ def decode_inputs(heads, kv_heads, lengths, in_one_piece=True):
 
 
 def decode(q, k, v, lengths):
-    out = torch.full_like(q, float("nan"))
+    out = torch.full((*q.shape[:2], 72), float("nan"), dtype=BF16)[..., :64]
     assert cluster_attention.takes(q, k, v, out)
     assert cluster_attention.decode(q, k, v, lengths, 0.125, out)
     return out
@@ -71,10 +72,13 @@ def decode(q, k, v, lengths):
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "lengths", "in_one_piece"),
     [
-        # a key, a tile and a bit, parts of one tile all full, one more key, more steps than one
+        # a key, a tile and a bit, parts of one tile all full, one more key
         (3, 1, (1, 17, 1024, 1025), True),
         (10, 2, (0, 300), False),
-        (8, 1, (2 * CACHE_LENGTH, -1, 513), True),
+        (8, 1, (-1, 513), True),
+        # of a part three steps, the last of one tile; two steps, the last part of which is short
+        (2, 1, (2 * CACHE_LENGTH,), True),
+        (1, 1, (2100,), False),
     ],
     ids=str,
 )
@@ -93,8 +97,9 @@ def test_decode(heads, kv_heads, lengths, in_one_piece, emulated):
         want.check(f"sequence {i}", outs[0][one])
 
 
-def test_a_sequence_is_decoded_alike_in_every_order(emulated):
-    q, k, v, lengths = decode_inputs(3, 1, (700,))
+@pytest.mark.parametrize("in_one_piece", [True, False])
+def test_a_sequence_is_decoded_alike_in_every_order(in_one_piece, emulated):
+    q, k, v, lengths = decode_inputs(3, 1, (700,), in_one_piece)
     outs = []
     for emulated.seed in range(4):
         outs.append(decode(q, k, v, lengths))

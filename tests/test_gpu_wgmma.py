@@ -249,6 +249,20 @@ def test_threads_with_streams_of_their_own():
 
 @pytest.mark.gpu
 @on_hopper
+def test_a_thread_that_has_not_used_the_gpu():
+    """torch has made no context its own, as nothing is allocated there."""
+    args = int8_args(208, 208, 304)
+    outs = [torch.full((208, 208), torch.nan, dtype=BF16, device=DEVICE) for _ in range(2)]
+    assert wgmma.int8_gemm(*args, outs[0])
+    taken = []
+    thread = threading.Thread(target=lambda: taken.append(wgmma.int8_gemm(*args, outs[1])))
+    thread.start()
+    thread.join()
+    assert taken == [True] and torch.equal(*outs)
+
+
+@pytest.mark.gpu
+@on_hopper
 def test_compiled_ops_take_clusters():
     args = int8_args(*MANY[0])
     compiled = torch.compile(lambda *args: ops.int8_gemm(*args, None, BF16) + 1)

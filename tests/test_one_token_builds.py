@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 import triton
 from cuda.bindings import driver
 
-from mobilellm_fast.cuda import cluster_attention, hopper, streamed_head
+from mobilellm_fast.cuda import cluster_attention, cuda_source, hopper, streamed_head
 from mobilellm_fast.cuda.cuda_source import Kernel, compile_source
 from mobilellm_fast.errors import MobileLLMError
 
@@ -93,6 +93,9 @@ def test_attention_fits_and_its_loads_are_wide(group, dtype, in_one_piece, clust
     assert made.loads() == {"LDG.E.STRONG.GPU", "LDG.E.NA.128"}
     assert made.loads(made.before_waiting()) == {"LDG.E.STRONG.GPU"}, "the kernel before may run"
     assert "UBLKPF.L2" in made.code or not in_one_piece
+    # what came from other programs is not looked for among what this multiprocessor knows
+    wait = next(i for i, c in enumerate(made.code) if c.startswith("SYNCS.PHASECHK"))
+    assert "CCTL.IVALL" in made.code[wait:]
 
 
 @pytest.mark.parametrize("sample", [False, True])
@@ -106,6 +109,11 @@ def test_the_head_fits_and_leaves_room(cols, dtype, sample, build):
     assert 2 * made.used["REG"] * streamed_head.THREADS <= REGISTERS or cols == 1600
     assert any(c.startswith("LDGSTS.E.BYPASS.128") for c in made.code)
     assert not made.loads(made.before_waiting())
+    # what a program found is there before it arrives, and read past the multiprocessor's cache
+    arrival = next(i for i, c in enumerate(made.code) if c.startswith("ATOMG"))
+    stored = next(i for i, c in enumerate(made.code) if c.startswith("STG.E.128.STRONG.GPU"))
+    assert any(re.match(r"MEMBAR\..*GPU", c) for c in made.code[stored:arrival])
+    assert all(c.endswith("STRONG.GPU") for c in made.loads(made.code[arrival:]))
 
 
 # ---- launches ----
@@ -116,8 +124,11 @@ class Driver:
 
     def __init__(self, structure):
         self.structure, self.launches, self.attributes = structure, [], []
+        self.context, self.__name__ = "a context", "driver"
 
     def cuLaunchKernelEx(self, config, function, addresses, extra):
+        if self.context is None:
+            return (driver.CUresult.CUDA_ERROR_INVALID_CONTEXT,)
         place = ctypes.cast(addresses, ctypes.POINTER(ctypes.c_void_p))[0]
         arguments = self.structure.from_buffer_copy(
             ctypes.string_at(place, ctypes.sizeof(self.structure))
@@ -200,6 +211,57 @@ def test_the_head_is_launched_with_its_tensors(launcher):
     assert (drawn.seed, drawn.inverse) == (2**64 - 1, 2)
 
 
+def test_a_thread_without_a_context_gets_one(launcher, monkeypatch):
+    noting, _ = launcher(streamed_head)
+    x, ids = torch.empty(1, 576, dtype=FP16), torch.empty(1, dtype=torch.int64)
+    noting.context = None
+    monkeypatch.setattr(cuda_source, "use_context", lambda: setattr(noting, "context", "one"))
+    assert streamed_head.choose(x, x, 0.0, 0, ids, ids.float())
+    assert noting.context == "one" and len(noting.launches) == 1
+    noting.context = None
+    monkeypatch.setattr(cuda_source, "use_context", lambda: None)
+    with pytest.raises(MobileLLMError, match="CUDA_ERROR_INVALID_CONTEXT"):
+        streamed_head.choose(x, x, 0.0, 0, ids, ids.float())
+
+
+def large(batch, heads, kv_heads, capacity):
+    """q, k_cache, v_cache and out, of which nobody asks for values."""
+    q = torch.empty(batch, heads, 64, dtype=BF16, device="meta")
+    cache = torch.empty(batch, kv_heads, capacity, 64, dtype=BF16, device="meta")
+    return q, cache, cache, q
+
+
+def test_a_kernel_is_loaded_in_the_context_that_torch_uses(monkeypatch):
+    """Also in a thread that has none yet."""
+    current = []
+
+    def load(code):
+        invalid = driver.CUresult.CUDA_ERROR_INVALID_CONTEXT
+        return (0 if current == ["of device 3"] else invalid), "module"
+
+    def copy(address, place, size):
+        ctypes.c_uint.from_address(address).value = 1000
+        return (0,)
+
+    for name, call in {
+        "cuDeviceGet": lambda ordinal: (0, f"device {ordinal}"),
+        "cuDevicePrimaryCtxRetain": lambda device: (0, f"of {device}"),
+        "cuCtxSetCurrent": lambda context: current.append(context) or (0,),
+        "cuModuleLoadData": load,
+        "cuModuleGetFunction": lambda module, name: (0, "function"),
+        "cuModuleGetGlobal": lambda module, name: (0, 0, 4),
+        "cuMemcpyDtoH": copy,
+        "cuFuncSetAttribute": lambda *args: (0,),
+    }.items():
+        monkeypatch.setattr(driver, name, call)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    cuda_source._context.cache_clear()
+    try:
+        assert Kernel(b"code", "name").shared_nbytes == 1000
+    finally:
+        cuda_source._context.cache_clear()
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -208,16 +270,26 @@ def test_the_head_is_launched_with_its_tensors(launcher):
         lambda q, k, v, out: (q, k[:, :1], v[:, :1], out),  # a group of 10
         lambda q, k, v, out: (q, k.view(-1)[1:12801].view(k[:, :, :50].shape), v, out),
         lambda q, k, v, out: (q, k, torch.empty(2, 2, 100, 68, dtype=BF16)[..., :64], out),
+        lambda q, k, v, out: (q, k, v, torch.empty(2, 10, 72, dtype=BF16)[..., 4:68]),
         lambda q, k, v, out: (q, k, v, torch.empty(2, 10, 128, dtype=BF16)[..., ::2]),
         lambda q, k, v, out: (q, k, v, out.half()),
+        lambda q, k, v, out: large(2**16, 2, 2, 100),
+        lambda q, k, v, out: large(1, 2, 2**16, 100),
+        lambda q, k, v, out: large(1, 2, 2, 2**28 + 1),
     ],
-    ids=["float32", "head_dim", "group", "address", "stride", "columns", "dtype"],
+    ids=(
+        *("float32", "head_dim", "group", "address", "stride"),
+        *("address of out", "columns", "dtype"),
+        *("batch", "kv_heads", "capacity"),
+    ),
 )
 def test_attention_that_is_left_to_triton(change, launcher):
     launcher(cluster_attention)
     q, k = torch.empty(2, 10, 64, dtype=BF16), torch.empty(2, 2, 100, 64, dtype=BF16)
     usual = q, k, k.clone(), torch.empty_like(q)
     assert cluster_attention.takes(*usual)
+    assert cluster_attention.takes(*large(2**16 - 1, 2, 2, 100))
+    assert cluster_attention.takes(*large(1, 2, 2, 2**28))
     assert not cluster_attention.takes(*change(*usual))
 
 
@@ -259,6 +331,21 @@ def test_nothing_is_loaded_while_a_graph_is_captured(monkeypatch):
     assert not cluster_attention.decode(q, *tensors, lengths, 1.0, q)
     x, ids = torch.empty(1, 256, dtype=BF16), torch.empty(1, dtype=torch.int64)
     assert not streamed_head.choose(x, x, 0.0, 0, ids, ids.float())
+
+
+def test_each_gpu_loads_what_is_compiled_for_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, device))
+    monkeypatch.setattr(cuda_source, "compile_source", lambda source, constants, arch: arch)
+    monkeypatch.setattr(cuda_source, "Kernel", lambda code, name: SimpleNamespace(code=code))
+    monkeypatch.setattr(hopper, "_loaded", {})
+    cuda_source.kernel.cache_clear()
+    try:
+        found = [hopper.loaded(Path("a.cu"), (), *key) for key in ((0,), (1,), (0, "a"), (0,))]
+    finally:
+        cuda_source.kernel.cache_clear()
+    assert [kernel.code for kernel in found] == ["sm_90", "sm_91", "sm_90a", "sm_90"]
+    assert found[3] is found[0]
 
 
 def test_a_kernel_that_cannot_be_loaded_is_told_of_once(monkeypatch):

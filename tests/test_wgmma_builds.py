@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 import triton
 from cuda.bindings import driver
 
-from mobilellm_fast.cuda import wgmma
+from mobilellm_fast.cuda import cuda_source, wgmma
 from mobilellm_fast.cuda.cuda_source import Kernel, compile_source
 from mobilellm_fast.errors import MobileLLMError
 
@@ -63,8 +63,15 @@ def test_nothing_spills_and_products_stay_under_way(int8, dtype, product, monkey
     assert [re.search(r"gsb0, (\w+)", rest)[1] for rest in waits] == ["0x1", "0x0"]
     assert not {n for n in names if n.split(".")[0] in ("LDL", "STL")}
     assert "UTMALDG.2D.MULTICAST" in names
+    # groups that want more registers than there are would wait for them forever
+    asked = [re.search(r"(0x\w+|\d+) ;", rest)[1] for name, rest in lines if "SETMAXREG" in name]
+    few, many = sorted(int(number, 0) for number in asked)
+    groups = wgmma.THREADS // 128
+    assert few + (groups - 1) * many <= used["REG"] * groups
     early = names[: names.index("ACQBULK")]
     assert not [n for n in early if n.split(".")[0] in ("LDG", "STG", "UTMALDG", "UTMASTG")]
+    # the kernel before may write scales while this one runs already
+    assert not [n for n in names if n.startswith("LDG") and "CONSTANT" in n]
 
 
 def test_shared_memory_suffices(monkeypatch, tmp_path):
@@ -187,6 +194,15 @@ def test_a_driver_that_refuses_is_heard(launches, monkeypatch):
     monkeypatch.setattr(wgmma, "_driver", lambda: refusing)
     with pytest.raises(MobileLLMError, match="cuTensorMapEncodeTiled failed: 1"):
         wgmma.tensor_map(16, (4, 16), (4, 16), torch.int8)
+
+
+def test_matrices_are_described_in_a_thread_without_a_context(launches, monkeypatch):
+    current = []
+    status = driver.CUresult.CUDA_ERROR_INVALID_CONTEXT
+    asking = SimpleNamespace(cuTensorMapEncodeTiled=lambda *_: 0 if current else int(status))
+    monkeypatch.setattr(wgmma, "_driver", lambda: asking)
+    monkeypatch.setattr(cuda_source, "use_context", lambda: current.append("one"))
+    assert len(wgmma.tensor_map(16, (4, 16), (4, 16), torch.int8)) == 128
 
 
 def test_what_cannot_be_loaded_is_left_to_triton(launches, monkeypatch):

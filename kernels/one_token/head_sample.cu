@@ -189,6 +189,7 @@ KERNEL(head_sample, Arguments) {
         arrived = arrive_at(a.counter);
     }
     if (shuffle_from(arrived, 0) != programs() - 1) return;
+    sync_warp();  // all lanes see what the first has acquired, which a shuffle does not promise
     known = nothing();
     for (int share = lane; share < programs(); share += 32) {
         const float4 words = read_published(a.shares + 2 * share);

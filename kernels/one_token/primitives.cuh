@@ -31,6 +31,7 @@ DEVICE T& shared_memory() {
 DEVICE unsigned shared_address(const void* place) {
     return static_cast<unsigned>(__cvta_generic_to_shared(place));
 }
+DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_program() { __syncthreads(); }
 
 // Say that this thread has started and made what others write to; the other waits for all.

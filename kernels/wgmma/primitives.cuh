@@ -129,11 +129,10 @@ DEVICE void hold(float (&sums)[N]) {
     UNROLL for (int i = 0; i < N; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-// Numbers that nobody writes while the kernel runs.
-DEVICE float read(const float* place) { return __ldg(place); }
-DEVICE float2 read_pair(const float* place) {
-    return __ldg(reinterpret_cast<const float2*>(place));
-}
+// Not by `__ldg`, which is for what nobody writes while the kernel runs: the kernel before may, and
+// the compiler could move such loads before `wait_for_previous`.
+DEVICE float read(const float* place) { return *place; }
+DEVICE float2 read_pair(const float* place) { return *reinterpret_cast<const float2*>(place); }
 DEVICE int smaller(int a, int b) { return min(a, b); }
 DEVICE float to_float(int number) { return __int2float_rn(number); }
 // A product that is not fused with a sum.

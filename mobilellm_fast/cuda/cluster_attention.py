@@ -15,7 +15,8 @@ from .hopper import HALVES, loaded, multiprocessors, one_token_on
 
 SOURCE = Path(kernels.__file__).parent / "one_token" / "gqa_decode.cu"
 HEAD_DIM, LARGEST_GROUP = 64, 8
-LARGEST_BATCH, LARGEST_CAPACITY = 2**16 - 1, 2**30  # of a grid, and to count in 32 bits
+LARGEST_BATCH = 2**16 - 1  # of a grid
+LARGEST_CAPACITY = 2**28  # so that the bytes of a warp's keys are counted in 32 bits
 THREADS, RESIDENT = 128, 3  # of a program, and programs that a multiprocessor has room for
 WIDE, NARROW = 16, 8  # programs of a cluster
 LOG2_E = math.log2(math.e)

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..files import whole_file
 PORTABLE_CLUSTER = 8  # programs that every GPU with clusters has in one
 CONFIGS = 1024  # of launches of clusters that are kept: each stream and grid has its own
 DIGEST_NBYTES = 32  # of machine code in the cache, before it
+INVALID_CONTEXT = 201  # CUresult of cuda.h: this thread has none
 
 
 def compile_source(source: Path, constants: Mapping[str, int], arch: str) -> bytes:
@@ -91,6 +92,7 @@ class Kernel:
         from cuda.bindings import driver
 
         self._driver = driver
+        use_context()
         (self._module,) = self._call(driver.cuModuleLoadData(code))
         (self._function,) = self._call(driver.cuModuleGetFunction(self._module, name.encode()))
         place, size = self._call(
@@ -107,7 +109,8 @@ class Kernel:
         """Start `programs` that are on the GPU all at once (a cooperative launch)."""
         addresses = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         self._call(
-            self._driver.cuLaunchCooperativeKernel(
+            with_context(
+                self._driver.cuLaunchCooperativeKernel,
                 self._function,
                 *(programs, 1, 1),
                 *(threads, 1, 1),
@@ -141,12 +144,48 @@ class Kernel:
             self._large_clusters = True
         config = _cluster_config(grid, threads, cluster, self.shared_nbytes, stream, early)
         addresses = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        self._call(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(addresses), 0))
+        place = ctypes.addressof(addresses)
+        self._call(with_context(driver.cuLaunchKernelEx, config, self._function, place, 0))
 
     def _call(self, result: tuple[Any, ...]) -> tuple[Any, ...]:
         status, *values = result
         _check(status, self._driver)
         return tuple(values)
+
+
+def with_context(call: Callable[..., tuple[Any, ...]], *args: Any) -> tuple[Any, ...]:
+    """Call the driver; in a thread that has no context yet, with that of the current GPU.
+
+    torch's calls give a thread one where they need it, which not all do: what is allocated may come
+    from torch's cache.
+
+    Args:
+        call: returns a CUresult, and what else.
+    """
+    result = call(*args)
+    if int(result[0]) == INVALID_CONTEXT:
+        use_context()
+        result = call(*args)
+    return result
+
+
+def use_context() -> None:
+    """Give this thread the context of the current GPU."""
+    from cuda.bindings import driver
+
+    _check(*driver.cuCtxSetCurrent(_context(torch.cuda.current_device())), driver)
+
+
+@functools.cache
+def _context(device: int) -> Any:
+    """Return the context of a GPU that torch uses, too."""
+    from cuda.bindings import driver
+
+    status, handle = driver.cuDeviceGet(device)
+    _check(status, driver)
+    status, context = driver.cuDevicePrimaryCtxRetain(handle)
+    _check(status, driver)
+    return context
 
 
 def _check(status: Any, library: Any) -> None:

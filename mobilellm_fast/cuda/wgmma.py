@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..errors import MobileLLMError
+from .cuda_source import with_context
 from .hopper import HALVES, loaded, multiprocessors, runs_on
 
 SOURCE = Path(kernels.__file__).parent / "wgmma" / "product.cu"
@@ -148,7 +149,7 @@ def tensor_map(
     place = (ctypes.c_ubyte * (MAP_NBYTES + MAP_ALIGNMENT))()
     start = -ctypes.addressof(place) % MAP_ALIGNMENT
     (rows, cols), nbytes = shape, dtype.itemsize
-    status = _driver().cuTensorMapEncodeTiled(
+    arguments = (
         ctypes.c_void_p(ctypes.addressof(place) + start),
         DATA_TYPES[dtype],
         2,
@@ -162,6 +163,7 @@ def tensor_map(
         PROMOTE_TO_256B,
         0,  # zeros outside of the matrix
     )
+    (status,) = with_context(lambda: (_driver().cuTensorMapEncodeTiled(*arguments),))
     if status:
         raise MobileLLMError(f"[cuda] cuTensorMapEncodeTiled failed: {status}")
     return TensorMap.from_buffer_copy(place, start)

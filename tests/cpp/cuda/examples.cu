@@ -14,6 +14,21 @@ enum Fault {
   kOneEpochForAll,  // the last word's epoch stands for those of all words
   kTooMuchSharedMemory,
   kMisaligned,
+  kNoMeetingBeforeFence,  // of the threads that write at first, and the one with the fence for all
+  kNoFenceAtStart,
+  kFenceBeforeBarriers,  // are made
+  kNoFence,              // between reads and the next copy
+  kFenceAfterArrival,
+  kOneLaneFences,
+  kNoMeetingOfLanes,   // after their fences
+  kArrivalBeforeWait,  // for the bytes that are given back by it
+  kNoWaitForReaders,
+  kOneReaderIsLate,  // and nobody waits for it
+  kCopiesTwice,      // to one place
+  kCopiesElsewhere,  // not to shared memory
+  kNoBarriers,
+  kArrivesTwice,
+  kReturnsEarly,
 };
 
 struct Shared {
@@ -96,6 +111,79 @@ KERNEL(exchange, ExchangeArguments) {
   }
 }
 
+// One warp brings `rounds` times four numbers to two slots, where the others read them. out[thread]
+// = the sum of all numbers.
+struct StreamArguments {
+  unsigned* numbers;  // [rounds][4], aligned to 16 bytes
+  unsigned* out;      // [THREADS - 32]
+  int rounds, fault;
+};
+
+struct Slots {
+  uint4 numbers[2];
+  Barrier full[2], empty[2];
+};
+
+DEVICE void give_back(Barrier& empty, int fault) {
+  if (fault == kOneReaderIsLate && thread_id() < 32) return;
+  const bool first = thread_id() % 32 == 0;
+  if (fault == kFenceAfterArrival && first) arrive(empty);
+  if (fault != kNoFence && (fault != kOneLaneFences || first)) fence_copies();
+  if (fault != kNoMeetingOfLanes) sync_warp();
+  if (fault != kFenceAfterArrival && first) arrive(empty);
+}
+
+// The first warp, after the last one's copy over what it has not read yet.
+DEVICE void start_late() { sync_threads<64>(); }
+
+KERNEL(stream, StreamArguments) {
+  constexpr int kReaders = kWarps - 1;
+  Slots& slots = shared_memory<Slots>();
+  int fault = arguments.fault, thread = thread_id();
+  if (thread < 2) slots.numbers[thread] = make_uint4(0, 0, 0, 0);
+  if (fault != kNoMeetingBeforeFence) sync_program();
+  if (thread == 0 && fault != kNoBarriers) {
+    if (fault == kFenceBeforeBarriers) publish_barriers();
+    for (int i = 0; i < 2; ++i) {
+      init_barrier(slots.full[i], 1);
+      init_barrier(slots.empty[i], fault == kOneReaderIsLate ? kReaders - 1 : kReaders);
+    }
+    if (fault != kFenceBeforeBarriers && fault != kNoFenceAtStart) publish_barriers();
+  }
+  sync_program();
+  if (thread / 32 == kReaders) {
+    for (int round = 0; round < arguments.rounds; ++round) {
+      int slot = round % 2, nbytes = sizeof slots.numbers[slot];
+      bool too_early = fault == kOneReaderIsLate && round == 2;
+      if (fault != kNoWaitForReaders) wait_for(slots.empty[slot], (round / 2 + 1) % 2);
+      if (thread % 32 == 0) {
+        bool twice = fault == kCopiesTwice || too_early;  // the other one never comes
+        arrive_expecting(slots.full[slot], twice ? 2 * nbytes : nbytes);
+        if (fault == kArrivesTwice) arrive(slots.full[slot]);
+        for (int i = 0; i < (fault == kCopiesTwice ? 2 : 1); ++i) {
+          void* to = &slots.numbers[slot];
+          if (fault == kCopiesElsewhere) to = arguments.numbers;
+          copy_bulk(to, arguments.numbers + 4 * round, nbytes, slots.full[slot]);
+        }
+      }
+      if (too_early) return start_late();
+    }
+    return;
+  }
+  if (fault == kReturnsEarly) return;
+  if (fault == kOneReaderIsLate && thread < 32) start_late();
+  unsigned sum = 0;
+  for (int round = 0; round < arguments.rounds; ++round) {
+    int slot = round % 2;
+    if (fault == kArrivalBeforeWait) give_back(slots.empty[slot], fault);
+    wait_for(slots.full[slot], round / 2 % 2);
+    const uint4& numbers = slots.numbers[slot];
+    sum += numbers.x + numbers.y + numbers.z + numbers.w;
+    if (fault != kArrivalBeforeWait) give_back(slots.empty[slot], fault);
+  }
+  arguments.out[thread] = sum;
+}
+
 struct NumbersArguments {
   const float* floats;      // [65536]
   unsigned short* halves;   // [65536]
@@ -121,6 +209,7 @@ KERNEL(numbers, NumbersArguments) {
   };
   Copied& copied = shared_memory<Copied>();
   const uint4& weights = copied.weights;
+  sync_program();
   if (thread_id() == 0) {
     init_barrier(copied.barrier, 1);
     publish_barriers();

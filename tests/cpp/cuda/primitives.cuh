@@ -1,43 +1,28 @@
-// What the kernels of kernels/ring/ use of a GPU, on a CPU: scheduler.h runs the
-// threads.
-//
-// Beside each kernel, KERNEL defines `emulate_<kernel>`, which runs it and returns an
-// emulator::Status, and `arguments_nbytes_<kernel>`; `emulation_error` has the last run's text.
+// What the kernels of kernels/ring/ use of a GPU, on a CPU: scheduler.h runs the threads, copies.h
+// has what copies do to shared memory.
 #pragma once
 
 #include <cmath>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
-#include "scheduler.h"
+#include "copies.h"
+#include "kernel.h"
 
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
+struct Machine {
+  explicit Machine(int programs = 0, unsigned seed = 0)
+      : random(seed), copies(static_cast<size_t>(programs)) {}
+  const char* left() const {
+    for (const emulator::Copies& each : copies) {
+      if (!each.empty()) return "copies came that they had started";
+    }
+    return nullptr;
+  }
+  emulator::Random random;
+  std::vector<emulator::Copies> copies;  // of each program
 };
-struct alignas(8) float2 {
-  float x, y;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-
-#define DEVICE inline
-#define UNROLL
-#define ROLLED
-#define EXPORTED extern "C" __attribute__((visibility("default")))
-#define KERNEL(name, Arguments)                                                                \
-  static void name(const Arguments& arguments);                                                \
-  EXPORTED unsigned arguments_nbytes_##name() { return sizeof(Arguments); }                    \
-  EXPORTED int emulate_##name(const Arguments* arguments, int programs, unsigned seed,         \
-                              unsigned shared_nbytes) {                                        \
-    return emulator::run([](const void* each) { name(*static_cast<const Arguments*>(each)); }, \
-                         arguments, programs, seed, shared_nbytes);                            \
-  }                                                                                            \
-  static void name(const Arguments& arguments)
-
-#define SHARED(name, T) EXPORTED unsigned name##_shared_nbytes = sizeof(T);
-
-EXPORTED const char* emulation_error() { return emulator::error.c_str(); }
+static Machine machine;
 
 DEVICE uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 DEVICE float2 make_float2(float x, float y) { return {x, y}; }
@@ -104,11 +89,21 @@ DEVICE unsigned pack_bf16(float first, float second) {
   return float_to_bf16(first) | static_cast<unsigned>(float_to_bf16(second)) << 16;
 }
 
-DEVICE int to_int(float value) {  // to nearest, ties to even; 0 of NaN
-  return value != value ? 0 : static_cast<int>(std::nearbyint(value));
+// What is larger than the largest becomes that.
+DEVICE unsigned pack_fp16(float first, float second) {
+  auto finite = [](float value) {
+    constexpr float kLargest = 65504;
+    return value > kLargest ? kLargest : value < -kLargest ? -kLargest : value;
+  };
+  return float_to_half(finite(first)) | static_cast<unsigned>(float_to_half(finite(second))) << 16;
 }
+DEVICE unsigned low_halves(unsigned a, unsigned b) { return (a & 0xffff) | b << 16; }
+DEVICE unsigned high_halves(unsigned a, unsigned b) { return a >> 16 | (b & 0xffff0000u); }
 
 // The lower or the upper half of a word.
+DEVICE float fp16_of(unsigned word, int half) {
+  return half_to_float(static_cast<unsigned short>(word >> 16 * half));
+}
 DEVICE float bf16_of(unsigned word, int half) {
   return as_float(half ? word & 0xffff0000u : word << 16);
 }
@@ -116,6 +111,7 @@ DEVICE float bf16_of(unsigned word, int half) {
 DEVICE float fma_(float a, float b, float c) { return std::fma(a, b, c); }
 DEVICE float exp_(float x) { return std::exp(x); }
 DEVICE float divide(float a, float b) { return a / b; }
+DEVICE float reciprocal(float x) { return 1.0f / x; }
 DEVICE float log_(float x) { return std::log(x); }
 DEVICE float exp2_(float x) { return std::exp2(x); }
 DEVICE float log2_(float x) { return std::log2(x); }
@@ -125,71 +121,77 @@ DEVICE unsigned mul_high(unsigned a, unsigned b) {
 }
 DEVICE long long clock_ns() { return 0; }
 DEVICE void forget(int&) {}
+DEVICE void have_ready(unsigned (&)[4], bool) {}
 
 // Threads
 
-DEVICE int thread_id() { return emulator::scheduler->current().thread; }
-DEVICE int program_id() { return emulator::scheduler->current().program; }
+DEVICE int thread_id() { return fiber().thread; }
+DEVICE int program_id() { return fiber().program; }
 
-DEVICE void sync_program(emulator::Site site = emulator::Site::here()) {
-  emulator::scheduler->join_barrier(THREADS, site);
-}
+DEVICE emulator::Copies& copies() { return machine.copies[fiber().program]; }
 
 template <int THREADS_>
-DEVICE void sync_threads(emulator::Site site = emulator::Site::here()) {
-  emulator::scheduler->join_barrier(THREADS_, site);
+DEVICE void sync_threads(Site site = Site::here()) {
+  emulator::scheduler->join_barrier(THREADS_, site, &copies().observer(), emulator::meet);
+}
+
+DEVICE void sync_program(Site site = Site::here()) { sync_threads<THREADS>(site); }
+
+DEVICE void sync_warp(Site site = Site::here()) {
+  emulator::scheduler->together(
+      &copies().observer(), [](void* const* lanes) { emulator::meet(lanes, 32); }, site);
 }
 
 using emulator::Barrier;
 
-DEVICE void init_barrier(Barrier& barrier, int count) { barrier = {count, count, 0, 0}; }
-DEVICE void publish_barriers() {}
-DEVICE void fence_copies() {}
+DEVICE void init_barrier(Barrier& barrier, int count, Site site = Site::here()) {
+  copies().make(barrier, count, site);
+}
+DEVICE void publish_barriers() { copies().observer().fence(); }
+DEVICE void fence_copies() { copies().observer().fence(); }
 
-DEVICE void arrive(Barrier& barrier, emulator::Site site = emulator::Site::here()) {
-  emulator::scheduler->arrive_at(barrier, 0, site);
+DEVICE void arrive(Barrier& barrier, Site site = Site::here()) {
+  copies().arrive(barrier, 0, site);
 }
 
-DEVICE void arrive_expecting(Barrier& barrier, int nbytes,
-                             emulator::Site site = emulator::Site::here()) {
-  emulator::scheduler->arrive_at(barrier, nbytes, site);
+DEVICE void arrive_expecting(Barrier& barrier, int nbytes, Site site = Site::here()) {
+  copies().arrive(barrier, nbytes, site);
 }
 
-DEVICE void wait_for(Barrier& barrier, unsigned parity,
-                     emulator::Site site = emulator::Site::here()) {
-  emulator::scheduler->wait_at(barrier, parity, site);
+DEVICE void wait_for(Barrier& barrier, unsigned parity, Site site = Site::here()) {
+  copies().wait(barrier, parity, machine.random, site);
 }
 
-// It happens while somebody waits; until then its place holds NaN.
 DEVICE void copy_bulk(void* to, const void* from, int nbytes, Barrier& barrier,
-                      emulator::Site site = emulator::Site::here()) {
-  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | nbytes) % 16) {
-    emulator::scheduler->fail(site, "copies from, to or in what is no multiple of 16 bytes");
-  }
-  std::memset(to, 0xFF, nbytes);
-  emulator::scheduler->copy_bulk({to, from, nbytes}, barrier, site);
+                      Site site = Site::here()) {
+  copies().start(to, from, nbytes, barrier, site);
 }
 
-DEVICE unsigned shuffle_xor(unsigned v, int mask, emulator::Site site = emulator::Site::here()) {
+DEVICE void copy_bulk(void* to, const void* from, int nbytes, Barrier& barrier, bool,
+                      Site site = Site::here()) {
+  copy_bulk(to, from, nbytes, barrier, site);
+}
+
+DEVICE unsigned shuffle_xor(unsigned v, int mask, Site site = Site::here()) {
   return emulator::scheduler->shuffle(v, mask, site);
 }
 
-DEVICE float shuffle_xor(float v, int mask, emulator::Site site = emulator::Site::here()) {
+DEVICE float shuffle_xor(float v, int mask, Site site = Site::here()) {
   return as_float(emulator::scheduler->shuffle(as_bits(v), mask, site));
 }
 
-DEVICE bool any_of_warp(bool value, emulator::Site site = emulator::Site::here()) {
+DEVICE bool any_of_warp(bool value, Site site = Site::here()) {
   unsigned any = value;
   for (int mask = 16; mask; mask /= 2) any |= emulator::scheduler->shuffle(any, mask, site);
   return any;
 }
 
-DEVICE int reduce_add(int value, emulator::Site site = emulator::Site::here()) {
+DEVICE int reduce_add(int value, Site site = Site::here()) {
   for (int mask = 16; mask; mask /= 2) value += emulator::scheduler->shuffle(value, mask, site);
   return value;
 }
 
-DEVICE unsigned reduce_max(unsigned value, emulator::Site site = emulator::Site::here()) {
+DEVICE unsigned reduce_max(unsigned value, Site site = Site::here()) {
   for (int mask = 16; mask; mask /= 2) {
     unsigned other = emulator::scheduler->shuffle(value, mask, site);
     value = other > value ? other : value;
@@ -201,15 +203,15 @@ DEVICE int same_for_warp(int value) { return value; }
 
 DEVICE int byte_of(unsigned word, int byte) { return static_cast<signed char>(word >> 8 * byte); }
 
-// A product of matrices by a warp, as primitives.cuh of the kernels says; Sum is of float for inputs
-// in bf16, of int for bytes.
+// A product of matrices by a warp, as primitives.cuh of the kernels says; Sum is of float for
+// inputs in bf16 or fp16, of int for bytes, of which the left ones have a sign or not.
 template <class Sum>
 struct TileOperands {
   Sum* sums;
   unsigned a[4], b[2];
 };
 
-template <class Sum>
+template <class Sum, bool kLeftSigned, bool kFp16 = false>
 DEVICE void multiply_tile_of_warp(void* const* lanes) {
   constexpr bool kBytes = std::is_integral_v<Sum>;
   constexpr int kEach = kBytes ? 4 : 2;  // inputs in a word
@@ -223,7 +225,10 @@ DEVICE void multiply_tile_of_warp(void* const* lanes) {
         unsigned left = of(row % 8 * 4 + quarter)->a[row / 8 + half * 2];
         unsigned right = of(column * 4 + quarter)->b[half];
         if constexpr (kBytes) {
-          sum += byte_of(left, place) * byte_of(right, place);
+          int code = byte_of(left, place);
+          sum += (kLeftSigned ? code : code & 255) * byte_of(right, place);
+        } else if constexpr (kFp16) {
+          sum += fp16_of(left, place) * fp16_of(right, place);
         } else {
           sum += bf16_of(left, place) * bf16_of(right, place);
         }
@@ -233,18 +238,50 @@ DEVICE void multiply_tile_of_warp(void* const* lanes) {
   }
 }
 
-template <class Sum>
+template <class Sum, bool kLeftSigned = true>
 DEVICE void multiply_tile(Sum (&sums)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-                          unsigned b0, unsigned b1,
-                          emulator::Site site = emulator::Site::here()) {
+                          unsigned b0, unsigned b1, Site site = Site::here()) {
   TileOperands<Sum> operands = {sums, {a0, a1, a2, a3}, {b0, b1}};
-  emulator::scheduler->together(&operands, multiply_tile_of_warp<Sum>, site);
+  emulator::scheduler->together(&operands, multiply_tile_of_warp<Sum, kLeftSigned>, site);
+}
+
+DEVICE void multiply_half_tile(float (&sums)[4], unsigned a0, unsigned a1, unsigned b0,
+                               Site site = Site::here()) {
+  multiply_tile(sums, a0, a1, 0, 0, b0, 0, site);
+}
+
+DEVICE void multiply_half_tile_fp16(float (&sums)[4], unsigned a0, unsigned a1, unsigned b0,
+                                    Site site = Site::here()) {
+  TileOperands<float> operands = {sums, {a0, a1, 0, 0}, {b0, 0}};
+  emulator::scheduler->together(&operands, multiply_tile_of_warp<float, true, true>, site);
+}
+
+DEVICE void multiply_tile_unsigned(int (&sums)[4], unsigned a0, unsigned a1, unsigned a2,
+                                   unsigned a3, unsigned b0, unsigned b1,
+                                   Site site = Site::here()) {
+  multiply_tile<int, false>(sums, a0, a1, a2, a3, b0, b1, site);
+}
+
+DEVICE void transpose(void* const* lanes) {
+  unsigned given[32];
+  for (int lane = 0; lane < 32; ++lane) given[lane] = *static_cast<unsigned*>(lanes[lane]);
+  for (int lane = 0; lane < 32; ++lane) {
+    int row = lane / 4, column = lane % 4 * 2;
+    unsigned first = given[column * 4 + row / 2], second = given[(column + 1) * 4 + row / 2];
+    *static_cast<unsigned*>(lanes[lane]) =
+        row % 2 ? high_halves(first, second) : low_halves(first, second);
+  }
+}
+
+DEVICE unsigned transposed(unsigned value, Site site = Site::here()) {
+  emulator::scheduler->together(&value, transpose, site);
+  return value;
 }
 
 // Memory
 
 template <class T>
-DEVICE T& shared_memory(emulator::Site site = emulator::Site::here()) {
+DEVICE T& shared_memory(Site site = Site::here()) {
   static_assert(alignof(T) <= 16, "shared memory is aligned to 16 bytes");
   if (sizeof(T) > emulator::scheduler->shared_nbytes) {
     emulator::scheduler->fail(site, "wants " + std::to_string(sizeof(T)) +
@@ -258,35 +295,41 @@ DEVICE int misalignment(const void* place) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(place) % 16);
 }
 
-DEVICE void sync_warp(emulator::Site site = emulator::Site::here()) {
-  emulator::scheduler->shuffle(0, 0, site);
-}
-
 DEVICE void prefetch_line(const void*) {}
 constexpr int LINE_NBYTES = 128;
 
-DEVICE uint2 load_word(const uint2* address, emulator::Site site = emulator::Site::here()) {
+DEVICE uint2 load_word(const uint2* address, Site site = Site::here()) {
   return emulator::scheduler->load(address, site);
 }
 
-DEVICE void store_word(uint2* address, float value, unsigned epoch,
-                       emulator::Site site = emulator::Site::here()) {
+DEVICE void store_word(uint2* address, float value, unsigned epoch, Site site = Site::here()) {
   emulator::scheduler->store(address, {as_bits(value), epoch}, site);
 }
 
-DEVICE void store_relaxed(unsigned* address, unsigned value,
-                          emulator::Site site = emulator::Site::here()) {
+DEVICE void store_word(uint2* address, unsigned value, unsigned epoch, Site site = Site::here()) {
+  emulator::scheduler->store(address, {value, epoch}, site);
+}
+
+// The two may be of different times.
+DEVICE uint4 load_2_words(const uint2* address, Site site = Site::here()) {
+  if (reinterpret_cast<uintptr_t>(address) % 16) {
+    emulator::scheduler->fail(site, "loads two words from an address that is no multiple of 16");
+  }
+  const uint2 first = emulator::scheduler->load(address, site);
+  const uint2 second = emulator::scheduler->load(address + 1, site);
+  return {first.x, first.y, second.x, second.y};
+}
+
+DEVICE void store_relaxed(unsigned* address, unsigned value, Site site = Site::here()) {
   emulator::scheduler->store(address, value, site);
 }
 
-DEVICE unsigned load_relaxed(const unsigned* address,
-                             emulator::Site site = emulator::Site::here()) {
+DEVICE unsigned load_relaxed(const unsigned* address, Site site = Site::here()) {
   return emulator::scheduler->load(address, site);
 }
 
 // The four may be of different times.
-DEVICE uint4 load_relaxed_4(const unsigned* address,
-                            emulator::Site site = emulator::Site::here()) {
+DEVICE uint4 load_relaxed_4(const unsigned* address, Site site = Site::here()) {
   if (reinterpret_cast<uintptr_t>(address) % 16) {
     emulator::scheduler->fail(site, "loads four numbers from an address that is no multiple of 16");
   }
@@ -295,12 +338,11 @@ DEVICE uint4 load_relaxed_4(const unsigned* address,
   return {found[0], found[1], found[2], found[3]};
 }
 
-DEVICE void arrive(unsigned* counter, emulator::Site site = emulator::Site::here()) {
+DEVICE void arrive(unsigned* counter, Site site = Site::here()) {
   emulator::scheduler->arrive(counter, site);
 }
 
-DEVICE unsigned load_acquire(const unsigned* address,
-                             emulator::Site site = emulator::Site::here()) {
+DEVICE unsigned load_acquire(const unsigned* address, Site site = Site::here()) {
   emulator::scheduler->pass(site);
   return *address;
 }

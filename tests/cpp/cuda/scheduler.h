@@ -15,7 +15,6 @@
 #include <ucontext.h>
 
 #include <cstring>
-#include <deque>
 #include <map>
 #include <memory>
 #include <string>
@@ -72,32 +71,14 @@ class Random {
 
 enum State { kReady, kAtBarrier, kAtShuffle, kReturned };
 
-struct Copy {  // to shared memory, which has not happened yet
-  void* to;
-  const void* from;  // null: zeros
-  int nbytes;
-};
-
-// Counts arrivals, and bytes of copies; its phase ends when all have come.
-struct Barrier {
-  int count = 0, pending = 0, nbytes = 0;
-  unsigned phase = 0;
-};
-
-struct BulkCopy {
-  Copy copy;
-  Barrier* barrier;
-};
-
 struct Fiber {
   int program, thread;
-  std::deque<std::vector<Copy>> copies{{}};  // in groups, the last one open
   State state = kReady;
   bool started = false;
   Site site{"its start", 0};  // where it blocked or yielded
   unsigned value = 0;         // what it brings to a shuffle, then what it takes
   int mask = 0;               // of that shuffle
-  void* brought = nullptr;    // to `together`
+  void* brought = nullptr;    // to those that it meets
   uint64_t seen = 0;          // the changes when it passed the last scheduling point
   int points = 0;             // that it passed since the last change
   char* stack = nullptr;      // grows down to here
@@ -123,10 +104,9 @@ struct Stored {
 struct Program {
   Warp warps[kWarps];
   int at_barrier = 0, returned = 0;
-  int awaited = 0;                                // at the barrier
-  Fiber* first = nullptr;                         // to arrive at the barrier, or to return
-  std::vector<Stored> delayed;                    // words stored but not yet visible
-  std::vector<BulkCopy> bulk_copies;              // that have not happened yet
+  int awaited = 0;              // at the barrier
+  Fiber* first = nullptr;       // to arrive at the barrier, or to return
+  std::vector<Stored> delayed;  // words stored but not yet visible
   std::unique_ptr<char[]> shared;
   char* shared_memory = nullptr;  // its first address of 16-byte alignment
 };
@@ -175,7 +155,9 @@ class Scheduler {
           publish(program, random_.below(static_cast<unsigned>(program.delayed.size())));
         }
       }
-      unsigned flip = seed_ ? random_.below(kLanes) : 0;  // the lanes' order
+      // The lanes' order. The last to come to a shuffle goes on before the others: often the first
+      // lane, which arrives at barriers for all.
+      unsigned flip = seed_ ? random_.below(2) ? kLanes - 1 : random_.below(kLanes) : 0;
       for (unsigned i = 0; i < kLanes; ++i) {
         Fiber& fiber = warp.fibers[i ^ flip];
         if (fiber.state != kReady) continue;
@@ -195,6 +177,14 @@ class Scheduler {
 
   Fiber& current() { return *current_; }
   Program& program() { return programs_[current_->program]; }
+  bool has_ended(int program) const { return programs_[program].returned == THREADS; }
+
+  // Something happened that others may wait for: not everybody waits.
+  void change() { ++changes_, quiet_ = 0; }
+  void changed(Site site) {
+    change();
+    pass(site);
+  }
 
   // Maybe let others go first.
   void pass(Site site) {
@@ -203,9 +193,11 @@ class Scheduler {
     if (yield_one_of_ == 1 || random_.below(yield_one_of_) == 0) suspend();
   }
 
-  // Wait for `threads` of the program, whole warps.
-  void join_barrier(int threads, Site site) {
+  // Wait for `threads` of the program, whole warps; the last calls `work` with what each brings.
+  void join_barrier(int threads, Site site, void* mine = nullptr,
+                    void (*work)(void* const* of_threads, int count) = nullptr) {
     Fiber& fiber = *current_;
+    fiber.brought = mine;
     Warp& warp = warp_of(fiber);
     Program& program = this->program();
     count(fiber, site);
@@ -221,11 +213,16 @@ class Scheduler {
     --warp.ready, ++warp.at_barrier;
     if (++program.at_barrier == threads) {
       program.at_barrier = 0;
+      std::vector<void*> brought;
       for (Warp& each : program.warps) {
         if (!each.at_barrier) continue;
         each.ready = kLanes, each.at_barrier = 0;
-        for (int i = 0; i < kLanes; ++i) each.fibers[i].state = kReady;
+        for (int i = 0; i < kLanes; ++i) {
+          each.fibers[i].state = kReady;
+          brought.push_back(each.fibers[i].brought);
+        }
       }
+      if (work) work(brought.data(), threads);
       quiet_ = 0;
     }
     suspend();
@@ -283,8 +280,7 @@ class Scheduler {
     } else {
       *address = word;
     }
-    change();
-    pass(site);
+    changed(site);
   }
 
   template <class Word>
@@ -298,40 +294,7 @@ class Scheduler {
     Program& program = this->program();
     while (!program.delayed.empty()) publish(program, 0u);
     ++*counter;
-    change();
-    pass(site);
-  }
-
-  void arrive_at(Barrier& barrier, int nbytes, Site site) {
-    if (!barrier.count || barrier.pending < 1) fail(site, "arrives once too often at a barrier");
-    barrier.nbytes += nbytes;
-    --barrier.pending;
-    end_phase(barrier);
-    change();
-    pass(site);
-  }
-
-  void copy_bulk(Copy copy, Barrier& barrier, Site site) {
-    program().bulk_copies.push_back({copy, &barrier});
-    change();
-    pass(site);
-  }
-
-  // Until the phase of this parity has ended; copies of the program happen meanwhile, in any order.
-  void wait_at(const Barrier& barrier, unsigned parity, Site site) {
-    std::vector<BulkCopy>& copies = program().bulk_copies;
-    while (barrier.phase % 2 == parity) {
-      if (!copies.empty() && random_.below(2) == 0) {
-        std::swap(copies[random_.below(static_cast<unsigned>(copies.size()))], copies.back());
-        const BulkCopy done = copies.back();
-        copies.pop_back();
-        std::memcpy(done.copy.to, done.copy.from, done.copy.nbytes);
-        done.barrier->nbytes -= done.copy.nbytes;
-        end_phase(*done.barrier);
-        change();
-      }
-      pass(site);
-    }
+    changed(site);
   }
 
   // End the run: the current thread did this, and how that concerns another one.
@@ -350,12 +313,6 @@ class Scheduler {
   const unsigned shared_nbytes;
 
  private:
-  static void end_phase(Barrier& barrier) {
-    if (barrier.pending || barrier.nbytes) return;
-    barrier.pending = barrier.count;
-    ++barrier.phase;
-  }
-
   static Warp& warp_in(Program& program, int thread) { return program.warps[thread / kLanes]; }
   Warp& warp_of(Fiber& fiber) { return warp_in(programs_[fiber.program], fiber.thread); }
 
@@ -433,7 +390,6 @@ class Scheduler {
     if (fiber.seen != changes_) fiber.seen = changes_, fiber.points = 0;
     ++fiber.points;
   }
-  void change() { ++changes_, quiet_ = 0; }
 
   void publish(Program& program, unsigned i) {
     const Stored& stored = program.delayed[i];

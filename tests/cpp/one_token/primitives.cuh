@@ -3,17 +3,20 @@
 //
 // What goes on by itself there is as late here as it may be: copies come when they are waited for,
 // what is sent to another program while somebody waits, in any order. Lengths are others before
-// the kernel before has ended, and nothing else may be read until then.
+// the kernel before has ended, and nothing else may be read until then. Programs that end while
+// something is sent to them, and prefetches of what nobody reads, are misuse.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <limits>
-#include <map>
+#include <set>
+#include <utility>
 #include <vector>
 
-#include "../cuda/scheduler.h"
+#include "../cuda/kernel.h"
 
 #ifndef CLUSTER
 #define CLUSTER 1
@@ -22,37 +25,6 @@
 #define KV_HEADS 1
 #endif
 
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-
-#define DEVICE inline
-#define UNROLL
-#define ROLLED
-#define EXPORTED extern "C" __attribute__((visibility("default")))
-#define KERNEL(name, Arguments)                                                                    \
-  static void name(const Arguments& arguments);                                                    \
-  EXPORTED unsigned arguments_nbytes_##name() { return sizeof(Arguments); }                        \
-  EXPORTED int emulate_##name(const Arguments* arguments, int programs, unsigned seed,             \
-                              unsigned shared_nbytes) {                                            \
-    machine = Machine(programs, seed);                                                             \
-    int status = emulator::run([](const void* each) { name(*static_cast<const Arguments*>(each)); }, \
-                               arguments, programs, seed, shared_nbytes);                          \
-    if (!status && !machine.stores.empty()) {                                                      \
-      emulator::error = "programs ended before what was sent to them came";                        \
-      status = emulator::kMisuse;                                                                  \
-    }                                                                                              \
-    return status;                                                                                 \
-  }                                                                                                \
-  static void name(const Arguments& arguments)
-#define SHARED(name, T) EXPORTED unsigned name##_shared_nbytes = sizeof(T);
-
-EXPORTED const char* emulation_error() { return emulator::error.c_str(); }
-
-using emulator::Site;
 using Barrier = unsigned long long;
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
@@ -60,6 +32,11 @@ struct Counted {
   bool made = false, expects = false;
   int nbytes = 0;  // still to come
 };
+struct Copy {
+  void* to;
+  const void* from;
+};
+using Groups = std::deque<std::vector<Copy>>;  // the last one open
 struct Store {
   int program;
   char* to;
@@ -71,31 +48,41 @@ struct Machine {
         seed(seed),
         programs(programs),
         ended(static_cast<size_t>(programs) * THREADS),
+        copies(ended.size(), Groups(1)),
         memory(static_cast<size_t>(programs)),
         barriers(static_cast<size_t>(programs)),
         started(static_cast<size_t>(programs)),
+        has_started(static_cast<size_t>(programs) * THREADS),
         synced(static_cast<size_t>(programs)) {}
+  const char* left() const {
+    if (!stores.empty()) return "what was sent to them came";
+    // lengths are known from the beginning with seed 0 alone
+    const bool all = std::includes(read.begin(), read.end(), prefetched.begin(), prefetched.end());
+    return seed || all ? nullptr : "anybody read what was prefetched";
+  }
   emulator::Random random;
   unsigned seed;
   int programs;
   std::vector<char> ended;     // of each thread: whether it knows that the kernel before has
+  std::vector<Groups> copies;  // of each thread
   std::vector<char*> memory;   // of each program, shared
   std::vector<Counted> barriers;
-  std::vector<int> started;    // threads of each cluster
-  std::vector<int> synced;     // threads of each program
-  std::vector<Store> stores;   // sent, but not there yet
+  std::vector<int> started;                // threads of each cluster
+  std::vector<char> has_started;           // of each thread: whether it is among them
+  std::vector<int> synced;                 // threads of each program
+  std::vector<Store> stores;               // sent, but not there yet
+  std::set<const char*> prefetched, read;  // pieces of 16 bytes
 };
 static Machine machine;
-static unsigned changes;  // counted by the scheduler, which then knows that not everybody waits
 
-DEVICE emulator::Fiber& fiber() { return emulator::scheduler->current(); }
-DEVICE void changed(Site site) { emulator::scheduler->arrive(&changes, site); }
+DEVICE void changed(Site site) { emulator::scheduler->changed(site); }
 DEVICE void check(bool right, const char* otherwise, Site site) {
   if (!right) emulator::scheduler->fail(site, otherwise);
 }
-DEVICE char& ended() {
-  return machine.ended[static_cast<size_t>(fiber().program) * THREADS + fiber().thread];
+DEVICE size_t thread_of_all() {
+  return static_cast<size_t>(fiber().program) * THREADS + fiber().thread;
 }
+DEVICE char& ended() { return machine.ended[thread_of_all()]; }
 DEVICE void check_access(const void* place, unsigned nbytes, Site site) {
   check(ended(), "does not wait for the kernel before", site);
   check(reinterpret_cast<uintptr_t>(place) % nbytes == 0, "address is not aligned", site);
@@ -127,6 +114,7 @@ DEVICE void sync_program(Site site = Site::here()) {
 }
 DEVICE void started_in_cluster(Site site = Site::here()) {
   sync_warp(site);
+  machine.has_started[thread_of_all()] = 1;
   ++machine.started[fiber().program / CLUSTER];
   changed(site);
 }
@@ -136,7 +124,10 @@ DEVICE void wait_for_cluster(Site site = Site::here()) {
   }
 }
 
-DEVICE void init_barrier(Barrier*) { machine.barriers[fiber().program].made = true; }
+DEVICE void init_barrier(Barrier*, Site site = Site::here()) {
+  check(!machine.has_started[thread_of_all()], "has said before that this is made", site);
+  machine.barriers[fiber().program].made = true;
+}
 DEVICE void expect_bytes(Barrier*, int nbytes, Site site = Site::here()) {
   Counted& barrier = machine.barriers[fiber().program];
   check(barrier.made && !barrier.expects, "expects bytes twice", site);
@@ -165,6 +156,8 @@ DEVICE void wait_for_bytes(Barrier*, Site site = Site::here()) {
       std::swap(stores[machine.random.below(static_cast<unsigned>(stores.size()))], stores.back());
       const Store store = stores.back();
       stores.pop_back();
+      const bool waits = !emulator::scheduler->has_ended(store.program);
+      check(waits, "a program ended before this came to it", site);
       std::memcpy(store.to, &store.value, sizeof store.value);
       machine.barriers[store.program].nbytes -= static_cast<int>(sizeof store.value);
     }
@@ -181,6 +174,7 @@ DEVICE uint4 load_16(const void* place, bool live, Site site = Site::here()) {
   if (live) {
     check_access(place, 16, site);
     std::memcpy(&v, place, 16);
+    machine.read.insert(static_cast<const char*>(place));
   }
   return v;
 }
@@ -189,10 +183,13 @@ DEVICE void store_8(void* place, unsigned low, unsigned high, Site site = Site::
   const unsigned words[2] = {low, high};
   std::memcpy(place, words, 8);
 }
-DEVICE void prefetch_line(const void*) {}
+DEVICE void prefetch_line(const void* place) {
+  machine.prefetched.insert(static_cast<const char*>(place));
+}
 DEVICE void prefetch_bytes(const void* place, int nbytes, Site site = Site::here()) {
   check(reinterpret_cast<uintptr_t>(place) % 16 == 0 && nbytes > 0 && nbytes % 16 == 0,
         "prefetches no multiple of 16 bytes", site);
+  for (int i = 0; i < nbytes; i += 16) prefetch_line(static_cast<const char*>(place) + i);
 }
 
 // Copies happen when they are waited for; until then their place holds NaN.
@@ -202,14 +199,15 @@ DEVICE void copy_16_later(void* to, const void* from, Site site = Site::here()) 
   check(offset >= 0 && offset % 16 == 0 && offset + 16 <= emulator::scheduler->shared_nbytes,
         "copies to no place of shared memory", site);
   std::memset(to, 0xff, 16);
-  fiber().copies.back().push_back({to, from, 16});
+  machine.copies[thread_of_all()].back().push_back({to, from});
+  machine.read.insert(static_cast<const char*>(from));
 }
-DEVICE void close_copies() { fiber().copies.emplace_back(); }
+DEVICE void close_copies() { machine.copies[thread_of_all()].emplace_back(); }
 template <int LEFT>
 DEVICE void wait_for_copies() {
-  auto& groups = fiber().copies;
+  auto& groups = machine.copies[thread_of_all()];
   for (; groups.size() > LEFT + 1u; groups.pop_front()) {
-    for (const emulator::Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.nbytes);
+    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
   }
 }
 DEVICE uint4 read_copied(const void* place) {

@@ -12,38 +12,14 @@
 #include <utility>
 #include <vector>
 
-#include "../cuda/scheduler.h"
+#include "../cuda/kernel.h"
 
-struct alignas(8) float2 {
-  float x, y;
-};
 // As the test writes it: a row-major matrix, and boxes of it.
 struct alignas(64) TensorMap {
   unsigned long long address, rows, cols, box_rows, box_cols, nbytes, unused[10];
 };
 
-#define DEVICE inline
-#define UNROLL
-#define ROLLED
-#define EXPORTED extern "C" __attribute__((visibility("default")))
-#define KERNEL(name, Arguments)                                                                \
-  static void name(const Arguments& arguments);                                                \
-  EXPORTED unsigned arguments_nbytes_##name() { return sizeof(Arguments); }                    \
-  EXPORTED int emulate_##name(const void* given, int programs, unsigned seed,                  \
-                              unsigned shared_nbytes) {                                        \
-    Arguments arguments;                                                                       \
-    std::memcpy(&arguments, given, sizeof arguments);                                          \
-    machine = Machine(programs, seed);                                                         \
-    return emulator::run([](const void* each) { name(*static_cast<const Arguments*>(each)); }, \
-                         &arguments, programs, seed, shared_nbytes);                           \
-  }                                                                                            \
-  static void name(const Arguments& arguments)
-#define DYNAMIC_SHARED(name, nbytes) EXPORTED unsigned name##_shared_nbytes = nbytes;
-
-EXPORTED const char* emulation_error() { return emulator::error.c_str(); }
-
 using TileAddress = unsigned long long;
-using emulator::Site;
 constexpr unsigned kStart = 48;  // of shared memory, which the kernel has to align itself
 
 struct Barrier {
@@ -81,6 +57,7 @@ struct Meeting {  // of threads that wait for each other
 struct Machine {
   explicit Machine(int programs = 0, unsigned seed = 0)
       : random(seed), threads(static_cast<size_t>(programs) * THREADS) {}
+  const char* left() const { return loads.empty() ? nullptr : "loads came"; }
   emulator::Random random;
   std::map<std::pair<int, unsigned>, Barrier> barriers;
   std::map<std::pair<int, int>, Meeting> meetings;
@@ -88,13 +65,11 @@ struct Machine {
   std::vector<Thread> threads;
 };
 static Machine machine;
-static unsigned changes;  // counted by the scheduler, which then knows that not everybody waits
 
-DEVICE emulator::Fiber& fiber() { return emulator::scheduler->current(); }
 DEVICE Thread& self() {
   return machine.threads[static_cast<size_t>(fiber().program) * THREADS + fiber().thread];
 }
-DEVICE void changed(Site site) { emulator::scheduler->arrive(&changes, site); }
+DEVICE void changed(Site site) { emulator::scheduler->changed(site); }
 
 DEVICE int thread_index() { return fiber().thread; }
 DEVICE int program_index() { return fiber().program; }
@@ -103,6 +78,12 @@ DEVICE int cluster_rank() { return fiber().program % 2; }
 DEVICE unsigned dynamic_shared() { return kStart; }
 
 static char* memory_of_program[64];
+DEVICE Barrier& barrier_at(int program, unsigned address) {
+  if (emulator::scheduler->has_ended(program)) {
+    emulator::scheduler->fail(emulator::kMisuse, "or later: uses a program that has ended");
+  }
+  return machine.barriers[{program, address}];
+}
 DEVICE char* shared_at(int program, unsigned address, unsigned nbytes) {
   if (address < kStart || address - kStart + nbytes > emulator::scheduler->shared_nbytes) {
     emulator::scheduler->fail(emulator::kMisuse, "or later: outside of shared memory");
@@ -156,13 +137,13 @@ DEVICE void one_comes() {
             inside ? from[row * static_cast<long long>(map.cols * map.nbytes) + col] : 0;
       }
     }
-    Barrier& barrier = machine.barriers[{p, load.barrier}];
+    Barrier& barrier = barrier_at(p, load.barrier);
     barrier.nbytes -= static_cast<int>(map.box_rows * width);
     barrier.check();
   }
 }
 DEVICE void wait_for_phase(unsigned at, unsigned parity, Site site = Site::here()) {
-  Barrier& barrier = machine.barriers[{fiber().program, at}];
+  Barrier& barrier = barrier_at(fiber().program, at);
   while ((barrier.phase & 1) == parity) {
     if (!machine.loads.empty() && machine.random.below(4) == 0) {
       one_comes();
@@ -173,13 +154,13 @@ DEVICE void wait_for_phase(unsigned at, unsigned parity, Site site = Site::here(
   }
 }
 DEVICE void arrive_expecting(unsigned at, int nbytes, Site site = Site::here()) {
-  Barrier& barrier = machine.barriers[{fiber().program, at}];
+  Barrier& barrier = barrier_at(fiber().program, at);
   barrier.nbytes += nbytes, --barrier.missing;
   barrier.check();
   changed(site);
 }
 DEVICE void arrive_at(unsigned at, int rank, Site site = Site::here()) {
-  Barrier& barrier = machine.barriers[{fiber().program / 2 * 2 + rank, at}];
+  Barrier& barrier = barrier_at(fiber().program / 2 * 2 + rank, at);
   --barrier.missing;
   barrier.check();
   changed(site);
