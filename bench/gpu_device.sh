@@ -8,7 +8,7 @@
 #   BUILD_SECONDS=120  TESTS_SECONDS=120  BENCH_SECONDS=240  SANITIZE_SECONDS=0  SWEEP_SECONDS=0
 #   TRAIN_SECONDS=0: bench/training_step.py, which takes about 90
 # Without a build, the extension of the tree is used, which must be of the same Python.
-# SWEEPS="ops attention" says which tilings are timed, each with SWEEP_SECONDS.
+# SWEEPS="ops attention ring" says which tilings and forms are timed, each with SWEEP_SECONDS.
 # TESTS_ARGS, BENCH_ARGS and SANITIZE_ARGS go to pytest: BENCH_ARGS="-k 'not peer' --ungated". With a
 # -k, the compiled peers are prepared only if WARM=1 says so.
 # DRY=1 runs the benchmark on tiny models, to try this script out without a GPU.
@@ -88,7 +88,7 @@ if [ "${SWEEP_SECONDS:-0}" != 0 ]; then
     limited "$SWEEP_SECONDS" "$python" "bench/sweep_$sweep.py" --json "$out/sweep_$sweep.json" \
       >"$out/sweep_$sweep.log" 2>&1
     say "sweep of $sweep ended with status $?"
-    grep -E "chosen|cuBLAS|compiled|^[a-z]" "$out/sweep_$sweep.log" | cut -c1-120
+    grep -E "chosen|cuBLAS|compiled|^[a-z]| us \(|tokens:" "$out/sweep_$sweep.log" | cut -c1-120
   done
 fi
 

@@ -22,11 +22,11 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 REGISTERS, SHARED_LIMIT = 65536, 227 << 10
 
 
-def constants(model, kind, kv_format="fp16"):
+def constants(model, kind, finishers=ring.FINISHERS, **others):
     config = MobileLLMConfig.preset(f"MobileLLM-{model}")
     ends = "int8" if kind == "int4_g32" else kind
-    sizes = ring.kernel_constants(config, kind, ends, ends, kv_format, PROGRAMS)
-    return sizes | {"SHARED_LIMIT": SHARED_LIMIT}
+    sizes = ring.kernel_constants(config, kind, ends, ends, "fp16", PROGRAMS, finishers)
+    return sizes | {"SHARED_LIMIT": SHARED_LIMIT} | others
 
 
 @pytest.fixture(autouse=True)
@@ -35,23 +35,34 @@ def own_cache(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "finishers, leave_first, tiles, kv_format",
+    [(0, 0, 0, "fp16"), (1, 1, 1, "bf16")],
+)
+@pytest.mark.parametrize(
     "model, kind", [("125M", "bf16"), ("350M", "int8_g32"), ("1.5B", "bf16"), ("1.5B", "int4_g32")]
 )
-def test_nothing_spills_and_products_are_by_tensor_cores(model, kind, tmp_path):
+def test_nothing_spills_and_products_are_by_tensor_cores(
+    model, kind, finishers, leave_first, tiles, kv_format, tmp_path
+):
+    options = {"LEAVE_FIRST": leave_first, "ATTEND_BY_TILES": tiles}
+    sizes = constants(model, kind, finishers, **options, CACHE=ring.CACHES[kv_format])
     cubin = tmp_path / "decode.cubin"
-    cubin.write_bytes(compile_source(ring.SOURCE, constants(model, kind), "sm_90"))
+    cubin.write_bytes(compile_source(ring.SOURCE, sizes, "sm_90"))
 
     def run(*command):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     usage = run(TOOLS / "cuobjdump", "-res-usage", cubin)
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    warps = constants(model, kind)["WARPS"] + 1
-    assert used["REG"] * 32 * warps <= REGISTERS
+    assert used["REG"] * sizes["THREADS"] <= REGISTERS
     assert used["STACK"] == used["LOCAL"] == 0
     code = run(TOOLS / "nvdisasm", cubin)
     assert ("HMMA.16816.F32.BF16" if kind == "bf16" else "IMMA.16832.S8.S8") in code
-    assert "UBLKCP" in code and "LDS.128" in code
+    assert "LDS.128" in code
+    copies = re.findall("UBLKCP.*", code)
+    assert copies and all(("desc" in copy) == leave_first for copy in copies), "say what to keep"
+    if tiles:
+        assert "MOVM.16" in code and f"HMMA.1688.F32{'.BF16' * (kv_format == 'bf16')}" in code
     # all products of a layer go through the same instructions, which a cache holds
     assert len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)) * 16 < 96 << 10
 

@@ -42,11 +42,12 @@ def decoded(executor, context):
 
 
 # Of integer weights the inputs have 16 bits, see tests/test_ring.py.
+@pytest.mark.parametrize("finishers", [0, 1])
 @pytest.mark.parametrize("kind, bound", [("bf16", 1.5e-4), ("int8", 5e-4), ("int4", 1e-3)])
-def test_the_ring_equals_pdl(kind, bound):
+def test_the_ring_equals_pdl(kind, bound, finishers):
     weights = random_cuda_weights(CONFIG, kind)
     oracle = CudaExecutor(CONFIG, weights, "pdl", "fp16")
-    ours = CudaExecutor(CONFIG, weights, "ring", "fp16")
+    ours = CudaExecutor(CONFIG, weights, "ring", "fp16", finishers=finishers)
     for context in (0, 100, 700, 2500):
         (want, expected, wanted), _ = decoded(oracle, context)
         (tokens, logits, kept), again = decoded(ours, context)

@@ -3,8 +3,9 @@
 // there would be fewer tasks, and each would have a longer chain of instructions, which is what a
 // single token waits for. The new token, which the cache does not have yet, belongs to part 0.
 //
-// Weights of a softmax are relative to the new token's score, unless another is larger: then nothing
-// has to be compared where sums of different tokens are joined.
+// Weights of a softmax are relative to the new token's score, unless another is so much larger that
+// they would leave the range of their type: so sums of different tokens are hardly ever of different
+// bases, and mostly only added where they are joined.
 #pragma once
 #include "products.cuh"
 
@@ -16,18 +17,21 @@ enum CacheType { CACHE_FP16, CACHE_BF16, CACHE_FP32 };
 
 #define NO_SCORE (-as_float(0x7F800000u))
 
+// Whether attention is by tensor cores, see `attention_by_tiles.cuh`.
+constexpr bool BY_TILES = ATTEND_BY_TILES && CACHE != CACHE_FP32 && HEAD_DIM == 64;
+
 // Elements of 16 bytes of the cache, and how a warp's lanes share out tokens.
 constexpr int PER_LOAD = CACHE == CACHE_FP32 ? 4 : 8;
 constexpr int ELEMENT_NBYTES = 16 / PER_LOAD;
 constexpr int LANES_PER_TOKEN = HEAD_DIM / PER_LOAD;
-constexpr int TOKENS_PER_WARP = LANES / LANES_PER_TOKEN;
+constexpr int TOKENS_PER_WARP = BY_TILES ? TILE_ROWS : LANES / LANES_PER_TOKEN;
 constexpr int TILE = WARPS * TOKENS_PER_WARP;
 constexpr int AHEAD = most(2, least(4, up_to(128, TILE)));  // tiles on their way
 static_assert(HEAD_DIM <= WORKERS, "a thread joins what all found of a dimension");
 static_assert(HEAD_DIM % PER_LOAD == 0 && LANES % LANES_PER_TOKEN == 0, "a head is a power of two");
 
 // One program attends to a head's tokens, while these are no more tiles than this ...
-constexpr int FEW_TILES = 8;
+constexpr int FEW_TILES = BY_TILES ? 2 : 8;
 // ... and several to parts of more, which one of them joins: one more exchange.
 constexpr int MANY_PARTS = most(1, least(least(WORKERS / HEAD_DIM, 8), PROGRAMS / HEADS));
 
@@ -108,15 +112,20 @@ DEVICE void unpack_elements(const Load& load, float (&values)[PER_LOAD]) {
 }
 
 struct alignas(16) AttentionShared {
-    float total[PADDED_WARPS], largest[WARPS];
+    float total[PADDED_WARPS];
+    float bases[BY_TILES ? 2 * PADDED_WARPS : WARPS];  // by tiles, totals of their own behind them
     float sums[WARPS * HEAD_DIM];
     // parts that one program joins
     float part_values[MANY_PARTS * HEAD_DIM], part_logs[MANY_PARTS];
 };
 
+// The largest base-2 logarithm of a weight: in float, that of sums of many, times values, is below 128.
+constexpr float MOST_LOG = !BY_TILES ? 64 : CACHE == CACHE_FP16 ? 15 : 32;
+
 // The softmax's sums so far of a lane's tokens, its share of the dimensions.
 struct Softmax {
-    float largest, total;
+    float base;  // the score that weights are relative to
+    float total;
     float sums[PER_LOAD];
 };
 
@@ -133,9 +142,9 @@ DEVICE void receive_dims(
     const Worker& me, const unsigned* vector, const int (&heads)[2], unsigned epoch,
     float (&values)[2][PER_LOAD]) {
     uint4 found[2][PER_LOAD / EACH];
-    bool late = true;
-    while (late) {
-        late = false;
+    unsigned wrong = TAG;
+    while (wrong & TAG) {
+        wrong = 0;
         UNROLL for (int i = 0; i < 2; ++i) {
             UNROLL for (int j = 0; j < PER_LOAD / EACH; ++j) {
                 const int dim = me.lane % LANES_PER_TOKEN * PER_LOAD + j * EACH;
@@ -143,7 +152,7 @@ DEVICE void receive_dims(
             }
         }
         UNROLL for (int i = 0; i < 2; ++i)
-            UNROLL for (int j = 0; j < PER_LOAD / EACH; ++j) late |= is_late(found[i][j], epoch);
+            UNROLL for (int j = 0; j < PER_LOAD / EACH; ++j) wrong |= wrong_bits(found[i][j], epoch);
     }
     UNROLL for (int i = 0; i < 2; ++i) {
         UNROLL for (int j = 0; j < PER_LOAD / EACH; ++j) {
@@ -165,7 +174,7 @@ DEVICE float dot(const float (&a)[PER_LOAD], const float (&b)[PER_LOAD]) {
 DEVICE void attend_to(
     const Load (&keys)[AHEAD], const Load (&values)[AHEAD], int token, int end,
     const float (&query)[PER_LOAD], Softmax& softmax) {
-    float scores[AHEAD], largest = softmax.largest;
+    float scores[AHEAD], largest = NO_SCORE;
     UNROLL for (int i = 0; i < AHEAD; ++i) {
         float key[PER_LOAD];
         unpack_elements(keys[i], key);
@@ -173,31 +182,31 @@ DEVICE void attend_to(
         scores[i] = token + i * TILE < end ? score : NO_SCORE;
         largest = most(largest, scores[i]);
     }
-    if (largest != softmax.largest) {
-        const float shrink = exp2_(softmax.largest - largest);
-        softmax.largest = largest;
+    if (largest - softmax.base > MOST_LOG) {
+        const float shrink = exp2_(softmax.base - largest);
+        softmax.base = largest;
         softmax.total *= shrink;
         UNROLL for (int i = 0; i < PER_LOAD; ++i) softmax.sums[i] *= shrink;
     }
     UNROLL for (int i = 0; i < AHEAD; ++i) {
         float value[PER_LOAD];
         unpack_elements(values[i], value);
-        const float weight = exp2_(scores[i] - largest);
+        const float weight = exp2_(scores[i] - softmax.base);
         softmax.total += weight;
         UNROLL for (int j = 0; j < PER_LOAD; ++j)
             softmax.sums[j] = fma_(weight, value[j], softmax.sums[j]);
     }
 }
 
-// Join what a warp's lanes have of different tokens, which began with the largest score `reference`.
+// Join what a warp's lanes have of different tokens, which began with the base `reference`.
 DEVICE void store_warp(
     const Worker& me, Softmax softmax, float reference, AttentionShared& shared) {
-    if (any_of_warp(softmax.largest != reference)) {
-        float largest = softmax.largest;
+    if (any_of_warp(softmax.base != reference)) {
+        float base = softmax.base;
         UNROLL for (int mask = LANES_PER_TOKEN; mask < LANES; mask *= 2)
-            largest = most(largest, shuffle_xor(largest, mask));
-        const float shrink = exp2_(softmax.largest - largest);
-        softmax.largest = largest;
+            base = most(base, shuffle_xor(base, mask));
+        const float shrink = exp2_(softmax.base - base);
+        softmax.base = base;
         softmax.total *= shrink;
         UNROLL for (int i = 0; i < PER_LOAD; ++i) softmax.sums[i] *= shrink;
     }
@@ -224,7 +233,7 @@ DEVICE void store_warp(
     UNROLL for (int i = 0; i < PER_LOAD; ++i)
         if (i < width) shared.sums[me.warp * HEAD_DIM + dim + i] = softmax.sums[i];
     if (me.lane == 0) {
-        shared.largest[me.warp] = softmax.largest;
+        shared.bases[me.warp] = softmax.base;
         shared.total[me.warp] = total;
     }
 }
@@ -301,22 +310,22 @@ DEVICE void attend(
 
     if (joins) {
         const int dim = me.thread;
-        // the warps' sums, relative to the largest score of all
-        float largest = reference;
-        UNROLL for (int warp = 0; warp < WARPS; ++warp) largest = most(largest, shared.largest[warp]);
+        // the warps' sums, relative to the largest base of all
+        float base = reference;
+        UNROLL for (int warp = 0; warp < WARPS; ++warp) base = most(base, shared.bases[warp]);
         float total = 0, sum = 0;
-        if (largest == reference) {
+        if (base == reference) {
             total = sum_of_warps(shared.total);
             UNROLL for (int warp = 0; warp < WARPS; ++warp) sum += shared.sums[warp * HEAD_DIM + dim];
         } else {
             ROLLED for (int warp = 0; warp < WARPS; ++warp) {
-                const float shrink = exp2_(shared.largest[warp] - largest);
+                const float shrink = exp2_(shared.bases[warp] - base);
                 total = fma_(shared.total[warp], shrink, total);
                 sum = fma_(shared.sums[warp * HEAD_DIM + dim], shrink, sum);
             }
         }
         if (part == 0) {
-            const float weight = exp2_(reference - largest);
+            const float weight = exp2_(reference - base);
             total += weight;
             sum = fma_(weight, rounded(value_of(new_value)), sum);
         }
@@ -326,7 +335,7 @@ DEVICE void attend(
             // without tokens a part is nothing
             uint2* place = partial + (head * MANY_PARTS + part) * PART_WORDS;
             store_word(place + dim, total > 0 ? divide(sum, total) : 0, epoch);
-            if (dim == 0) store_word(place + HEAD_DIM, largest + log2_(total), epoch);
+            if (dim == 0) store_word(place + HEAD_DIM, base + log2_(total), epoch);
         }
     }
 }

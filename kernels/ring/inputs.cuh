@@ -18,7 +18,7 @@ constexpr int MOST_FOURS = most(BODY_FOURS, HEAD_FOURS);
 
 struct alignas(16) WarpInputs {
     unsigned char digits[DIGITS_NBYTES];
-    float units[MOST_FOURS];            // of the smaller digits, for integers
+    float units[MOST_FOURS];            // what products of codes and digits stand for, for integers
     float sums[MOST_FOURS * QUARTERS];  // of the inputs of pieces, for weights with a minimum
 };
 
@@ -46,7 +46,7 @@ struct Inputs {
             int sum = 0;
             const float unit = store_digits<KIND>(
                 warp.digits + place / CHUNK * digits_nbytes(KIND), place % CHUNK, inputs[i].values, sum);
-            if (KIND != BF16 && me.lane == 0) warp.units[i] = unit;
+            if (KIND != BF16 && me.lane == 0) warp.units[i] = unit / code_unit(KIND);
             if constexpr (KIND == INT4_G32) {
                 // of what is multiplied: so roundings of the inputs do not meet codes and minimum apart
                 constexpr int SHARERS = LANES / QUARTERS;  // of a piece

@@ -7,8 +7,11 @@
 #include "weights.cuh"
 
 constexpr int PADDED_WARPS = up_to(WARPS, 4) * 4;  // their parts of sums are read in fours
-constexpr int WORKERS = WARPS * LANES;  // threads that multiply; one warp more brings the weights
-static_assert(THREADS == WORKERS + LANES, "a warp has 32 threads");
+constexpr int WORKERS = WARPS * LANES;  // threads that multiply
+// Behind them there may be warps that finish results; one warp more brings the weights.
+constexpr int CARRIER = WARPS + FINISHERS;
+static_assert(WARPS > 0 && FINISHERS >= 0, "no warp multiplies");
+static_assert(THREADS == (CARRIER + 1) * LANES, "a warp has 32 threads");
 
 // Wait for all threads that multiply.
 DEVICE void sync_workers() { sync_threads<WORKERS>(); }

@@ -1,6 +1,6 @@
 // From logits to the next token; the same draws as `kernels/next_token.py`.
 #pragma once
-#include "attention.cuh"
+#include "attention_by_tiles.cuh"
 
 constexpr int NO_TOKEN = 2147483647;
 

@@ -32,6 +32,20 @@ DEVICE unsigned reduce_max(unsigned value) { return __reduce_max_sync(~0u, value
 // A number that all lanes of a warp have, and the compiler shall know that they do.
 DEVICE int same_for_warp(int value) { return __shfl_sync(~0u, value, 0); }
 
+// Have four numbers in registers by now, which the assembler, too, would make where they are needed:
+// it must take them for loaded if `never`.
+DEVICE void have_ready(unsigned (&words)[4], bool never) {
+    asm volatile(
+        "{\n"
+        ".reg .pred loads;\n"
+        "setp.ne.u32 loads, %5, 0;\n"
+        "@loads ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+        "}"
+        : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
+        : "r"(0), "r"(static_cast<unsigned>(never))
+        : "memory");
+}
+
 template <class T>
 DEVICE T& shared_memory() {
     extern __shared__ __align__(16) unsigned char memory[];
@@ -55,7 +69,7 @@ DEVICE void init_barrier(Barrier& barrier, int count) {
 DEVICE void publish_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async;" ::: "memory");
 }
-// Order what this thread read of shared memory with copies to it that others start later.
+// Order accesses of shared memory that this thread knows to be over with the copies that it starts.
 DEVICE void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE void arrive(Barrier& barrier) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");
@@ -86,6 +100,18 @@ DEVICE void copy_bulk(void* to, const void* from, int nbytes, Barrier& barrier) 
         : "memory");
 }
 
+// The same of bytes that are the first to leave the L2 cache, if `leave`.
+DEVICE void copy_bulk(void* to, const void* from, int nbytes, Barrier& barrier, bool leave) {
+    unsigned long long usual, first;
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(usual));
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+        "[%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+        "l"(from), "r"(nbytes), "r"(shared_address(&barrier)), "l"(leave ? first : usual)
+        : "memory");
+}
+
 // Bytes from the multiple of 16 before an address.
 DEVICE int misalignment(const void* place) {
     return static_cast<int>(reinterpret_cast<unsigned long long>(place) % 16);
@@ -107,10 +133,23 @@ DEVICE uint2 load_word(const uint2* place) {
     return make_uint2(static_cast<unsigned>(word), static_cast<unsigned>(word >> 32));
 }
 
-DEVICE void store_word(uint2* place, float value, unsigned epoch) {
-    const unsigned long long word =
-        __float_as_uint(value) | static_cast<unsigned long long>(epoch) << 32;
+DEVICE void store_word(uint2* place, unsigned value, unsigned epoch) {
+    const unsigned long long word = value | static_cast<unsigned long long>(epoch) << 32;
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(place), "l"(word) : "memory");
+}
+DEVICE void store_word(uint2* place, float value, unsigned epoch) {
+    store_word(place, __float_as_uint(value), epoch);
+}
+
+// Two neighbouring words, aligned to 16 bytes, each of which comes as a whole: x and y, z and w.
+DEVICE uint4 load_2_words(const uint2* place) {
+    unsigned long long first, second;
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];"
+                 : "=l"(first), "=l"(second)
+                 : "l"(place)
+                 : "memory");
+    return make_uint4(static_cast<unsigned>(first), static_cast<unsigned>(first >> 32),
+                      static_cast<unsigned>(second), static_cast<unsigned>(second >> 32));
 }
 
 // Numbers of 32 bits, each of which comes as a whole; four are aligned to 16 bytes.
@@ -170,7 +209,22 @@ DEVICE unsigned pack_bf16(float first, float second) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
     return bits;
 }
-DEVICE int to_int(float value) { return __float2int_rn(value); }
+
+// Two in fp16, the first in the lower half; what is larger than fp16's largest becomes that.
+DEVICE unsigned pack_fp16(float first, float second) {
+    unsigned bits;
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+    return bits;
+}
+DEVICE unsigned low_halves(unsigned a, unsigned b) { return __byte_perm(a, b, 0x5410); }
+DEVICE unsigned high_halves(unsigned a, unsigned b) { return __byte_perm(a, b, 0x7632); }
+
+// Of a matrix of 8 x 8 halves, of which lane 4 r + q has columns 2 q and 2 q + 1 of row r.
+DEVICE unsigned transposed(unsigned value) {
+    unsigned out;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(value));
+    return out;
+}
 
 // Add to `sums` (16, 8) the product of (16, 16) and (16, 8) in bf16. Lane 4 r + q has, of the sums,
 // columns 2 q and 2 q + 1 of rows r and r + 8; of what is multiplied, pairs of inputs q and q + 4 for
@@ -183,10 +237,33 @@ DEVICE void multiply_tile(
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// The same of (16, 32) and (32, 8) signed bytes: a lane has fours of inputs where it had pairs.
+// The same of (16, 8) and (8, 8): what a0, a1 and b0 are above.
+DEVICE void multiply_half_tile(float (&sums)[4], unsigned a0, unsigned a1, unsigned b0) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a0), "r"(a1), "r"(b0));
+}
+DEVICE void multiply_half_tile_fp16(float (&sums)[4], unsigned a0, unsigned a1, unsigned b0) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a0), "r"(a1), "r"(b0));
+}
+
+// The product of (16, 32) and (32, 8) signed bytes: a lane has fours of inputs where it had pairs.
 DEVICE void multiply_tile(
     int (&sums)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// The same with unsigned bytes on the left.
+DEVICE void multiply_tile_unsigned(
+    int (&sums)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -200,6 +277,11 @@ DEVICE float exp2_(float x) {
     return y;
 }
 DEVICE float divide(float a, float b) { return __fdividef(a, b); }
+DEVICE float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 DEVICE float log_(float x) { return logf(x); }
 DEVICE float log2_(float x) { return log2f(x); }
 DEVICE float rsqrt_(float x) { return rsqrtf(x); }

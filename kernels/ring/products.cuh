@@ -37,8 +37,11 @@ DEVICE void multiply(
     const unsigned char* digits = inputs.column;
     ROLLED for (int begin = 0; begin < total; begin += TOGETHER) {
         Pieces pieces[TOGETHER];
-        UNROLL for (int i = 0; i < TOGETHER; ++i)
+        // all are written: a register that is not always is kept from one stage to the next
+        UNROLL for (int i = 0; i < TOGETHER; ++i) {
+            pieces[i] = {};
             if (begin + i < total) pieces[i] = reader.take<KIND>(me);
+        }
         reader.give_back(me, least(TOGETHER, total - begin));
         if (begin == 0) receive();
         UNROLL for (int i = 0; i < TOGETHER; ++i) {

@@ -19,7 +19,7 @@ constexpr int PARTS = most_tiles() * TILE_PAIRS * PAIR_FLOATS;
 constexpr int most_body_pairs(int stage = 0) {
     return stage == HEAD ? 0 : most(shape_of(stage).most_pairs(), most_body_pairs(stage + 1));
 }
-static_assert(most_body_pairs() <= WORKERS, "a thread finishes one pair");
+static_assert(FINISHERS > 0 || most_body_pairs() <= WORKERS, "a thread finishes one pair");
 
 constexpr bool ANY_SCALES = has_scales(BODY_KIND) || has_scales(HEAD_KIND);
 // What the slots hold beyond a row, left by others, is finite in one kind of weights.
@@ -103,8 +103,8 @@ struct Carrier {
 
     DEVICE Carrier(Ring& ring, int lane) : ring(ring), lane(lane) {}
 
-    // All slices of a matrix of a block.
-    DEVICE void bring(int stage, int block) {
+    // All slices of a matrix of a block, which is read `again` soon or not.
+    DEVICE void bring(int stage, int block, bool again) {
         const Share& share = ring.shares[stage];
         // 16 lanes have the rows of a tile, first those of the pairs' first ones; the other lanes have
         // the scales of these rows
@@ -123,7 +123,7 @@ struct Carrier {
             const unsigned char* from = matrix + static_cast<long long>(row) * row_nbytes;
             int left = pair < share.pairs && slice_nbytes > 0 ? row_nbytes : 0;
             ROLLED for (int step = 0; step < share.steps; ++step) {
-                bring_slice(from, least(left, slice_nbytes), has_codes, to);
+                bring_slice(from, least(left, slice_nbytes), has_codes, to, again);
                 from += slice_nbytes;
                 left = most(left - slice_nbytes, 0);
             }
@@ -132,7 +132,8 @@ struct Carrier {
 
 private:
     // One slice: this lane's part of it.
-    DEVICE void bring_slice(const unsigned char* from, int nbytes, bool has_codes, int to) {
+    DEVICE void bring_slice(
+        const unsigned char* from, int nbytes, bool has_codes, int to, bool again) {
         int shift = 0;
         if (ANY_SCALES && !has_codes && nbytes > 0) {
             // whole units of 16 bytes around them
@@ -143,12 +144,21 @@ private:
         }
         const int total = reduce_add(nbytes);
         wait_for(ring.empty[place.slot], place.parity ^ 1);
+        // What the warps read of the slot came before their arrivals, and only a fence orders that with
+        // copies. Its thread waits for all that it has asked of memory: warps that multiply need not.
+        fence_copies();
         if (ANY_SCALES && !has_codes)
             reinterpret_cast<int*>(ring.slots[place.slot] + SHIFTS)[lane % TILE_ROWS] = shift;
         sync_warp();
         if (lane == 0) arrive_expecting(ring.full[place.slot], total);
         sync_warp();
-        if (nbytes > 0) copy_bulk(ring.slots[place.slot] + to, from, nbytes, ring.full[place.slot]);
+        if (nbytes > 0) {
+            unsigned char* const slot = ring.slots[place.slot];
+            if constexpr (LEAVE_FIRST)
+                copy_bulk(slot + to, from, nbytes, ring.full[place.slot], !again);
+            else
+                copy_bulk(slot + to, from, nbytes, ring.full[place.slot]);
+        }
         place.advance();
     }
 };
@@ -184,10 +194,8 @@ struct Reader {
         return pieces;
     }
 
-    // Give back the slots of the last `count` chunks. Their reads must be over before copies, which
-    // are not ordered with them otherwise, write to them again.
+    // Give back the slots of the last `count` chunks.
     DEVICE void give_back(const Worker& me, int count) {
-        fence_copies();
         sync_warp();
         ROLLED for (int i = 0; i < count; ++i) {
             if (me.lane == 0) arrive(ring.empty[given.slot]);

@@ -44,8 +44,9 @@ DEVICE void store_value(unsigned* place, float value, unsigned epoch) {
 }
 
 DEVICE bool is_late(unsigned found, unsigned epoch) { return ((found ^ epoch) & TAG) != 0; }
-DEVICE bool is_late(const uint4& found, unsigned epoch) {
-    return (((found.x ^ epoch) | (found.y ^ epoch) | (found.z ^ epoch) | (found.w ^ epoch)) & TAG) != 0;
+// Has bits of TAG where some of four values differ from the epoch: none if all are of it.
+DEVICE unsigned wrong_bits(const uint4& found, unsigned epoch) {
+    return (found.x ^ epoch) | (found.y ^ epoch) | (found.z ^ epoch) | (found.w ^ epoch);
 }
 
 DEVICE float value_of(unsigned found) { return as_float(found & ~TAG); }
@@ -63,16 +64,13 @@ DEVICE void receive(
         const int k = first + i * Mine<KIND>::STRIDE;
         if (k < cols) found[i] = load_relaxed_4(vector + k);
     }
-    bool late = true;
-    while (late) {
-        late = false;
+    while (true) {
+        unsigned wrong[FOURS], any = 0;
+        UNROLL for (int i = 0; i < FOURS; ++i) any |= wrong[i] = wrong_bits(found[i], epoch);
+        if (!(any & TAG)) break;
         // what is there is not asked for again
-        UNROLL for (int i = 0; i < FOURS; ++i) {
-            if (is_late(found[i], epoch)) {
-                late = true;
-                found[i] = load_relaxed_4(vector + first + i * Mine<KIND>::STRIDE);
-            }
-        }
+        UNROLL for (int i = 0; i < FOURS; ++i)
+            if (wrong[i] & TAG) found[i] = load_relaxed_4(vector + first + i * Mine<KIND>::STRIDE);
     }
     UNROLL for (int i = 0; i < FOURS; ++i)
         inputs[i] = {

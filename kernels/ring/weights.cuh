@@ -45,6 +45,9 @@ constexpr bool has_scales(int kind) { return kind == INT8_G32 || kind == INT4_G3
 // Bytes of a chunk's scales of a row.
 constexpr int chunk_scales_nbytes(int kind) { return kind == INT4_G32 ? 16 : 4; }
 
+// What a code of 1 is multiplied as.
+constexpr float code_unit(int kind) { return kind == INT4_G32 ? 16 : 1; }
+
 struct alignas(16) Codes16 {
     unsigned words[4];
 };
@@ -64,11 +67,12 @@ constexpr int digits_nbytes(int kind) { return 2 * QUARTERS * column_nbytes(kind
 
 // What is needed of a chunk's inputs beside their digits.
 struct InputScale {
-    float unit;  // of the smaller digit
+    float unit;  // of products of codes and digits
     float sum;   // of the inputs of this lane's pieces, for weights with a minimum
 };
 
 constexpr float LARGEST_DIGITS = 32512;  // 127 * 256: the larger digit fits into a byte
+constexpr float SMALLEST_DIGITS = 1e-30f;  // stand for at least this; its reciprocal is finite
 
 // Store the digits of four inputs, the first at `place` in its chunk, where the warp's lanes will read
 // them. Returns what a step of the smaller digit stands for, which all of the warp's share, and the sum
@@ -87,25 +91,30 @@ DEVICE float store_digits(unsigned char* chunk, int place, const float (&values)
         return 1;
     } else {
         // as bits, among which NaN is the largest
-        unsigned bits = 0;
+        unsigned bits = as_bits(SMALLEST_DIGITS);
         UNROLL for (int i = 0; i < 4; ++i) {
             const unsigned magnitude = as_bits(values[i]) & 0x7FFFFFFFu;
             bits = magnitude > bits ? magnitude : bits;
         }
         const float largest = as_float(reduce_max(bits));
-        const float inverse = largest > 1e-30f ? divide(LARGEST_DIGITS, largest) : 0;
-        unsigned low[4], high[4];
+        const float inverse = LARGEST_DIGITS * reciprocal(largest);
+        // A sum of this size has no fraction: its last 16 bits are the rounded product and 2^15.
+        constexpr float BIG = (1 << 23) + (1 << 22) + (1 << 15);
+        constexpr unsigned BIG_BITS = 0x4B408000u;
+        unsigned numbers[4], total = 0 - 4 * BIG_BITS;  // modulo 2^32
         UNROLL for (int i = 0; i < 4; ++i) {
-            const int number = to_int(values[i] * inverse);
-            sum += number;
-            low[i] = static_cast<unsigned>(number);
-            high[i] = static_cast<unsigned>(number + 128);
+            numbers[i] = as_bits(fma_(values[i], inverse, BIG));
+            total += numbers[i];
         }
-        *reinterpret_cast<unsigned*>(to) = byte_perm(
-            byte_perm(high[0], high[1], 0x0051), byte_perm(high[2], high[3], 0x0051), 0x5410);
-        *reinterpret_cast<unsigned*>(to + COLUMN) = byte_perm(
-            byte_perm(low[0], low[1], 0x0040), byte_perm(low[2], low[3], 0x0040), 0x5410);
-        // what the quotient above would take for none
+        sum = static_cast<int>(total);
+        // two in a word; the larger digit is rounded to nearest, and loses its 128 of the 2^15
+        const unsigned first = byte_perm(numbers[0], numbers[1], 0x5410);
+        const unsigned second = byte_perm(numbers[2], numbers[3], 0x5410);
+        constexpr unsigned HALVES = 0x00800080u, SIGNS = 0x80808080u;
+        *reinterpret_cast<unsigned*>(to) =
+            byte_perm(first + HALVES, second + HALVES, 0x7531) ^ SIGNS;
+        *reinterpret_cast<unsigned*>(to + COLUMN) = byte_perm(first, second, 0x6420);
+        // the reciprocal of more may be taken for none
         return largest > 1e37f ? as_float(0x7FC00000u) : largest * (1 / LARGEST_DIGITS);
     }
 }
@@ -125,12 +134,17 @@ struct TileSums {
         int sums[4] = {0, 0, 0, 0};
         const uint4 x = load_digits(digits);
         if constexpr (KIND == INT4_G32) {
-            constexpr unsigned LOW = 0x0F0F0F0Fu;
-            const uint4 y = load_digits(digits + 16);  // of the codes in the upper halves
-            multiply_tile(sums, a[0] & LOW, b[0] & LOW, a[0] >> 4 & LOW, b[0] >> 4 & LOW, x.x, y.x);
-            multiply_tile(sums, a[1] & LOW, b[1] & LOW, a[1] >> 4 & LOW, b[1] >> 4 & LOW, x.y, y.y);
-            multiply_tile(sums, a[2] & LOW, b[2] & LOW, a[2] >> 4 & LOW, b[2] >> 4 & LOW, x.z, y.z);
-            multiply_tile(sums, a[3] & LOW, b[3] & LOW, a[3] >> 4 & LOW, b[3] >> 4 & LOW, x.w, y.w);
+            // codes in the upper halves of their bytes, where they are 16 times as much, apart
+            constexpr unsigned LOW = 0x0F0F0F0Fu, HIGH = 0xF0F0F0F0u;
+            int low[4] = {0, 0, 0, 0};
+            multiply_tile(low, a[0] & LOW, b[0] & LOW, a[1] & LOW, b[1] & LOW, x.x, x.y);
+            multiply_tile(low, a[2] & LOW, b[2] & LOW, a[3] & LOW, b[3] & LOW, x.z, x.w);
+            const uint4 y = load_digits(digits + 16);
+            multiply_tile_unsigned(
+                sums, a[0] & HIGH, b[0] & HIGH, a[1] & HIGH, b[1] & HIGH, y.x, y.y);
+            multiply_tile_unsigned(
+                sums, a[2] & HIGH, b[2] & HIGH, a[3] & HIGH, b[3] & HIGH, y.z, y.w);
+            UNROLL for (int i = 0; i < 4; ++i) sums[i] += 16 * low[i];
         } else {
             multiply_tile(sums, a[0], b[0], a[1], b[1], x.x, x.y);
             multiply_tile(sums, a[2], b[2], a[3], b[3], x.z, x.w);

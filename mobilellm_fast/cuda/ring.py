@@ -21,9 +21,10 @@ SOURCE = Path(kernels.__file__).parent / "ring" / "decode.cu"
 # enum Kind and CacheType of the source
 KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int8_g32": 3, "int4_g32": 4}
 CACHES = {"fp16": 0, "bf16": 1, "fp32": 2}
-# Warps that multiply: so many that no fewer turns would do for the rows of most models.
-WARPS, NARROW_WARPS = 15, 12
-NARROW = 960  # the width below which there are fewer
+WARPS = 16  # of a program: with more, threads would have too few registers
+# Those of them that multiply, for narrow models: so many that no fewer turns would do.
+NARROW_WARPS, NARROW = 12, 960
+FINISHERS = 0  # of them, warps that do nothing but publish results; see docs/gpu.md
 RING_SLOTS = 16  # of the ring, at most: what shared memory holds is less
 ROOM_FOR_PARTS = 8  # of a head's attention, in the vectors
 LOAD_NBYTES = 16  # of a row that are copied or read at a time
@@ -61,6 +62,7 @@ class RingSteps(Steps):
 
     Args:
         programs: of the grid, at most; None takes one per multiprocessor.
+        finishers: warps that do nothing but publish results, see `kernel_constants`.
         constants: macros of the source that differ from `kernel_constants`, for measurements.
 
     Raises:
@@ -74,6 +76,7 @@ class RingSteps(Steps):
         rotary: tuple[torch.Tensor, torch.Tensor],
         kv_format: str,
         programs: int | None = None,
+        finishers: int = FINISHERS,
         constants: dict[str, int] | None = None,
     ) -> None:
         super().__init__(weights, rotary, kv_format)
@@ -86,7 +89,7 @@ class RingSteps(Steps):
         # one without a share of some vector could be left behind: nobody would wait for it
         self.programs = min(programs, config.hidden_size // 2, config.intermediate_size)
         kinds = (weights.qkv.kind, weights.head.kind, weights.embedding.kind)
-        self.constants = kernel_constants(config, *kinds, kv_format, self.programs)
+        self.constants = kernel_constants(config, *kinds, kv_format, self.programs, finishers)
         self.constants |= constants or {}
         self._kernel = self._load() if device.type == "cuda" else None
         self._vectors = torch.zeros(self.constants["VECTORS"], dtype=torch.int64, device=device)
@@ -181,24 +184,41 @@ def obstacle(weights: CudaWeights, kv_format: str) -> str | None:
 
 
 def kernel_constants(
-    config: MobileLLMConfig, body: str, head: str, embedding: str, kv_format: str, programs: int
+    config: MobileLLMConfig,
+    body: str,
+    head: str,
+    embedding: str,
+    kv_format: str,
+    programs: int,
+    finishers: int = FINISHERS,
 ) -> dict[str, int]:
     """Return the macros of the source for a model.
 
     Args:
         body, head, embedding: kinds of weights, those of the blocks first.
         programs: of the grid.
+        finishers: warps that do nothing but publish results; 0 leaves it to those that multiply.
+
+    Raises:
+        MobileLLMError: so many warps that finish, or fewer than none, cannot be.
     """
+    if not 0 <= finishers <= WARPS - 2:  # one brings the weights, one multiplies
+        raise MobileLLMError(f"[load] finishers must be from 0 to {WARPS - 2}, got {finishers}")
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     partial = config.num_attention_heads * ROOM_FOR_PARTS * (config.head_dim + 1)
     values = 2 * (config.hidden_size + queries + keys) + config.intermediate_size
-    vectors = -(-values // 2) + partial
-    warps = NARROW_WARPS if config.hidden_size < NARROW else WARPS
+    handed = queries + keys + 2  # words, with ATTEND_BY_TILES
+    vectors = -(-values // 2) + partial + handed
+    most = WARPS - 1 - finishers  # one brings the weights
+    warps = min(NARROW_WARPS, most) if config.hidden_size < NARROW else most
     return {
         "PROGRAMS": programs,
         "WARPS": warps,
-        "THREADS": 32 * (warps + 1),  # and one that brings the weights
+        "FINISHERS": finishers,
+        "THREADS": 32 * (warps + finishers + 1),
+        "LEAVE_FIRST": 0,
+        "ATTEND_BY_TILES": 0,
         "RING_SLOTS": RING_SLOTS,
         "VECTORS": vectors,
         "HIDDEN": config.hidden_size,
