@@ -34,7 +34,7 @@ TINY = MobileLLMConfig(
     max_position_embeddings=1024,
 )
 U = 2.0**-24
-SEEDS = range(8)
+SEEDS = range(6)
 # Inputs of integer weights have 16 bits, relative to the largest of a few: half a step is 2^-16 of
 # that, about 2^-14.5 of most, in each of five products. A new key or value in 16 bits can fall to
 # the other side of a rounding than the oracle's, whose inputs differ in their last bits: 2^-11.
@@ -103,8 +103,7 @@ def assert_same_step(ours, oracle, length, tokens=(3, 5)):
     "kind, length, heads, programs, warps, tiles",
     [
         ("bf16", 70, 4, 3, 2, None),  # a program attends with several heads, one after another
-        ("bf16", 70, 3, 5, 2, None),
-        ("int8", 70, 3, 3, 2, None),
+        ("int8", 70, 3, 5, 2, None),
         ("int4", 0, 3, 3, 2, None),
         ("bf16", 560, 1, 8, 4, None),  # one program joins the parts of a head
         ("bf16", 150, 3, 9, 4, "fp16"),  # attention by tensor cores, to a cache of this type
@@ -155,7 +154,7 @@ def plain_logits(weights, keys_and_values, token):
 
 @pytest.mark.parametrize(
     "size, kind, length, finishers",
-    [("125M", "bf16", 700, 0), ("1.5B", "int4", 100, 1)],
+    [("125M", "bf16", 700, 0), ("125M", "int4", 100, 1)],
 )
 def test_blocks_of_real_size_on_as_many_programs_as_an_h100_has(
     seed, size, kind, length, finishers
@@ -270,7 +269,7 @@ def test_attention_joins_its_parts(seed, length, programs, kv_format):
 
 @pytest.mark.parametrize(
     "length, heads, programs, finishers, kv_format",
-    [(0, 1, 5, 0, "fp16"), (70, 4, 3, 1, "fp16"), (150, 3, 7, 0, "bf16"), (600, 1, 8, 1, "fp16")],
+    [(70, 4, 3, 1, "fp16"), (600, 1, 8, 0, "bf16")],
 )
 def test_attention_by_tensor_cores(seed, length, heads, programs, finishers, kv_format):
     """`test_ring_attention.py` has it alone."""
