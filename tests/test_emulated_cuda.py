@@ -180,7 +180,7 @@ def test_misused_copies(fault, error):
 def test_slots_that_are_filled_too_early(fault):
     """Depending on the order, a warp that misses a phase of a barrier may be found before."""
     errors = faults_found(run_stream, fault)
-    assert True not in errors and False not in errors
+    assert all(isinstance(error, str) for error in errors), "an order in which it is not found"
     assert any(re.search(READ, error) for error in errors)
 
 

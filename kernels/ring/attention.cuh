@@ -242,6 +242,20 @@ DEVICE void store_warp(
 // base-2 logarithms of their sums of weights if not.
 constexpr int PART_WORDS = HEAD_DIM + 1;
 
+// Publish a dimension of a task's results, of weights relative to the score `base`.
+DEVICE void publish(
+    const Plan& plan, int head, int part, int dim, float sum, float total, float base, uint2* partial,
+    unsigned* attended, unsigned epoch) {
+    if (plan.parts == 1) {
+        store_value(attended + head * HEAD_DIM + dim, divide(sum, total), epoch);
+    } else {
+        // without tokens a part is nothing
+        uint2* place = partial + (head * MANY_PARTS + part) * PART_WORDS;
+        store_word(place + dim, total > 0 ? divide(sum, total) : 0, epoch);
+        if (dim == 0) store_word(place + HEAD_DIM, base + log2_(total), epoch);
+    }
+}
+
 // The first keys and values of a program's first task, which `attend` will load; by one warp.
 DEVICE void prefetch_cache(
     int program, int lane, const Plan& plan, const CacheSlot& cache, int position) {
@@ -329,14 +343,7 @@ DEVICE void attend(
             total += weight;
             sum = fma_(weight, rounded(value_of(new_value)), sum);
         }
-        if (plan.parts == 1) {
-            store_value(attended + head * HEAD_DIM + dim, divide(sum, total), epoch);
-        } else {
-            // without tokens a part is nothing
-            uint2* place = partial + (head * MANY_PARTS + part) * PART_WORDS;
-            store_word(place + dim, total > 0 ? divide(sum, total) : 0, epoch);
-            if (dim == 0) store_word(place + HEAD_DIM, base + log2_(total), epoch);
-        }
+        publish(plan, head, part, dim, sum, total, base, partial, attended, epoch);
     }
 }
 

@@ -305,13 +305,6 @@ DEVICE void attend_by_tiles(
             sum = fma_(
                 new_weight, dim < HALF_DIM ? low_half(new_value.x) : high_half(new_value.x), sum);
         }
-        if (plan.parts == 1) {
-            store_value(attended + head * HEAD_DIM + dim, divide(sum, total), epoch);
-        } else {
-            // without tokens a part is nothing
-            uint2* place = partial + (head * MANY_PARTS + part) * PART_WORDS;
-            store_word(place + dim, total > 0 ? divide(sum, total) : 0, epoch);
-            if (dim == 0) store_word(place + HEAD_DIM, largest + log2_(total), epoch);
-        }
+        publish(plan, head, part, dim, sum, total, largest, partial, attended, epoch);
     }
 }

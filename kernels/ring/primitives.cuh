@@ -226,48 +226,35 @@ DEVICE unsigned transposed(unsigned value) {
     return out;
 }
 
+#define TILE_PRODUCT(name, Sum, in_register, instruction)                                         \
+    DEVICE void name(                                                                             \
+        Sum (&sums)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,          \
+        unsigned b1) {                                                                            \
+        asm("mma.sync.aligned." instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "     \
+            "{%0, %1, %2, %3};"                                                                   \
+            : "+" in_register(sums[0]), "+" in_register(sums[1]), "+" in_register(sums[2]),       \
+              "+" in_register(sums[3])                                                            \
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                              \
+    }
+#define HALF_TILE_PRODUCT(name, instruction)                                                      \
+    DEVICE void name(float (&sums)[4], unsigned a0, unsigned a1, unsigned b0) {                   \
+        asm("mma.sync.aligned." instruction " {%0, %1, %2, %3}, {%4, %5}, {%6}, "                 \
+            "{%0, %1, %2, %3};"                                                                   \
+            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                          \
+            : "r"(a0), "r"(a1), "r"(b0));                                                         \
+    }
+
 // Add to `sums` (16, 8) the product of (16, 16) and (16, 8) in bf16. Lane 4 r + q has, of the sums,
 // columns 2 q and 2 q + 1 of rows r and r + 8; of what is multiplied, pairs of inputs q and q + 4 for
 // rows r and r + 8 (a0 and a2, a1 and a3) and for column r (b0 and b1).
-DEVICE void multiply_tile(
-    float (&sums)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// The same of (16, 8) and (8, 8): what a0, a1 and b0 are above.
-DEVICE void multiply_half_tile(float (&sums)[4], unsigned a0, unsigned a1, unsigned b0) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a0), "r"(a1), "r"(b0));
-}
-DEVICE void multiply_half_tile_fp16(float (&sums)[4], unsigned a0, unsigned a1, unsigned b0) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a0), "r"(a1), "r"(b0));
-}
-
+TILE_PRODUCT(multiply_tile, float, "f", "m16n8k16.row.col.f32.bf16.bf16.f32")
 // The product of (16, 32) and (32, 8) signed bytes: a lane has fours of inputs where it had pairs.
-DEVICE void multiply_tile(
-    int (&sums)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
+TILE_PRODUCT(multiply_tile, int, "r", "m16n8k32.row.col.s32.s8.s8.s32")
 // The same with unsigned bytes on the left.
-DEVICE void multiply_tile_unsigned(
-    int (&sums)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
+TILE_PRODUCT(multiply_tile_unsigned, int, "r", "m16n8k32.row.col.s32.u8.s8.s32")
+// The product of (16, 8) and (8, 8): what a0, a1 and b0 are above.
+HALF_TILE_PRODUCT(multiply_half_tile, "m16n8k8.row.col.f32.bf16.bf16.f32")
+HALF_TILE_PRODUCT(multiply_half_tile_fp16, "m16n8k8.row.col.f32.f16.f16.f32")
 
 DEVICE float fma_(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float exp_(float x) { return __expf(x); }
