@@ -11,6 +11,7 @@ import pytest
 import torch
 from emulated_cuda import compile_kernel
 from interpreted import DEVICE, HAS_GPU
+from random_cuda_weights import random_cuda_weights
 
 from mobilellm_fast import quant
 from mobilellm_fast.config import MobileLLMConfig
@@ -130,6 +131,24 @@ def test_steps_equal_the_cpu(tier, sharing):
         got, want = ours.forward([token], cache), oracle.forward([token], expected)
         assert_close(got, want)
     assert cache.length == expected.length
+
+
+@pytest.fixture
+def halves_by_default():
+    torch.set_default_dtype(torch.float16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_buffers_do_not_have_the_default_dtype(tier, halves_by_default):
+    """Kernels write float32: past the end of a buffer of halves."""
+    weights = random_cuda_weights(dataclasses.replace(TINY, vocab_size=64), "bf16", 0, DEVICE)
+    ours = CudaExecutor(weights.config, weights, tier, **OPTIONS.get(tier, {}))
+    for part in (ours._steps, ours._batch_step(2)):
+        buffers = [value for value in vars(part).values() if isinstance(value, torch.Tensor)]
+        dtypes = {buffer.dtype for buffer in buffers if buffer.is_floating_point()}
+        assert dtypes == {torch.float32}
 
 
 @pytest.mark.parametrize("tier", [tier for tier in TIERS if tier != "ring"])

@@ -40,9 +40,11 @@ class BatchStep:
         self._ids = torch.zeros(size, dtype=torch.int64, device=device)
         self._positions, self._capacities = torch.zeros(2, size, dtype=torch.int32, device=device)
         self._addresses = torch.zeros(size, dtype=torch.int64, device=device)
-        self._partial = torch.zeros(size, self._geometry.partial_size, device=device)
         queries = config.num_attention_heads * config.head_dim
-        self._attended = torch.zeros(size, queries, device=device)
+        self._partial, self._attended = (
+            torch.zeros(size, count, dtype=torch.float32, device=device)
+            for count in (self._geometry.partial_size, queries)
+        )
         spare.reserve(1)
         self._spare = spare
         self._logits: Tensor | None = None

@@ -43,8 +43,8 @@ class Steps:
         config, device = weights.config, weights.device
         self.schedule = torch.tensor(config.schedule, dtype=torch.int32, device=device)
         self.tokens = torch.zeros(MAX_STEPS, dtype=torch.int32, device=device)
-        self.logprobs = torch.zeros(MAX_STEPS, device=device)
-        self.logits = torch.zeros(config.vocab_size, device=device)
+        self.logprobs = torch.zeros(MAX_STEPS, dtype=torch.float32, device=device)
+        self.logits = torch.zeros(config.vocab_size, dtype=torch.float32, device=device)
 
     def run(
         self, cache: CudaCache, token_id: int, count: int, temperature: float, seed: int
@@ -86,7 +86,7 @@ class StagedSteps(Steps):
         self._head_programs = min(_programs(config.vocab_size), 1024)
 
         def floats(*shape: int) -> Tensor:
-            return torch.zeros(shape, device=device)
+            return torch.zeros(shape, dtype=torch.float32, device=device)
 
         self._x, self._middle = floats(hidden), floats(hidden)
         self._qkv, self._attended = floats(queries + 2 * keys), floats(queries)
@@ -327,7 +327,9 @@ class PersistentSteps(Steps):
             )
         shape = (grid_sync.copies(self._wait), stride)
         self._vectors = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._candidates = torch.zeros(programs, CANDIDATE_FIELDS, device=device)
+        self._candidates = torch.zeros(
+            programs, CANDIDATE_FIELDS, dtype=torch.float32, device=device
+        )
         self._counter = torch.zeros(1, dtype=torch.int32, device=device)
         self._epoch = 1  # of the next launch; those before it are in the vectors
         self._state = torch.zeros(3, dtype=torch.int32, device=device)
