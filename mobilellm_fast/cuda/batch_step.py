@@ -12,6 +12,7 @@ from ..kernels import decode_step
 from .cache import CudaCache
 from .geometry import Geometry, softmax_scale
 from .layers import hidden_states, logits
+from .recording import recorded
 from .steps import ATTENTION_WARPS
 from .weights import CudaWeights
 
@@ -63,18 +64,17 @@ class BatchStep:
         if self._weights.device.type != "cuda":
             self._logits = self._compute()
         elif self._graph is None:
-            self._logits = self._compute()  # compiles: a recording must not
-            torch.cuda.synchronize(self._weights.device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._logits = self._compute()
-            self._graph = graph  # only now: a recording may fail
-            graph.replay()
+            self._compute()  # compiles: a recording must not
+            self._graph = recorded(self._record, self._weights.device)
+            self._graph.replay()
         else:
             self._graph.replay()
         for cache in caches:
             cache.length += 1
         return self._logits[: len(caches)]
+
+    def _record(self) -> None:
+        self._logits = self._compute()
 
     def _compute(self) -> Tensor:
         return logits(self._weights, hidden_states(self._weights, self._ids, self._attention))

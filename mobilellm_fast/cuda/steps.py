@@ -23,6 +23,7 @@ from ..errors import MobileLLMError
 from ..kernels import decode_persistent, decode_step, grid_sync
 from .cache import FORMATS, CudaCache
 from .geometry import Geometry, power_of_two, scales_of, softmax_scale, vector_size
+from .recording import recorded
 from .weights import CudaWeights, Matrix
 
 MAX_STEPS = 64  # tokens of one call
@@ -131,11 +132,7 @@ class StagedSteps(Steps):
         self._launch_step()  # compiles: a recording must not
         for tensor, value in zip((self._state, self._x), before, strict=True):
             tensor.copy_(value)
-        torch.cuda.synchronize(self.weights.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._launch_step()
-        return graph
+        return recorded(self._launch_step, self.weights.device)
 
     def _launch_step(self) -> None:
         schedule = self.weights.config.schedule
