@@ -91,7 +91,7 @@ def _file(signature: str, cpus: int) -> Path | None:
     key = hashlib.sha256(f"{machine}\0{signature}".encode()).hexdigest()[:32]
     try:
         return cache_directory() / "calibration" / f"{key}.json"
-    except RuntimeError:  # no home directory
+    except OSError:  # no home directory
         return None
 
 

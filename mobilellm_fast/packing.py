@@ -55,7 +55,10 @@ def load_image(
     state = _state(path)
     choice = format if float_format == "int8" else f"{format} {float_format}"
     place = hashlib.sha256(f"{path.resolve()}\0{choice}".encode()).hexdigest()[:32]
-    cached = cache_directory() / "images" / f"{place}{SUFFIX}"
+    try:
+        cached = cache_directory() / "images" / f"{place}{SUFFIX}"
+    except OSError:  # no home directory
+        return pack_checkpoint(path, name, format, float_format)
     with contextlib.suppress(CheckpointError):
         return open_image(cached, state, threads)
     if source is None:  # it comes with a checksum; an image of damaged weights would stay

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from homeless import take_home_away
 
 import mobilellm_fast
 from mobilellm_fast.cache import cache_directory
@@ -92,6 +93,15 @@ def test_cache_directory(monkeypatch, tmp_path):
     assert cache_directory() == Path.home() / ".cache" / "mobilellm_fast"
     monkeypatch.setenv("MOBILELLM_FAST_CACHE", str(tmp_path / "own"))
     assert cache_directory() == tmp_path / "own"
+
+
+def test_without_a_home_directory(monkeypatch):
+    take_home_away(monkeypatch)
+    with pytest.raises(OSError, match="No home directory"):
+        cache_directory()
+    message = error_of()
+    assert "cannot write the default model to the cache (No home directory)" in message
+    assert "MOBILELLM_FAST_CACHE can name another directory" in message
 
 
 def test_fetched_once(cache, monkeypatch):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import SHARING, packed_weights, random_ids, random_weights, tiny_config
+from homeless import take_home_away
 from safetensors.numpy import save_file
 
 from mobilellm_fast import _C, cli, packing
@@ -255,6 +256,8 @@ def test_float_formats_are_not_cached(checkpoint, cache):
 def test_a_cache_that_cannot_be_written_is_done_without(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MOBILELLM_FAST_CACHE", str(tmp_path / "file" / "cache"))
+    assert load_image(checkpoint).format == "int8"
+    take_home_away(monkeypatch)
     assert load_image(checkpoint).format == "int8"
 
 

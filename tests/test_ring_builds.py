@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 import triton
 from builds_decode import PROGRAMS
+from homeless import take_home_away
 
 from mobilellm_fast.config import MobileLLMConfig
 from mobilellm_fast.cuda import ring
@@ -91,3 +92,8 @@ def test_machine_code_is_kept_and_not_trusted(monkeypatch, tmp_path):
     assert compiled() == first
     monkeypatch.setattr(nvrtc, "nvrtcCompileProgram", None)
     assert compiled() == first
+
+
+def test_without_a_home_directory_nothing_is_kept(monkeypatch):
+    take_home_away(monkeypatch)
+    assert compile_source(ring.SOURCE, constants("125M", "bf16"), "sm_90")

@@ -42,7 +42,10 @@ def default_model() -> Path:
     Raises:
         CheckpointError: the cache cannot be written, or no source has the file; says why.
     """
-    target = cache_directory() / FILE_NAME
+    try:
+        target = cache_directory() / FILE_NAME
+    except OSError as error:
+        raise _unwritable("the cache", error) from None
     if target.is_file() and target.stat().st_size == FILE_SIZE:
         return target
     import tempfile
@@ -53,11 +56,15 @@ def default_model() -> Path:
         with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as scratch:
             os.replace(_fetch(Path(scratch)), target)
     except OSError as error:
-        raise CheckpointError(
-            f"cannot write the default model to {target.parent} ({error.strerror or error}); "
-            "MOBILELLM_FAST_CACHE can name another directory"
-        ) from None
+        raise _unwritable(str(target.parent), error) from None
     return target
+
+
+def _unwritable(place: str, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"cannot write the default model to {place} ({error.strerror or error}); "
+        "MOBILELLM_FAST_CACHE can name another directory"
+    )
 
 
 def verify_default_model(path: Path) -> None:

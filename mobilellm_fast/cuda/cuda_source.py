@@ -49,9 +49,9 @@ def compile_source(source: Path, constants: Mapping[str, int], arch: str) -> byt
     texts = [file.read_bytes() for file in files]
     chosen = [option for option in options if not option.startswith("--include-path")]
     key = hashlib.sha256(repr((version, chosen, texts)).encode()).hexdigest()
-    cached = cache_directory() / "cuda" / f"{source.stem}-{key[:32]}.cubin"
+    name = f"{source.stem}-{key[:32]}.cubin"
     with contextlib.suppress(OSError):
-        stored = cached.read_bytes()
+        stored = (cache_directory() / "cuda" / name).read_bytes()
         digest, code = stored[:DIGEST_NBYTES], stored[DIGEST_NBYTES:]
         if digest == hashlib.sha256(code).digest():
             return code
@@ -73,8 +73,8 @@ def compile_source(source: Path, constants: Mapping[str, int], arch: str) -> byt
         _check(*nvrtc.nvrtcGetCUBIN(program, code), nvrtc)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    # a cache that cannot be written costs compiling again
-    with contextlib.suppress(OSError), whole_file(cached) as file:
+    # a cache that cannot be written, or is nowhere, costs compiling again
+    with contextlib.suppress(OSError), whole_file(cache_directory() / "cuda" / name) as file:
         file.write(hashlib.sha256(code).digest() + code)
     return code
 
