@@ -272,12 +272,18 @@ def test_caches_grow_copy_rewind_and_last():
 def test_wrong_arguments_are_refused():
     ours, _ = executors(dataclasses.replace(TINY, num_hidden_layers=1), "graph")
     weights = ours.weights
+    deeper, _ = executors(TINY, "graph")
+    other = CudaExecutor(ours.config, weights, "graph", "fp16")
     for call, message in (
         (lambda: CudaExecutor(TINY, weights, "fast"), "tier must be 'auto' or one of"),
         (lambda: CudaExecutor(TINY, weights, kv_format="int8"), "kv_format must be one of"),
         (lambda: ours.forward([62], ours.new_cache()), r"token_ids must be in \[0, 62\), got 62"),
         (lambda: ours.decode(ours.new_cache(), 0, 257), "context holds 256 tokens, got 257"),
         (lambda: ours.forward_batch([[1]], []), "each with a cache"),
+        # of more blocks, of other numbers, and of none: a GPU would write beyond its memory
+        (lambda: ours.forward([1], deeper.new_cache()), "cache must be of new_cache"),
+        (lambda: ours.decode(other.new_cache(), 1, 1), "cache must be of new_cache"),
+        (lambda: ours.forward_batch([[1]], [object()]), "cache must be of new_cache"),
     ):
         with pytest.raises(MobileLLMError, match=message):
             call()

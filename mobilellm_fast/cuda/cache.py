@@ -37,6 +37,11 @@ class CudaCache:
         return self._data
 
     @property
+    def kind(self) -> tuple:
+        """What kernels take for granted: equal for the caches of one executor."""
+        return (*self._shape, self._config.head_dim, self.format, self._data.device)
+
+    @property
     def capacity(self) -> int:
         """How many tokens fit without moving."""
         return self._data.shape[3]

@@ -15,6 +15,7 @@ import torch
 from ..config import MobileLLMConfig
 from ..errors import MobileLLMError
 from ..executor import checked_ids
+from ..files import brief
 from ..rope import cos_sin
 from ..sampling import Sampler
 from .cache import FORMATS, CudaCache
@@ -83,6 +84,7 @@ class CudaExecutor:
                 if self.tier == tiers[-1]:
                     raise
         self._batches: dict[int, Any] = {}
+        self._cache_kind = self.new_cache().kind
 
     def _make_steps(self, options: dict[str, Any]) -> Any:
         from .ring import RingSteps
@@ -228,6 +230,9 @@ class CudaExecutor:
 
     def _checked(self, token_ids: Sequence[int], cache: CudaCache) -> np.ndarray:
         ids = checked_ids(token_ids, self.config.vocab_size)
+        # kernels would read and write wherever another model's keys and values lie
+        if not isinstance(cache, CudaCache) or cache.kind != self._cache_kind:
+            raise MobileLLMError(f"[forward] cache must be of new_cache(), got {brief(cache)}")
         end = cache.length + len(ids)
         if end > self.config.context_length:
             raise MobileLLMError(
