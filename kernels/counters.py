@@ -30,5 +30,7 @@ def counters_of(device: torch.device, count: int) -> Tensor:
         _eager_counters[key] = torch.zeros(max(count, 512), dtype=torch.int32, device=device)
     if not chunks or len(chunks[-1]) < count:
         chunks.append(torch.zeros(GRAPH_COUNTERS, dtype=torch.int32, device=device))
-        torch.cuda.synchronize(device)  # a graph does not wait for this stream
+        # a graph does not wait for this stream; all of the GPU cannot be waited for while another
+        # thread captures one
+        torch.cuda.current_stream(device).synchronize()
     return _eager_counters[key]

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import warnings
 
 import interpreted
 import numpy as np
@@ -358,14 +359,22 @@ def test_blocks_of_several_kinds_are_not_taken():
 
 
 def test_auto_falls_back_where_the_ring_cannot_be(monkeypatch):
-    """A GPU without enough shared memory, no compiler, a model that it does not take."""
+    """A GPU without enough shared memory, no compiler: told, since it is slower."""
 
     def fails(self, *arguments, **options):
-        raise MobileLLMError("[load] decode.cu does not compile: more shared memory")
+        raise MobileLLMError("[load] decode.cu does not compile: more shared memory\nline 1")
 
     monkeypatch.setattr(executor, "best_tiers", lambda *_: ["ring", "graph"])
     monkeypatch.setattr(ring.RingSteps, "__init__", fails)
     weights = random_cuda_weights(TINY, "bf16", 0, "cpu")
-    assert CudaExecutor(TINY, weights).tier == "graph"
+    with pytest.warns(UserWarning, match="tier 'ring' is left out, .* more shared memory$"):
+        assert CudaExecutor(TINY, weights).tier == "graph"
     with pytest.raises(MobileLLMError, match="more shared memory"):
         CudaExecutor(TINY, weights, "ring")
+
+
+def test_a_model_that_it_does_not_take_is_no_news(monkeypatch):
+    monkeypatch.setattr(executor, "best_tiers", lambda *_: ["ring", "graph"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert CudaExecutor(TINY, random_cuda_weights(TINY, "fp32", 0, "cpu")).tier == "graph"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -63,6 +64,8 @@ class CudaExecutor:
         kv_format: str | None = None,
         **options: Any,
     ) -> None:
+        from .steps import NotTaken
+
         if kv_format is None:
             kv_format = "fp32" if weights.qkv.kind == "fp32" else "fp16"
         check_options(tier, kv_format)
@@ -80,9 +83,14 @@ class CudaExecutor:
             try:
                 self._steps = self._make_steps(options)
                 break
-            except MobileLLMError:  # another model, GPU or compiler than it takes
+            except MobileLLMError as error:
                 if self.tier == tiers[-1]:
                     raise
+                if not isinstance(error, NotTaken):  # what a user may mend, or should know of
+                    text = f"tier {self.tier!r} is left out, a slower one is taken: {brief(error)}"
+                    warnings.warn(text, stacklevel=2)
+        if weights.device.type == "cuda":  # calls may come on other streams than the buffers' zeros
+            torch.cuda.current_stream(weights.device).synchronize()
         self._batches: dict[int, Any] = {}
         self._cache_kind = self.new_cache().kind
 

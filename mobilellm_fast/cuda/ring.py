@@ -14,7 +14,7 @@ from ..quant import GROUP
 from .cache import FORMATS, CudaCache
 from .cuda_source import Kernel, kernel
 from .geometry import softmax_scale
-from .steps import Steps
+from .steps import NotTaken, Steps
 from .weights import CudaWeights, Matrix
 
 SOURCE = Path(kernels.__file__).parent / "ring" / "decode.cu"
@@ -66,8 +66,8 @@ class RingSteps(Steps):
         constants: macros of the source that differ from `kernel_constants`, for measurements.
 
     Raises:
-        MobileLLMError: the kernel does not take this model, see `obstacle`, or this GPU, or there
-            is no NVRTC.
+        NotTaken: the kernel does not take this model, see `obstacle`.
+        MobileLLMError: it does not take this GPU, or there is no NVRTC.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class RingSteps(Steps):
         super().__init__(weights, rotary, kv_format)
         needs = obstacle(weights, kv_format)
         if needs is not None:
-            raise MobileLLMError(f"[load] tier 'ring' needs {needs}")
+            raise NotTaken(f"[load] tier 'ring' needs {needs}")
         config, device = weights.config, weights.device
         if programs is None:
             programs = torch.cuda.get_device_properties(device).multi_processor_count

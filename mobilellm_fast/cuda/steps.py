@@ -33,6 +33,10 @@ PERSISTENT_WARPS = 8  # more would have too few registers each
 CANDIDATE_FIELDS = 5
 
 
+class NotTaken(MobileLLMError):
+    """A tier has no kernels for a model, whatever the machine."""
+
+
 class Steps:
     """What the tiers share: buffers and the loop over calls."""
 
@@ -319,7 +323,7 @@ class PersistentSteps(Steps):
         size = vector_size(config)
         stride = grid_sync.COPY_STRIDE.value
         if size > stride:
-            raise MobileLLMError(
+            raise NotTaken(
                 f"[load] tier 'persistent' takes vectors of {stride} elements, got {size}"
             )
         shape = (grid_sync.copies(self._wait), stride)
