@@ -31,6 +31,7 @@ for wheel in .gpu/wheels/*.whl; do
   [ -f "$wheel" ] && "$python" -m zipfile -e "$wheel" "$site"
 done
 cp -r mobilellm_fast "$site/"
+rm -rf "$site/mobilellm_fast/kernels" # a link, in trees that are used in place
 cp -r kernels "$site/mobilellm_fast/"
 
 # Inductor keeps what it compiled: the peers, which take a minute, are then ready sooner.
@@ -52,7 +53,10 @@ export site python
 if [ "${BUILD_SECONDS:-120}" != 0 ]; then
   say "build"
   rm -f "$site"/mobilellm_fast/_C*.so
-  limited "${BUILD_SECONDS:-120}" bash -c build >"$out/build.log" 2>&1 || tail -20 "$out/build.log"
+  limited "${BUILD_SECONDS:-120}" bash -c build >"$out/build.log" 2>&1 || {
+    tail -20 "$out/build.log"
+    cp mobilellm_fast/_C*.so "$site/mobilellm_fast/" # better than nothing, if the tree has one
+  }
 fi
 say "built: $(cd "$site" && "$python" -c 'import mobilellm_fast._C as c; print(c.__file__, c.supported_isas())' 2>&1 | tail -1)"
 
