@@ -19,7 +19,7 @@ SIZES = 1024  # launches of different sizes that a launcher keeps
 DESCRIPTORS = 4096  # addresses whose descriptors are kept
 
 # whose builds are called as below, which Triton does not promise
-_KNOWN = (3, 4) <= tuple(int(n) for n in triton.__version__.split(".")[:2]) <= (3, 7)
+_KNOWN = (3, 5) <= tuple(int(n) for n in triton.__version__.split(".")[:2]) <= (3, 7)
 
 
 class _Address:

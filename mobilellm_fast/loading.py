@@ -82,10 +82,10 @@ def load(
 
 def _has_gpu() -> bool:
     """Tell whether torch and Triton can use a GPU, of compute capability 8 or later."""
-    import importlib.util
-
     import torch
 
-    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+    from .triton_version import has_triton
+
+    if not torch.cuda.is_available() or not has_triton():
         return False
     return bool(torch.version.hip) or torch.cuda.get_device_capability()[0] >= 8

@@ -5,15 +5,16 @@ Tensors are contiguous, on one GPU, which is the current one. Triton is imported
 
 import functools
 import importlib
-import importlib.util
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .triton_version import has_triton
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # a constant, for torch.compile
+HAS_TRITON = has_triton()  # a constant, for torch.compile
 
 
 @functools.cache

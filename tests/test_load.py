@@ -1,5 +1,8 @@
 """`mobilellm_fast.load`: one model, seen by torch and by the engine."""
 
+import contextlib
+import importlib.metadata
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,8 +16,10 @@ from safetensors.numpy import save_file
 import mobilellm_fast
 import mobilellm_fast.cuda.engine
 from mobilellm_fast import cuda, loading
+from mobilellm_fast.cuda.executor import check_cuda
 from mobilellm_fast.errors import CheckpointError, MobileLLMError
 from mobilellm_fast.packing import pack_checkpoint
+from mobilellm_fast.triton_version import has_triton
 
 
 @pytest.fixture
@@ -104,6 +109,36 @@ def test_auto_takes_the_cpu_for_what_the_gpu_cannot(folder, tmp_path, monkeypatc
     assert (lm.engine.format, lm.engine.on_gpu) == ("w8a8", False)
     with pytest.raises(MobileLLMError, match=r"format of .* must be one of .* on cuda, got 'w8a8'"):
         mobilellm_fast.load(image, device="cuda")
+
+
+@pytest.mark.parametrize(
+    "version, enough",
+    [("3.2.0", False), ("3.4.0", False), ("3.5.0", True), ("3.10.0+git1", True), (None, True)],
+)
+def test_an_old_triton_is_none(version, enough, monkeypatch):
+    """torch 2.6 to 2.8 bring versions in which the kernels cannot even be imported."""
+
+    def known(name):
+        if version is None:  # of a package with another name
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "version", known)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    has_triton.cache_clear()
+    try:
+        assert loading._has_gpu() is enough
+        with (
+            contextlib.nullcontext()
+            if enough
+            else pytest.raises(MobileLLMError, match="device 'cuda' needs Triton 3.5 or later")
+        ):
+            check_cuda("cuda")
+    finally:
+        has_triton.cache_clear()
 
 
 def test_devices_and_numbers_of_other_libraries_will_do(folder):

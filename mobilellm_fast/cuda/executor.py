@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from ..executor import checked_ids
 from ..files import brief
 from ..rope import cos_sin
 from ..sampling import Sampler
+from ..triton_version import LEAST, has_triton
 from .cache import FORMATS, CudaCache
 from .weights import CudaWeights
 
@@ -302,7 +302,7 @@ def check_cuda(device: str) -> None:
     """Refuse a device on which nothing of this can run.
 
     Raises:
-        MobileLLMError: no such device, or no Triton.
+        MobileLLMError: no such device, or no Triton that is new enough.
     """
     index = device.removeprefix("cuda").removeprefix(":") or "0"
     count = torch.cuda.device_count()
@@ -310,5 +310,6 @@ def check_cuda(device: str) -> None:
         raise MobileLLMError(
             f"[load] device {device!r} must be a GPU that torch can use, got {count} of them"
         )
-    if importlib.util.find_spec("triton") is None:
-        raise MobileLLMError(f"[load] device {device!r} needs Triton, which is not installed")
+    if not has_triton():
+        least = ".".join(map(str, LEAST))
+        raise MobileLLMError(f"[load] device {device!r} needs Triton {least} or later")
