@@ -348,6 +348,21 @@ def test_each_gpu_loads_what_is_compiled_for_it(monkeypatch):
     assert found[3] is found[0]
 
 
+@pytest.mark.parametrize("status", ["OUT_OF_MEMORY", "STREAM_CAPTURE_UNSUPPORTED"])
+def test_a_kernel_that_cannot_be_loaded_now_may_be_later(monkeypatch, status):
+    answers = [getattr(driver.CUresult, f"CUDA_ERROR_{status}"), 0]
+
+    def load(*key):
+        cuda_source._check(answers.pop(0), driver)
+        return "kernel"
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(hopper, "kernel", load)
+    monkeypatch.setattr(hopper, "_loaded", {})
+    found = [hopper.loaded(cluster_attention.SOURCE, (), 99) for _ in range(3)]
+    assert found == [None, "kernel", "kernel"]
+
+
 def test_a_kernel_that_cannot_be_loaded_is_told_of_once(monkeypatch):
     def refuse(*key):
         raise MobileLLMError("[cuda] driver failed: CUDA_ERROR_UNSUPPORTED_PTX_VERSION")

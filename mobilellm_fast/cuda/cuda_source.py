@@ -19,7 +19,12 @@ from ..files import whole_file
 PORTABLE_CLUSTER = 8  # programs that every GPU with clusters has in one
 CONFIGS = 1024  # of launches of clusters that are kept: each stream and grid has its own
 DIGEST_NBYTES = 32  # of machine code in the cache, before it
+PASSING = ("CUDA_ERROR_OUT_OF_MEMORY", "CUDA_ERROR_STREAM_CAPTURE_")  # see `NotNow`
 INVALID_CONTEXT = 201  # CUresult of cuda.h: this thread has none
+
+
+class NotNow(MobileLLMError):
+    """The driver refuses what it may do later: memory is short, or a thread captures a graph."""
 
 
 def compile_source(source: Path, constants: Mapping[str, int], arch: str) -> bytes:
@@ -191,7 +196,8 @@ def _context(device: int) -> Any:
 def _check(status: Any, library: Any) -> None:
     if int(status):
         name = library.__name__.rsplit(".", 1)[-1]
-        raise MobileLLMError(f"[cuda] {name} failed: {status.name}")
+        passes = status.name.startswith(PASSING)
+        raise (NotNow if passes else MobileLLMError)(f"[cuda] {name} failed: {status.name}")
 
 
 @functools.lru_cache(CONFIGS)

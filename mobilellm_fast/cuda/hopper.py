@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..errors import MobileLLMError
-from .cuda_source import Kernel, kernel
+from .cuda_source import Kernel, NotNow, kernel
 
 HALVES = (torch.bfloat16, torch.float16)
 ONE_TOKEN = "MOBILELLM_FAST_ONE_TOKEN"  # 1 takes the kernels of kernels/one_token
@@ -52,14 +52,16 @@ def loaded(
 ) -> Kernel | None:
     """Return a kernel of the current GPU, see `cuda_source.kernel`.
 
-    None if it cannot be loaded: as a graph is captured, or, which a warning tells once, if the
-    compiler and the driver do not suit each other.
+    None if it cannot be loaded: as a graph is captured, or memory is short, or, which a warning
+    tells once, if the compiler and the driver do not suit each other.
     """
     key = source, constants, device, own
     if key not in _loaded and not torch.cuda.is_current_stream_capturing():
         try:
             _loaded[key] = kernel(*key)
+        except NotNow:
+            return None  # tried again by the next call
         except MobileLLMError as error:
-            warnings.warn(f"Triton's kernel is taken: {error}", stacklevel=2)
             _loaded[key] = None
+            warnings.warn(f"Triton's kernel is taken: {error}", stacklevel=2)
     return _loaded.get(key)
