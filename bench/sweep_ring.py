@@ -1,6 +1,6 @@
 """Times forms of the kernel `ring` beside each other, and beside `pdl`, on a GPU.
 
-    python bench/sweep_ring.py 125M 1.5B/int4 600M-shared
+    python bench/sweep_ring.py 125M 1.5B/int4 600M-shared [--forms "as it is" "both"]
 
 Random weights, 64 greedy steps at a time by the clock, all forms in turns, the median of five. What
 does not choose the tokens of `pdl` at three contexts, or is not the same twice, is told.
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument(
         "models", nargs="*", default=MODELS, help="a shape, and a kind of weights: 125M, 1.5B/int4"
     )
+    parser.add_argument("--forms", nargs="*", choices=FORMS, default=list(FORMS), metavar="FORM")
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--json", type=Path, help="a file for the seconds of all turns")
     args = parser.parse_args()
@@ -63,15 +64,17 @@ def main() -> None:
         weights = random_cuda_weights(config, kind or "bf16")
         executors = {"pdl": CudaExecutor(config, weights, "pdl")}
         wanted = [decoded(executors["pdl"], context) for context in CONTEXTS]
-        for name, options in FORMS.items():
+        for name in args.forms:
+            print(f"{model}, {name}: tried", flush=True)  # the last line, should it hang
             try:
-                executors[name] = CudaExecutor(config, weights, "ring", **options)
-            except MobileLLMError as error:
+                executor = CudaExecutor(config, weights, "ring", **FORMS[name])
+                for context, want in zip(CONTEXTS, wanted, strict=True):
+                    for line in complaints(executor, context, *want):
+                        print(f"{model}, {name}, {context} tokens: {line}", flush=True)
+            except MobileLLMError as error:  # neither compiled nor launched, or no numbers
                 print(f"{model}, {name}: {error}", flush=True)
-                continue
-            for context, want in zip(CONTEXTS, wanted, strict=True):
-                for line in complaints(executors[name], context, *want):
-                    print(f"{model}, {name}, {context} tokens: {line}", flush=True)
+            else:
+                executors[name] = executor
         times = {name: [] for name in executors}
         for _ in range(ROUNDS):
             for name, executor in executors.items():
