@@ -263,6 +263,8 @@ def test_caches_grow_copy_rewind_and_last():
         assert np.array_equal(ours.forward(prompt[100:], same), other)
     cache.truncate(0)
     assert np.array_equal(ours.forward(prompt, cache), want)
+    restored.restore(cache.length, cache.pages())  # in the memory that it has used
+    assert restored.pages() == cache.pages()
     with pytest.raises(MobileLLMError, match=r"length must be in 0..130, got 131"):
         cache.truncate(131)
     with pytest.raises(MobileLLMError, match="pages of 3 tokens must be 1 of"):

@@ -98,6 +98,7 @@ class CudaCache:
             pages.append(page.cpu().view(torch.uint8).numpy().tobytes())
         return pages
 
+    @torch.inference_mode()  # in which an executor made this memory: nobody else may write to it
     def restore(self, length: int, pages: Sequence[bytes]) -> None:
         """Take what `pages` gave, in place of what is here."""
         if len(pages) != -(-length // PAGE) or any(len(p) != self.page_nbytes for p in pages):
