@@ -210,6 +210,11 @@ def test_peers_decode_what_ours_does(name):
             assert peer.decode(count)[1] == ours.decode(count)[1]
 
 
+def test_a_copy_without_its_history_can_be_packed(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_pack, "ROOT", tmp_path)
+    assert gpu_pack.commit() == "unknown"
+
+
 def test_packed_arrays_come_back():
     rng = np.random.default_rng(0)
     for array in (
