@@ -138,6 +138,56 @@ def test_what_the_engine_does_not_show_is_refused(option):
         assert ours(ids, return_dict=False)[0].shape == (1, 2, ours.lm.config.vocab_size)
 
 
+def test_a_loss_is_divided_by_the_items_of_all_accumulated_batches():
+    """`Trainer` gives their number to models that take it, and then divides no more itself."""
+    ours, theirs = both()
+    ids = torch.tensor(random_ids(theirs.config, 2, 9))
+    labels = ids.clone()
+    labels[0, 5:] = -100
+    for items in (None, 48, torch.tensor(48)):
+        got, want = (m(ids, labels=labels, num_items_in_batch=items) for m in (ours, theirs))
+        torch.testing.assert_close(got.loss, want.loss, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_texts_packed_into_one_row_are_refused(grad):
+    ours, _ = both()
+    ids = torch.tensor(random_ids(ours.lm.config, 2, 6))
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    with torch.set_grad_enabled(grad):
+        want = ours(ids, attention_mask=mask).logits
+        left_padded = torch.tensor([[0, 1, 2, 3, 4, 5], [1, 1, 0, 1, 2, 3]])
+        got = ours(ids, attention_mask=mask, position_ids=left_padded).logits
+        assert torch.equal(got, want)
+        assert torch.equal(ours(ids, position_ids=torch.arange(6)[None]).logits, ours(ids).logits)
+        for packed in ([[0, 1, 2, 0, 1, 2]], [[1, 2, 3, 4, 5, 6]], [[0, 1, 2]]):
+            with pytest.raises(MobileLLMError, match="position_ids must count"):
+                ours(ids, position_ids=torch.tensor(packed))
+    with torch.no_grad():
+        cache = ours(ids[:, :4]).past_key_values
+        ours(ids[:, 4:], past_key_values=cache, position_ids=torch.tensor([[4, 5]]))
+        with pytest.raises(MobileLLMError, match="position_ids must count"):
+            ours(ids[:, 4:], past_key_values=cache, position_ids=torch.tensor([[0, 1]]))
+
+
+def test_only_the_logits_to_keep_come_with_gradients_too():
+    ours, _ = both()
+    ids = torch.tensor(random_ids(ours.lm.config, 2, 5))
+    logits = ours(ids).logits
+    assert logits.requires_grad
+    for keep in (1, 3):
+        assert torch.equal(ours(ids, logits_to_keep=keep).logits, logits[:, -keep:])
+
+
+def test_a_refused_resize_leaves_the_model_as_it_was():
+    ours, _ = both()
+    ids = torch.tensor([[1, 2, 3]])
+    want = ours(ids).logits
+    with pytest.raises(MobileLLMError, match="vocabulary of a model is fixed"):
+        ours.resize_token_embeddings(ours.lm.config.vocab_size + 3)
+    assert torch.equal(ours(ids).logits, want)
+
+
 @pytest.mark.parametrize("format", ["fp32", "int8"])
 def test_what_a_wrapped_model_saves_loads(folder, tmp_path, format):
     lm = load(folder, device="cpu", format=format)

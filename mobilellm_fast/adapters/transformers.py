@@ -79,6 +79,10 @@ class TransformersModel(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.lm.model.embed_tokens
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        """Refuse: transformers' own would change the embedding, and then fail at the rest."""
+        raise MobileLLMError("[resize_token_embeddings] the vocabulary of a model is fixed")
+
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: EngineCache | None = None, **kwargs: Any
     ) -> dict[str, Any]:
@@ -107,6 +111,8 @@ class TransformersModel(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
+        position_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Return logits, and the loss if there are labels.
@@ -119,10 +125,13 @@ class TransformersModel(PreTrainedModel, GenerationMixin):
             use_cache: whether to return a cache; None does so where there are no gradients.
             logits_to_keep: of how many last positions to return logits; 0 means all.
             return_dict: False returns a tuple.
+            position_ids: those of plain texts, which the model counts itself; no others.
+            num_items_in_batch: what the sum of the losses is divided by, in place of how many
+                labels count; `Trainer` gives that of all batches whose gradients it accumulates.
 
         Raises:
             MobileLLMError: a mask of another shape, padding on the left of labels, a cache with
-                gradients, or a wish for what the engine does not show.
+                gradients, several texts in one row, or a wish for what the engine does not show.
         """
         for name in ABSENT:
             if kwargs.get(name) is not None and kwargs[name] is not False:
@@ -142,13 +151,17 @@ class TransformersModel(PreTrainedModel, GenerationMixin):
                 f"[forward] attention_mask must have shape {wanted}, the tokens read before "
                 f"included, got {tuple(attention_mask.shape)}"
             )
+        if position_ids is not None:
+            _expect_plain_positions(position_ids, attention_mask, wanted, new)
         if labels is not None or (torch.is_grad_enabled() and cache is None):
             if use_cache:
                 raise MobileLLMError(
                     "[forward] use_cache must be left out with labels or gradients; without them "
                     "(torch.no_grad()) there is a cache"
                 )
-            output = self._differentiable(input_ids, attention_mask, labels)
+            output = self._differentiable(
+                input_ids, attention_mask, labels, num_items_in_batch, logits_to_keep
+            )
         else:
             if cache is None:
                 cache = EngineCache([self.lm.engine.new_cache() for _ in range(rows)])
@@ -159,7 +172,12 @@ class TransformersModel(PreTrainedModel, GenerationMixin):
         return output.to_tuple() if return_dict is False else output
 
     def _differentiable(
-        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        num_items: Tensor | int | None,
+        keep: int,
     ) -> CausalLMOutputWithPast:
         # Padding behind a text changes nothing before it; in front of it, it would be read.
         mask = attention_mask
@@ -178,8 +196,13 @@ class TransformersModel(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             wide = logits[:, :-1].float().flatten(0, 1)
-            loss = torch.nn.functional.cross_entropy(wide, labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits)
+            reduction = "mean" if num_items is None else "sum"
+            loss = torch.nn.functional.cross_entropy(
+                wide, labels[:, 1:].flatten(), reduction=reduction
+            )
+            if num_items is not None:
+                loss = loss / num_items
+        return CausalLMOutputWithPast(loss=loss, logits=logits[:, -keep:])
 
     def _extend(self, cache: EngineCache, new: Tensor, mask: Tensor | None, keep: int) -> Tensor:
         """Read more columns; returns logits (batch, columns or `keep`, vocab)."""
@@ -202,6 +225,28 @@ class TransformersModel(PreTrainedModel, GenerationMixin):
                 where = places[i][-len(part) :] - (new.shape[1] - keep)
                 logits[i, where[where >= 0]] = part[where >= 0]
         return logits.to(new.device)
+
+
+def _expect_plain_positions(
+    position_ids: Tensor, mask: Tensor | None, shape: tuple[int, int], new: int
+) -> None:
+    """Refuse positions of several texts in one row: they would see each other.
+
+    Args:
+        position_ids: (batch or 1, new).
+        mask: (batch, columns) or None, which pads nothing.
+        shape: (batch, columns), those read before included.
+        new: how many of the columns are new.
+    """
+    real = torch.ones(shape, dtype=torch.long) if mask is None else mask.long().cpu()
+    own = (real.cumsum(1) - 1)[:, -new:]
+    counts = real[:, -new:] != 0  # what stands at padding is nobody's position
+    got = position_ids.detach().cpu()
+    if got.ndim != 2 or got.shape[1] != new or bool(((got != own) & counts).any()):
+        raise MobileLLMError(
+            "[forward] position_ids must count each row's tokens from 0: texts packed into one row "
+            "are not kept apart"
+        )
 
 
 # The names of a state dict are those of the model, so that what is saved loads everywhere.
