@@ -65,7 +65,9 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know a model's characters
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="strict")
+        # a pipe is UTF-8 in any locale, with or without a byte order mark
+        encoding = None if sys.stdin.isatty() else "utf-8-sig"
+        sys.stdin.reconfigure(encoding=encoding, errors="strict")
     try:
         if sys.stdout is None:
             raise MobileLLMError("standard output must be open to write, got a closed one")

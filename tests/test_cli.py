@@ -244,6 +244,14 @@ class TestChat:
             "<|im_start|>user\nHow are you?<|im_end|>\n<|im_start|>assistant\n",
         ]
 
+    def test_a_pipe_may_begin_with_a_byte_order_mark(self, install, stdin):
+        loader = install(FakeEngine(script=b"Hi!"))
+        stdin("\ufeffHello\r\n")
+        assert cli.main(["chat"]) == 0
+        (prompt,) = loader.engine.prompts
+        text = loader.engine.tokenizer.decode(prompt, skip_special_tokens=False)
+        assert "<|im_start|>user\nHello<|im_end|>" in text
+
     def test_exit_and_clear(self, install, stdin, capsys):
         loader = install(FakeEngine(script=b"Hi!"))
         stdin("one\n/clear\ntwo\n/exit\nthree\n")

@@ -90,6 +90,14 @@ class TestProcess:
         assert err == f"error: {BROKEN} at byte 1\n".encode()
         assert process.returncode == 1
 
+    def test_messages_are_utf8_in_any_locale(self):
+        # without these two Python takes UTF-8 in the locale C by itself
+        env = environment(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+        pipe = subprocess.PIPE
+        with launch(["chat"], b"yes", env=env, stdin=pipe, stdout=pipe) as process:
+            out, err = process.communicate("é 日本\n".encode(), timeout=60)
+        assert (process.returncode, out, err) == (0, b"yes\n", b"")
+
     def test_ctrl_c_ends_generate_with_130(self):
         argv = ["generate", "x", "--max-new-tokens", "10000"]
         with launch(argv, stdout=subprocess.PIPE) as process:
