@@ -31,7 +31,7 @@ def render(
         MobileLLMError: malformed messages, or the template is faulty, refuses them, or tries
             what the sandbox does not allow.
     """
-    messages = _plain(messages)
+    messages = plain_messages(messages)
     try:
         return _compile(template).render(
             messages=messages,
@@ -46,8 +46,12 @@ def render(
         raise MobileLLMError(f"[chat] the chat template failed with {reason}") from None
 
 
-def _plain(messages: Any) -> list[dict[str, Any]]:
-    """Check messages and copy them as plain data: a template may call methods of what it sees."""
+def plain_messages(messages: Any) -> list[dict[str, Any]]:
+    """Check messages and copy them as plain data: a template may call methods of what it sees.
+
+    Raises:
+        MobileLLMError: there are none, or one lacks a role or a content, or is no JSON data.
+    """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise MobileLLMError(
             f"[chat] messages must be a list of at least one message, got {messages!r}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .answer import Generation, Options
+from .chat_template import plain_messages
 from .context import Context
 from .errors import MobileLLMError
 from .files import brief, checked_path
@@ -28,15 +29,12 @@ class Session:
 
     def __init__(self, engine: StoredEngine, messages: Sequence[Mapping[str, Any]] = ()) -> None:
         self._engine = engine
-        if not isinstance(messages, (list, tuple)) or not all(
-            isinstance(m, Mapping) and all(isinstance(v, str) for v in (*m, *m.values()))
-            for m in messages
-        ):
+        if not isinstance(messages, (list, tuple)):
             raise MobileLLMError(
                 "[session] messages must be a list of dicts with a role and a content, "
                 f"got {brief(messages)}"
             )
-        self._messages = list(messages)
+        self._messages: list[Mapping[str, Any]] = plain_messages(messages) if messages else []
         self._pending: tuple[dict[str, str], Stream] | None = None  # last question and answer
         self._context = Context(engine)
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from . import _C
+from .chat_template import plain_messages
 from .context import Context
 from .errors import CheckpointError, MobileLLMError
 from .files import brief, read_bytes, whole_file
@@ -145,4 +146,4 @@ def _check_identity(saved: dict[str, Any], ours: dict[str, Any]) -> None:
 def _messages(value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise MobileLLMError("messages must be a list of objects")
-    return value
+    return plain_messages(value) if value else []

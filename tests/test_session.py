@@ -93,6 +93,27 @@ def test_an_answer_left_early_counts_as_far_as_it_came():
         next(stream)
 
 
+def test_a_conversation_may_begin_with_whatever_chat_takes(tmp_path):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "now", "arguments": {}}]}
+    session = Session(FakeEngine(), [{"role": "user", "content": "x"}, call])
+    assert session.messages[1] == call
+    assert session.fork().messages == session.messages
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hello", "messages must be a list of dicts"),
+        ([{"role": "user"}], r"messages\[0\]\['content'\] must be a string, got None"),
+        ([{"role": 1, "content": "x"}], r"messages\[0\]\['role'\] must be a string, got 1"),
+        ([{"role": "user", "content": "x", "f": open}], "messages must be plain JSON data"),
+    ],
+)
+def test_a_conversation_that_chat_would_refuse_is_refused_at_once(messages, message):
+    with pytest.raises(MobileLLMError, match=message):
+        Session(FakeEngine(), messages)
+
+
 def test_a_refused_message_changes_nothing():
     session = Session(FakeEngine(script=b"Hi!", context=64))
     session.chat("x")
@@ -380,6 +401,9 @@ def test_versions_and_what_checksums_do_not_catch_are_refused(saved, tmp_path):
     assert "bytes, got" in refused(engine, tmp_path, forged(tokens=-5))
     assert "bytes, got" in refused(engine, tmp_path, forged(page_checksums=[]))
     assert "messages must be a list" in refused(engine, tmp_path, forged(messages=[1]))
+    assert "messages[0]['content'] must be" in refused(
+        engine, tmp_path, forged(messages=[{"role": "user"}])
+    )
     header_end = 24 + nbytes
     wild = np.full(fields["tokens"], 97, "<i4").tobytes()
     rest = wild + data[header_end + len(wild) :]
