@@ -334,11 +334,16 @@ def embed(ids: Tensor, packed: Tensor, kind: str, rows: int, cols: int) -> Tenso
 
     Returns:
         (..., cols) float32, or bfloat16 for kind "bf16".
+
+    Raises:
+        IndexError: an id is out of range (on a CPU).
     """
     if kind in ("fp32", "bf16"):
         return F.embedding(ids, dequantize(packed, kind, rows, cols))
     if not ids.numel():
         return packed.new_zeros(*ids.shape, cols, dtype=torch.float32)
+    if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
+        raise IndexError(f"index out of range: ids must be in [0, {rows})")
     # only the tiles that hold the wanted rows are unpacked
     tiles, place = torch.unique(ids // TILE_ROWS, return_inverse=True)
     wanted = packed.view(-1, tile_nbytes(kind, cols))[tiles]

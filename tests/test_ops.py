@@ -170,6 +170,24 @@ def test_no_rows(name):
     assert (out[0] if isinstance(out, tuple) else out).shape[0] == 0
 
 
+def test_no_columns_and_no_outputs():
+    empty = torch.zeros
+    assert torch.equal(ops.rms_norm(empty(3, 0), empty(0), 1e-5), empty(3, 0))
+    assert torch.equal(ops.swiglu(empty(3, 0), empty(5, 0), empty(5, 0)), empty(3, 5))
+    assert torch.equal(ops.swiglu(empty(3, 4), empty(0, 4), empty(0, 4)), empty(3, 0))
+    assert torch.equal(ops.linear(empty(3, 0), empty(4, 0), "fp32", 4, 0), empty(3, 4))
+    assert torch.equal(ops.linear(empty(3, 4), empty(0, 4), "fp32", 0, 4), empty(3, 0))
+
+
+@pytest.mark.parametrize("kind", ["fp32", *quant.QUANTIZED_KINDS])
+@pytest.mark.parametrize("wrong", [-1, 20, 31, 32])
+def test_ids_that_are_no_rows_are_refused_whatever_the_kind(kind, wrong):
+    """Quantized matrices have rows of padding, and torch counts negative ids from the end."""
+    packed = quant.pack(np.ones((20, 40), np.float32), kind).data
+    with pytest.raises(IndexError, match="out of range"):
+        ops.embed(torch.tensor([[0, wrong]]), torch.from_numpy(packed), kind, 20, 40)
+
+
 def test_ops_document_themselves():
     for stem in CASES:
         function = getattr(ops, stem)
