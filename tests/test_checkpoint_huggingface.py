@@ -263,7 +263,7 @@ def test_configuration_that_does_not_fit(tmp_path, changes, message):
 def test_wrong_end_tokens(tmp_path, value):
     write_directory(tmp_path, CONFIG, WEIGHTS)
     write_json(tmp_path / "generation_config.json", {"eos_token_id": value})
-    assert "eos_token_id" in error_of(tmp_path)
+    assert "generation_config.json: [config] eos_token_id must be" in error_of(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def _config(folder: Path) -> tuple[MobileLLMConfig, str | None]:
     generation = read_json(folder / "generation_config.json")
     try:
         config = MobileLLMConfig.from_hf(raw)
+        path = folder / "generation_config.json"  # only its tokens can be wrong now
         own = _as_tuple(config.eos_token_id)
         more = [i for i in _as_tuple(generation.get("eos_token_id")) if i not in own]
         return replace(config, eos_token_id=(*own, *more)) if more else config, format
