@@ -279,9 +279,15 @@ class MobileLLM(nn.Module):
         self._engine_options["format"] = format
 
     def untie(self) -> None:
-        """Give a tied model a head of its own, a copy of its float embedding."""
+        """Give a tied model a head of its own, a copy of its float embedding.
+
+        Raises:
+            MobileLLMError: the embedding is quantized.
+        """
         if not self.config.tie_word_embeddings:
             return
+        if not isinstance(self.model.embed_tokens.weight, Tensor):
+            raise MobileLLMError("[untie] the embedding must be float, got a quantized one")
         config = replace(self.config, tie_word_embeddings=False)
         table = self.model.embed_tokens.weight.detach()
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")

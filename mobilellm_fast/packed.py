@@ -8,9 +8,12 @@ from torch import Tensor, nn
 
 from . import ops, quant
 from .errors import MobileLLMError
-from .layers import Embedding, Linear
+from .layers import Embedding, Linear, RMSNorm
 from .quant import PackedWeight
 from .weights import Weights
+
+# What a layer does that its weight says all about; a class of somebody else's may inherit it.
+FORWARDS = (nn.Linear.forward, nn.Embedding.forward, RMSNorm.forward)
 
 
 class PackedLinear(nn.Module):
@@ -117,7 +120,8 @@ def collect(model: nn.Module, names: Iterable[str]) -> Weights:
     Those on a GPU are copied.
 
     Raises:
-        MobileLLMError: a parameter is nowhere, or neither float32 nor bfloat16.
+        MobileLLMError: a parameter is nowhere, or neither float32 nor bfloat16, or its layer
+            computes more than with it.
     """
     weights = {}
     for name in names:
@@ -127,9 +131,14 @@ def collect(model: nn.Module, names: Iterable[str]) -> Weights:
                 raise MobileLLMError(f"[weights] {name} must have values, got {layer.kind} on meta")
             weights[name] = layer.weight
             continue
-        if not hasattr(layer, "weight"):  # see cuda/modules.py
+        if hasattr(layer, "codes"):  # see cuda/modules.py
             raise MobileLLMError(
                 f"[weights] {name} must be float, or packed for a CPU, got it quantized for a GPU"
+            )
+        if type(layer).forward not in FORWARDS or getattr(layer, "bias", None) is not None:
+            raise MobileLLMError(
+                f"[weights] {name} must be all that its layer computes with, got a "
+                f"{type(layer).__name__} that does more: adapters must be merged, biases removed"
             )
         tensor = layer.weight.detach()
         if tensor.device.type == "cuda":

@@ -343,6 +343,44 @@ def test_engine_reads_the_parameters_and_follows_their_changes():
     assert len(model.generate([1, 2], max_new_tokens=8).token_ids) == 8
 
 
+class Adapter(torch.nn.Module):
+    """A layer with something added, under the names of PEFT: `weight` is the base layer's."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+        self.added = torch.nn.Linear(base.in_features, base.out_features, bias=False)
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, x):
+        return self.base_layer(x) + self.added(x)
+
+
+@pytest.mark.parametrize("change", [Adapter, "bias", "parametrization"])
+def test_layers_that_compute_more_than_their_weight_are_refused(change, tmp_path):
+    """Generation and saving would leave out what an adapter or a bias adds."""
+    model = build_fresh()
+    before = list(model.generate([1, 2], max_new_tokens=8).token_ids)
+    mlp = model.model.layers[0].mlp
+    if change == "parametrization":  # its `weight` is what the layer computes with
+        double = torch.nn.Module()
+        double.forward = lambda weight: weight * -20
+        torch.nn.utils.parametrize.register_parametrization(mlp.up_proj, "weight", double)
+        after = list(model.generate([1, 2], max_new_tokens=8).token_ids)
+        assert after == greedy_without_cache(model, [1, 2], 8) != before
+        return
+    if change == "bias":
+        mlp.up_proj.bias = torch.nn.Parameter(torch.ones(mlp.up_proj.out_features))
+    else:
+        mlp.up_proj = change(mlp.up_proj)
+    for use in (lambda: model.generate([1, 2]), lambda: model.save_pretrained(tmp_path / "x")):
+        with pytest.raises(MobileLLMError, match="up_proj.weight must be all that its layer"):
+            use()
+
+
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
 def test_copies_are_independent(kind):
     config = tiny_config(eos_token_id=None)

@@ -343,6 +343,13 @@ def test_wrong_arguments_are_refused(options, message):
         quantize_(lm, "int4")
 
 
+def test_a_quantized_head_cannot_be_untied():
+    lm = build()
+    quantize_(lm, "int8")
+    with pytest.raises(MobileLLMError, match="the embedding must be float"):
+        lm.untie()
+
+
 def test_untying_the_head_keeps_the_function(tmp_path):
     lm = build()
     ids = torch.tensor(random_ids(lm.config, 1, 9))
