@@ -5,7 +5,6 @@ No GPU is needed; `test_gpu_one_token.py` runs them.
 
 import ctypes
 import re
-import subprocess
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,47 +15,25 @@ import torch
 pytest.importorskip("cuda.bindings.nvrtc")
 pytest.importorskip("triton")
 
-import triton
 from cuda.bindings import driver
+from machine_code import REGISTERS, MachineCode
 
 from mobilellm_fast.cuda import cluster_attention, cuda_source, hopper, streamed_head
-from mobilellm_fast.cuda.cuda_source import Kernel, compile_source
+from mobilellm_fast.cuda.cuda_source import Kernel
 from mobilellm_fast.errors import MobileLLMError
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-REGISTERS, SHARED_NBYTES = 65536, 228 << 10  # of a multiprocessor
+SHARED_NBYTES = 228 << 10  # of a multiprocessor
 OWN_SHARED_NBYTES = 1 << 10  # that each program takes besides
 BF16, FP16 = torch.bfloat16, torch.float16
 
 
-def run(*command):
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-class Build:
+class Build(MachineCode):
     def __init__(self, source, constants, folder):
-        self.name, self.constants, cubin = source.stem, dict(constants), folder / "kernel.cubin"
-        cubin.write_bytes(compile_source(source, self.constants, "sm_90"))
-        usage = run(TOOLS / "cuobjdump", "-res-usage", cubin)
-        self.used = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-        elf = run(TOOLS / "cuobjdump", "-elf", cubin)
-        sizes = re.findall(r"Ordinal : 0x0\s+Offset  : 0x\w+\s+Size    : (0x\w+)", elf)
-        self.arguments_nbytes = [int(size, 16) for size in sizes]
-        text = run(TOOLS / "nvdisasm", cubin)
-        self.code = re.findall(
-            r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", text, re.M
-        )
-        place = text[text.index(f"{self.name}_shared_nbytes:") :]
-        word = re.search(r"\.(byte|word)\s+(.*)", place)
-        values = [int(v, 16) for v in re.findall(r"0x\w+", word[2])]
-        self.shared_nbytes = (
-            values[0] if word[1] == "word" else int.from_bytes(values[:4], "little")
-        )
+        super().__init__(source, dict(constants), "sm_90", folder)
+        self.code, self.constants = self.names, dict(constants)
 
     def check_fits(self):
-        threads = self.constants["THREADS"] * self.constants["RESIDENT"]
-        assert self.used["REG"] * threads <= REGISTERS
-        assert self.used["STACK"] == self.used["LOCAL"] == 0
+        self.check_registers(self.constants["THREADS"] * self.constants["RESIDENT"])
         shared = (self.shared_nbytes + OWN_SHARED_NBYTES) * self.constants["RESIDENT"]
         assert 0 < shared <= SHARED_NBYTES
 

@@ -1,26 +1,22 @@
 """The kernel of the tier `ring`, compiled by NVRTC for the models, without a GPU."""
 
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("cuda.bindings.nvrtc")
 pytest.importorskip("triton")
 
-import triton
 from builds_decode import PROGRAMS
 from homeless import take_home_away
+from machine_code import MachineCode
 
 from mobilellm_fast.config import MobileLLMConfig
 from mobilellm_fast.cuda import ring
 from mobilellm_fast.cuda.cuda_source import compile_source
 from mobilellm_fast.errors import MobileLLMError
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# of an H100's multiprocessor, which has one program
-REGISTERS, SHARED_LIMIT = 65536, 227 << 10
+SHARED_LIMIT = 227 << 10  # of an H100's multiprocessor, which has one program
 
 
 def constants(model, kind, finishers=ring.FINISHERS, **others):
@@ -47,25 +43,17 @@ def test_nothing_spills_and_products_are_by_tensor_cores(
 ):
     options = {"LEAVE_FIRST": leave_first, "ATTEND_BY_TILES": tiles}
     sizes = constants(model, kind, finishers, **options, CACHE=ring.CACHES[kv_format])
-    cubin = tmp_path / "decode.cubin"
-    cubin.write_bytes(compile_source(ring.SOURCE, sizes, "sm_90"))
-
-    def run(*command):
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    usage = run(TOOLS / "cuobjdump", "-res-usage", cubin)
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    assert used["REG"] * sizes["THREADS"] <= REGISTERS
-    assert used["STACK"] == used["LOCAL"] == 0
-    code = run(TOOLS / "nvdisasm", cubin)
-    assert ("HMMA.16816.F32.BF16" if kind == "bf16" else "IMMA.16832.S8.S8") in code
-    assert "LDS.128" in code
-    copies = re.findall("UBLKCP.*", code)
+    made = MachineCode(ring.SOURCE, sizes, "sm_90", tmp_path)
+    made.check_registers(sizes["THREADS"])
+    assert ("HMMA.16816.F32.BF16" if kind == "bf16" else "IMMA.16832.S8.S8") in made.text
+    assert "LDS.128" in made.text
+    copies = [operands for name, operands in made.instructions if name.startswith("UBLKCP")]
     assert copies and all(("desc" in copy) == leave_first for copy in copies), "say what to keep"
     if tiles:
-        assert "MOVM.16" in code and f"HMMA.1688.F32{'.BF16' * (kv_format == 'bf16')}" in code
+        assert "MOVM.16" in made.text
+        assert f"HMMA.1688.F32{'.BF16' * (kv_format == 'bf16')}" in made.text
     # all products of a layer go through the same instructions, which a cache holds
-    assert len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)) * 16 < 96 << 10
+    assert len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", made.text, re.MULTILINE)) * 16 < 96 << 10
 
 
 def test_what_does_not_compile_says_why():

@@ -5,8 +5,6 @@ No GPU is needed; `test_gpu_wgmma.py` runs them.
 
 import ctypes
 import re
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,19 +13,14 @@ import torch
 pytest.importorskip("cuda.bindings.nvrtc")
 pytest.importorskip("triton")
 
-import triton
 from cuda.bindings import driver
+from machine_code import MachineCode
 
 from mobilellm_fast.cuda import cuda_source, wgmma
 from mobilellm_fast.cuda.cuda_source import Kernel, compile_source
 from mobilellm_fast.errors import MobileLLMError
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-REGISTERS, SHARED_LIMIT = 65536, 227 << 10  # of a multiprocessor, which has one program
-
-
-def run(*command):
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+SHARED_LIMIT = 227 << 10  # of a multiprocessor, which has one program
 
 
 @pytest.mark.parametrize(
@@ -41,22 +34,12 @@ def run(*command):
 )
 def test_nothing_spills_and_products_stay_under_way(int8, dtype, product, monkeypatch, tmp_path):
     monkeypatch.setenv("MOBILELLM_FAST_CACHE", str(tmp_path))
-    cubin = tmp_path / "product.cubin"
-    cubin.write_bytes(compile_source(wgmma.SOURCE, wgmma.constants(int8, dtype), "sm_90a"))
-    usage = run(TOOLS / "cuobjdump", "-res-usage", cubin)
-    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    assert used["REG"] * wgmma.THREADS <= REGISTERS
-    assert used["STACK"] == used["LOCAL"] == 0
+    made = MachineCode(wgmma.SOURCE, wgmma.constants(int8, dtype), "sm_90a", tmp_path)
+    made.check_registers(wgmma.THREADS)
+    assert 128 << 10 < made.shared_nbytes <= SHARED_LIMIT
     # the launch copies as many bytes of arguments as the kernel takes
-    elf = run(TOOLS / "cuobjdump", "-elf", cubin)
-    sizes = re.findall(r"Ordinal : 0x0\s+Offset  : 0x\w+\s+Size    : (0x\w+)", elf)
-    assert [int(size, 16) for size in sizes] == [ctypes.sizeof(wgmma.Arguments)]
-
-    code = run(TOOLS / "nvdisasm", cubin)
-    lines = re.findall(
-        r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.x]*)(.*)", code, re.M
-    )
-    names = [name + re.match(r"[\w.]*", rest)[0] for name, rest in lines]
+    assert made.arguments_nbytes == [ctypes.sizeof(wgmma.Arguments)]
+    lines, names = made.instructions, made.names
     assert [n for n in names if "GMMA" in n] == [product] * (wgmma.STEP_NBYTES // 32)
     # of a loop over inputs, and behind it: else products would wait for each other
     waits = [rest for name, rest in lines if name == "WARPGROUP.DEPBAR.LE"]
@@ -67,25 +50,11 @@ def test_nothing_spills_and_products_stay_under_way(int8, dtype, product, monkey
     asked = [re.search(r"(0x\w+|\d+) ;", rest)[1] for name, rest in lines if "SETMAXREG" in name]
     few, many = sorted(int(number, 0) for number in asked)
     groups = wgmma.THREADS // 128
-    assert few + (groups - 1) * many <= used["REG"] * groups
+    assert few + (groups - 1) * many <= made.used["REG"] * groups
     early = names[: names.index("ACQBULK")]
     assert not [n for n in early if n.split(".")[0] in ("LDG", "STG", "UTMALDG", "UTMASTG")]
     # the kernel before may write scales while this one runs already
     assert not [n for n in names if n.startswith("LDG") and "CONSTANT" in n]
-
-
-def test_shared_memory_suffices(monkeypatch, tmp_path):
-    monkeypatch.setenv("MOBILELLM_FAST_CACHE", str(tmp_path))
-    for int8 in (False, True):
-        constants = wgmma.constants(int8, torch.bfloat16)
-        cubin = tmp_path / "product.cubin"
-        cubin.write_bytes(compile_source(wgmma.SOURCE, constants, "sm_90a"))
-        code = run(TOOLS / "nvdisasm", cubin)
-        place = code[code.index("product_shared_nbytes:") :]
-        word = re.search(r"\.(?:byte|word)\s+(.*)", place)
-        values = [int(v, 16) for v in re.findall(r"0x\w+", word[1])]
-        nbytes = values[0] if ".word" in word[0] else int.from_bytes(bytes(values[:4]), "little")
-        assert 128 << 10 < nbytes <= SHARED_LIMIT
 
 
 def test_older_gpus_are_refused_by_the_compiler(monkeypatch, tmp_path):
