@@ -1,5 +1,7 @@
 """Sizes of the GPU ops for tests, and random arguments: few, since each is compiled anew."""
 
+from collections.abc import Sequence
+
 import torch
 from interpreted import DEVICE, HAS_GPU
 from torch import Tensor
@@ -45,3 +47,24 @@ class Maker:
             return values, None
         grid = quant.quantize(values.float().cpu().numpy(), kind)
         return tuple(torch.from_numpy(a).to(DEVICE) for a in row_major.to_row_major(grid))
+
+
+def decode_inputs(
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    capacity: int,
+    lengths: Sequence[int],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return q, k_cache, v_cache and lengths; the caches hold NaN behind the lengths."""
+    generator = torch.Generator().manual_seed(0)
+    batch = len(lengths)
+    q = torch.randn(batch, heads, head_dim, generator=generator).to(dtype)
+    shape = (batch, kv_heads, capacity, head_dim)
+    caches = [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+    for cache in caches:
+        for i, length in enumerate(lengths):
+            cache[i, :, length:] = float("nan")
+    lengths = torch.tensor(lengths, dtype=torch.int32)
+    return tuple(t.to(DEVICE) for t in (q, *caches, lengths))

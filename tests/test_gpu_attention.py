@@ -11,6 +11,7 @@ from pathlib import Path
 import attention_bounds as bounds
 import pytest
 import torch
+from gpu_cases import decode_inputs
 from interpreted import DEVICE, HAS_GPU
 from torch.library import opcheck
 
@@ -19,6 +20,7 @@ from mobilellm_fast.errors import MobileLLMError
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("poisoned"),
     pytest.mark.skipif(
         importlib.util.find_spec("triton") is None, reason="Triton is not installed"
     ),
@@ -93,19 +95,6 @@ def compile_together(calls):
         for done in [pool.submit(call) for call in calls]:
             done.result()
     torch.cuda.synchronize()
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Fill what kernels are to write with NaN, so that what they leave is seen."""
-    for name in ("empty", "empty_like"):
-        make = getattr(torch, name)
-
-        def poison(*args, make=make, **kwargs):
-            made = make(*args, **kwargs)
-            return made.fill_(float("nan")) if made.is_floating_point() else made
-
-        monkeypatch.setattr(torch, name, poison)
 
 
 def inputs(seq, kv_seq, heads, kv_heads, head_dim, dtype, batch=None, seed=0):
@@ -321,20 +310,6 @@ def test_training_runs_the_kernels():
 
 
 # --- decode ------------------------------------------------------------------------------------
-
-
-def decode_inputs(heads, kv_heads, head_dim, capacity, lengths, dtype, seed=0):
-    """Return q, k_cache, v_cache and lengths; the caches hold NaN behind the lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    batch = len(lengths)
-    q = torch.randn(batch, heads, head_dim, generator=generator).to(dtype)
-    shape = (batch, kv_heads, capacity, head_dim)
-    caches = [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
-    for cache in caches:
-        for i, length in enumerate(lengths):
-            cache[i, :, length:] = float("nan")
-    lengths = torch.tensor(lengths, dtype=torch.int32)
-    return tuple(t.to(DEVICE) for t in (q, *caches, lengths))
 
 
 def ways(case, dtype):

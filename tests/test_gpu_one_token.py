@@ -6,7 +6,7 @@ import attention_bounds as bounds
 import gpu_bounds
 import pytest
 import torch
-from gpu_cases import Maker
+from gpu_cases import Maker, decode_inputs
 from interpreted import DEVICE, HAS_GPU
 
 from mobilellm_fast import ops, reference
@@ -22,18 +22,6 @@ on_hopper = pytest.mark.skipif(not RUNS, reason="needs a Hopper GPU and NVRTC")
 HALVES = pytest.mark.parametrize("dtype", hopper.HALVES, ids=lambda dtype: str(dtype)[6:])
 BF16 = torch.bfloat16
 LENGTHS = (1, 17, 64, 129, 1000, 2047, 4096, 0, 3333)
-
-
-def decode_inputs(heads, kv_heads, lengths, capacity, dtype=BF16):
-    generator = torch.Generator().manual_seed(heads)
-    q = torch.randn(len(lengths), heads, 64, generator=generator).to(dtype)
-    shape = len(lengths), kv_heads, capacity, 64
-    caches = [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
-    for cache in caches:
-        for i, length in enumerate(lengths):
-            cache[i, :, length:] = float("nan")
-    lengths = torch.tensor(lengths, dtype=torch.int32)
-    return tuple(t.to(DEVICE) for t in (q, *caches, lengths))
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +43,7 @@ def taken(monkeypatch):
 
 
 def test_clusters_take_decode_attention(taken):
-    q, k, v, lengths = decode_inputs(6, 2, (5, 9), 16)
+    q, k, v, lengths = decode_inputs(6, 2, 64, 16, (5, 9), BF16)
     out = gqa_decode.gqa_decode(q, k, v, lengths)
     ((*tensors, scale, written),) = taken
     assert all(a is b for a, b in zip(tensors, (q, k, v, lengths), strict=True))
@@ -65,7 +53,7 @@ def test_clusters_take_decode_attention(taken):
 
 
 def test_what_clusters_do_not_take_is_left_to_triton(taken, monkeypatch):
-    q, k, v, lengths = args = decode_inputs(6, 2, (5, 9), 16)
+    q, k, v, lengths = args = decode_inputs(6, 2, 64, 16, (5, 9), BF16)
     for out in (
         gqa_decode.gqa_decode(*args, cut=gqa_decode.cut_of(64, BF16)),
         gqa_decode.gqa_decode(*args, merge_last=True),
@@ -97,7 +85,7 @@ def test_who_takes_the_head(taken, monkeypatch):
 def test_without_a_hopper_gpu_triton_takes_everything(taken, monkeypatch):
     for module in (cluster_attention, streamed_head):
         monkeypatch.setattr(module, "one_token_on", lambda device: False)
-    assert gqa_decode.gqa_decode(*decode_inputs(6, 2, (5, 9), 16)).isfinite().all()
+    assert gqa_decode.gqa_decode(*decode_inputs(6, 2, 64, 16, (5, 9), BF16)).isfinite().all()
     make = Maker(BF16)
     head_sample.head_sample(make.normal(1, 256), make.normal(300, 256))
     assert not taken
@@ -120,7 +108,7 @@ def captured(work):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(9, 3), (25, 5), (8, 1), (2, 2)], ids=str)
 @pytest.mark.parametrize("in_one_piece", [True, False])
 def test_decode(heads, kv_heads, in_one_piece, dtype, monkeypatch):
-    q, k, v, lengths = decode_inputs(heads, kv_heads, LENGTHS, 4096, dtype)
+    q, k, v, lengths = decode_inputs(heads, kv_heads, 64, 4096, LENGTHS, dtype)
     if not in_one_piece:
         k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, v))
     outs = []
@@ -139,7 +127,7 @@ def test_decode(heads, kv_heads, in_one_piece, dtype, monkeypatch):
 
 @on_hopper
 def test_a_sequence_is_decoded_alike_in_every_batch_and_cache():
-    q, k, v, lengths = decode_inputs(25, 5, LENGTHS, 4096)
+    q, k, v, lengths = decode_inputs(25, 5, 64, 4096, LENGTHS, BF16)
     together = ops.gqa_decode(q, k, v, lengths)
     for i, length in enumerate(LENGTHS):
         one = slice(i, i + 1)
@@ -150,7 +138,7 @@ def test_a_sequence_is_decoded_alike_in_every_batch_and_cache():
 @on_hopper
 def test_decodes_in_graphs_wait_for_queries_and_lengths():
     """Each reads what the one before wrote; lengths grow in between."""
-    q, k, v, first = decode_inputs(9, 3, (900, 70), 1024)
+    q, k, v, first = decode_inputs(9, 3, 64, 1024, (900, 70), BF16)
     k, v = k.nan_to_num(), v.nan_to_num()
     buffers, lengths = [q.clone(), torch.empty_like(q)], first.clone()
 
@@ -222,7 +210,7 @@ def test_heads_in_graphs_and_on_streams_do_not_disturb_each_other():
 def test_several_threads_call_both_at_once():
     make = Maker(BF16)
     x, codes = make.normal(1, 1592), make.normal(1000, 1592, spread=0.1)
-    args = decode_inputs(7, 1, (700,), 1024)
+    args = decode_inputs(7, 1, 64, 1024, (700,), BF16)
     results, start = [None] * 4, threading.Barrier(4)
 
     def work(i):

@@ -27,18 +27,10 @@ from mobilellm_fast.kernels import (  # noqa: E402
     weight_rows,
 )
 
-pytestmark = [pytest.mark.gpu] if HAS_GPU else []
+pytestmark = [pytest.mark.usefixtures("poisoned"), *([pytest.mark.gpu] if HAS_GPU else [])]
 EPS = 1e-5
 SAMPLES = 160
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Fresh tensors are full of NaN, or of the largest integer."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def test_fresh_tensors_are_poisoned():

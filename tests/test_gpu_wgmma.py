@@ -129,14 +129,6 @@ def test_a_cpu_does_not_run_them():
 # ---- results ----
 
 
-@pytest.fixture
-def poisoned():
-    """Fresh tensors are full of NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def int8_args(rows, outputs, cols):
     make = Maker(torch.float32)
     scales = (make.normal(n, dtype=torch.float32).abs() / 100 for n in (rows, outputs))
