@@ -13,19 +13,19 @@ import re
 import sys
 import tempfile
 from pathlib import Path
-from time import perf_counter
+from statistics import median
 
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 from gpu_models import nbytes_per_token, shape
-from random_cuda_weights import random_cuda_weights
+from random_cuda_weights import random_cuda_cache, random_cuda_weights
+from sweep_ring import ROUNDS, STEPS, time_steps
 
 from mobilellm_fast.cuda import steps
 from mobilellm_fast.cuda.executor import TIERS, CudaExecutor
 
-STEPS, ROUNDS = 64, 5
 WATCHED = 33  # every so many programs one stores the clock
 FIELDS = 8  # places of a layer
 # Stages end where the kernel's source goes on with these calls.
@@ -61,34 +61,12 @@ def main() -> None:
         nbytes = nbytes_per_token(config, kind or "bf16", args.context)
         for tier in args.tiers:
             executor = CudaExecutor(config, weights, tier)
-            seconds = time_steps(executor, args.context)
+            seconds = median(time_steps(executor, args.context) for _ in range(ROUNDS))
             rate = nbytes / seconds / 1e9
             print(f"{model} {tier}: {seconds * 1e6:.0f} us a token, {rate:.0f} GB/s", flush=True)
             detail = {"persistent": stage_times, "ring": ring_times}.get(tier, kernel_times)
             for label, microseconds in detail(executor, args.context).items():
                 print(f"    {label}: {microseconds:.2f} us", flush=True)
-
-
-def filled(executor: CudaExecutor, context: int):
-    """Return a cache of `context` tokens, all zero."""
-    cache = executor.new_cache()
-    cache.reserve(context + STEPS + 1)
-    cache.data.zero_()
-    cache.length = context
-    return cache
-
-
-def time_steps(executor: CudaExecutor, context: int) -> float:
-    """Return the seconds of a step."""
-    cache, taken = filled(executor, context), []
-    for _ in range(ROUNDS + 1):  # the first compiles
-        cache.truncate(context)
-        torch.cuda.synchronize()
-        started = perf_counter()
-        executor.decode(cache, 5, STEPS)
-        torch.cuda.synchronize()
-        taken.append((perf_counter() - started) / STEPS)
-    return sorted(taken[1:])[ROUNDS // 2]
 
 
 def ring_times(executor: CudaExecutor, context: int) -> dict[str, float]:
@@ -104,7 +82,7 @@ def ring_times(executor: CudaExecutor, context: int) -> dict[str, float]:
     names.insert(3, "attention")
     constants = {"CLOCKED": len(names) * layers}
     clocked = CudaExecutor(executor.config, executor.weights, "ring", constants=constants)
-    cache = filled(clocked, context)
+    cache = random_cuda_cache(clocked, context, STEPS + 1)
     for _ in range(2):  # the first compiles
         cache.truncate(context)
         clocked.decode(cache, 5, STEPS)
@@ -116,7 +94,7 @@ def ring_times(executor: CudaExecutor, context: int) -> dict[str, float]:
 def kernel_times(executor: CudaExecutor, context: int) -> dict[str, float]:
     """Return the mean microseconds of each kernel of a step; with launches that overlap, the wait
     for the kernel before is part of it."""
-    cache = filled(executor, context)
+    cache = random_cuda_cache(executor, context, STEPS + 1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         executor.decode(cache, 5, STEPS)
         torch.cuda.synchronize()
@@ -138,7 +116,7 @@ def stage_times(executor: CudaExecutor, context: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         steps.decode_persistent = marked(plain, Path(folder))
         try:
-            cache = filled(executor, context)
+            cache = random_cuda_cache(executor, context, STEPS + 1)
             for _ in range(2):
                 cache.truncate(context)
                 executor.decode(cache, 5, STEPS)

@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
 from gpu_models import nbytes_per_token, shape
 from gpu_timing import synchronize
-from random_cuda_weights import random_cuda_weights
+from random_cuda_weights import random_cuda_cache, random_cuda_weights
 
 from mobilellm_fast.cuda.executor import CudaExecutor
 from mobilellm_fast.errors import MobileLLMError
@@ -107,24 +107,15 @@ def complaints(
         yield f"logits are off by {error:.1e} of their norm"
 
 
-def filled(executor: CudaExecutor, context: int):
-    """Return a cache of `context` random tokens."""
-    cache = executor.new_cache()
-    cache.reserve(context + STEPS + 1)
-    cache.data.normal_(generator=torch.Generator(cache.data.device).manual_seed(1))
-    cache.length = context
-    return cache
-
-
 def decoded(executor: CudaExecutor, context: int) -> tuple[list[int], torch.Tensor]:
     """Return the tokens of a few steps, and the logits of the last."""
-    tokens, _ = executor.decode(filled(executor, context), 5, 8)
+    tokens, _ = executor.decode(random_cuda_cache(executor, context, STEPS + 1), 5, 8)
     return tokens, executor._steps.logits.clone()
 
 
 def time_steps(executor: CudaExecutor, context: int) -> float:
     """Return the seconds of a step, after one run to warm up."""
-    cache = filled(executor, context)
+    cache = random_cuda_cache(executor, context, STEPS + 1)
     for _ in range(2):
         cache.truncate(context)
         synchronize(executor.weights.device)

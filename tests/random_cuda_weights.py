@@ -1,8 +1,10 @@
-"""Random weights on the device, for tests and measurements."""
+"""Random weights and KV caches on the device, for tests and measurements."""
 
 import torch
 
 from mobilellm_fast.config import MobileLLMConfig
+from mobilellm_fast.cuda.cache import CudaCache
+from mobilellm_fast.cuda.executor import CudaExecutor
 from mobilellm_fast.cuda.weights import FLOAT_DTYPES, CudaWeights, Matrix
 from mobilellm_fast.quant import GROUP
 
@@ -63,3 +65,12 @@ def random_cuda_matrix(
     if kind == "int4_g32":
         scales[..., 1] = -7.5 * scales[..., 0]
     return Matrix(kind, rows, cols, codes, scales if kind == "int8" else scales.to(torch.float16))
+
+
+def random_cuda_cache(executor: CudaExecutor, length: int, room: int = 8) -> CudaCache:
+    """Return a cache of `length` random tokens that need not grow for `room` more."""
+    cache = executor.new_cache()
+    cache.reserve(length + room)
+    cache.data.normal_(generator=torch.Generator(cache.data.device).manual_seed(1))
+    cache.length = length
+    return cache

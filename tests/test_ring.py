@@ -15,7 +15,7 @@ from emulated_cuda import compile_kernel
 
 pytest.importorskip("triton")
 
-from random_cuda_weights import random_cuda_matrix, random_cuda_weights
+from random_cuda_weights import random_cuda_cache, random_cuda_matrix, random_cuda_weights
 
 from mobilellm_fast.config import MobileLLMConfig
 from mobilellm_fast.cuda import executor, ring
@@ -77,19 +77,10 @@ def make(
     return CudaExecutor(config, weights, tier, kv_format, **options)
 
 
-def filled(executor, length):
-    """A cache with random keys and values."""
-    cache = executor.new_cache()
-    cache.reserve(length + 8)
-    cache.data.normal_(generator=torch.Generator().manual_seed(1))
-    cache.length = length
-    return cache
-
-
 def assert_same_step(ours, oracle, length, tokens=(3, 5)):
     is_coarse = ours.weights.qkv.kind.startswith("int") or ours.kv_format != "fp32"
     bound = COARSE if is_coarse else 400 * U
-    cache, expected = filled(ours, length), filled(oracle, length)
+    cache, expected = random_cuda_cache(ours, length), random_cuda_cache(oracle, length)
     for token in tokens:
         got, want = ours.forward([token], cache), oracle.forward([token], expected)
         assert np.isfinite(got).all()
@@ -126,7 +117,7 @@ def test_the_same_bits_in_every_order_of_threads(seed, kind, length, heads, prog
     outputs = []
     for seed[0] in SEEDS:
         ours = makers[seed[0] % 2]
-        tokens, logprobs = ours.decode(filled(ours, length), 4, 2)
+        tokens, logprobs = ours.decode(random_cuda_cache(ours, length), 4, 2)
         outputs.append((tokens, logprobs, ours._steps.logits.tolist()))
     assert all(output == outputs[0] for output in outputs)
 
@@ -170,7 +161,7 @@ def test_blocks_of_real_size_on_as_many_programs_as_an_h100_has(
     weights = random_cuda_weights(config, kind, 0, "cpu")
     options = dict(programs=132, finishers=finishers, constants={"SHARED_LIMIT": 227 << 10})
     ours = CudaExecutor(config, weights, "ring", "fp16", **options)
-    cache = filled(ours, length)
+    cache = random_cuda_cache(ours, length)
     want = plain_logits(weights, cache.data[..., :length, :], 3)
     got = torch.from_numpy(ours.forward([3], cache)[0])
     bound = {"bf16": 1.5e-4, "int4": 1e-3}[kind]  # those of test_ring_gpu.py
@@ -231,7 +222,7 @@ def test_a_head_that_is_added_up_in_several_turns(seed):
 def test_a_launch_that_fails_leaves_nothing_that_the_next_takes_for_its_own(seed, monkeypatch):
     """After seven steps of six epochs old values would have the last bits of new ones."""
     ours = make(dataclasses.replace(TINY, num_hidden_layers=1), "bf16", "fp32")
-    want = ours.decode(filled(ours, 5), 4, 2)
+    want = ours.decode(random_cuda_cache(ours, 5), 4, 2)
     launch = ring.RingSteps._launch
     for count in range(1, 9):
 
@@ -240,9 +231,9 @@ def test_a_launch_that_fails_leaves_nothing_that_the_next_takes_for_its_own(seed
 
         monkeypatch.setattr(ring.RingSteps, "_launch", fails)
         with pytest.raises(MobileLLMError, match="driver failed"):
-            ours.decode(filled(ours, 5), 4, count)
+            ours.decode(random_cuda_cache(ours, 5), 4, count)
         monkeypatch.setattr(ring.RingSteps, "_launch", launch)
-        assert ours.decode(filled(ours, 5), 4, 2) == want
+        assert ours.decode(random_cuda_cache(ours, 5), 4, 2) == want
 
 
 def test_a_warp_that_finishes_has_several_pairs_of_rows(seed):
@@ -292,7 +283,7 @@ def test_attention_that_is_not_by_tensor_cores(seed, head_dim, kv_format):
     """Heads of other sizes and a cache in float32 are attended to as ever."""
     config = dataclasses.replace(TINY, head_dim=head_dim)
     asked, ever = (make(config, "bf16", kv_format, 5, 4, ATTEND_BY_TILES=tiles) for tiles in (1, 0))
-    got, want = (ours.forward([3], filled(ours, 40)) for ours in (asked, ever))
+    got, want = (ours.forward([3], random_cuda_cache(ours, 40)) for ours in (asked, ever))
     assert np.array_equal(got, want)
 
 
@@ -321,8 +312,8 @@ def test_warps_without_a_share(seed, finishers):
 
 def test_draws_are_those_of_the_other_tiers(seed):
     ours, oracle = make(TINY), make(TINY, tier="graph")
-    got, _ = ours.decode(filled(ours, 5), 4, 3, 5.0, seed=7)
-    want, _ = oracle.decode(filled(oracle, 5), 4, 3, 5.0, seed=7)
+    got, _ = ours.decode(random_cuda_cache(ours, 5), 4, 3, 5.0, seed=7)
+    want, _ = oracle.decode(random_cuda_cache(oracle, 5), 4, 3, 5.0, seed=7)
     assert got == want
 
 

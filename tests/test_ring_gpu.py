@@ -9,7 +9,7 @@ from interpreted import HAS_GPU
 
 pytest.importorskip("triton")
 
-from random_cuda_weights import random_cuda_weights
+from random_cuda_weights import random_cuda_cache, random_cuda_weights
 
 from mobilellm_fast.config import MobileLLMConfig
 from mobilellm_fast.cuda.executor import CudaExecutor
@@ -29,9 +29,7 @@ STEPS = 6
 
 def decoded(executor, context):
     """Tokens, logits of the last step, and the cache, twice."""
-    cache = executor.new_cache()
-    cache.reserve(context + STEPS)
-    cache.data.normal_(generator=torch.Generator("cuda").manual_seed(1))
+    cache = random_cuda_cache(executor, context, STEPS)
     found = []
     for _ in range(2):
         cache.length = context
