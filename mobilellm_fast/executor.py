@@ -219,14 +219,8 @@ class Executor:
         counts = [len(part) for part in ids]
         for cache in caches:
             check_cache(cache)
+        check_batch(ids, caches)
         starts = [cache.length for cache in caches]
-        if not counts or len(counts) != len(starts):
-            raise MobileLLMError(
-                f"[forward] sequences must be one or more, each with a cache, "
-                f"got {len(counts)} and {len(starts)} caches"
-            )
-        if len({id(cache) for cache in caches}) < len(caches):
-            raise MobileLLMError("[forward] caches must be different, got one twice")
         positions = [np.arange(s, s + count) for s, count in zip(starts, counts, strict=True)]
         positions = np.concatenate(positions)
         rotary = self._rotary_upto(int(positions.max()) + 1).take(positions, axis=1)
@@ -290,6 +284,17 @@ def check_cache(cache: _C.KVCache) -> None:
     """Refuse what is no KV cache of a CPU."""
     if not isinstance(cache, _C.KVCache):
         raise MobileLLMError(f"[forward] cache must be of new_cache(), got {brief(cache)}")
+
+
+def check_batch(sequences: Sequence, caches: Sequence) -> None:
+    """Refuse a batch without sequences, or not with a cache of its own for each."""
+    if not len(sequences) or len(sequences) != len(caches):
+        raise MobileLLMError(
+            f"[forward] sequences must be one or more, each with a cache, "
+            f"got {len(sequences)} and {len(caches)} caches"
+        )
+    if len({id(cache) for cache in caches}) < len(caches):
+        raise MobileLLMError("[forward] caches must be different, got one twice")
 
 
 def check_threads(threads: int | None) -> int:

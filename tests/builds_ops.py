@@ -12,7 +12,6 @@ from mobilellm_fast.kernels.weight_rows import RESIDENT, vector_shape
 
 WIDE = {"sm_80": ("LDG.E.128", "STG.E.128"), "sm_90": ("LDG.E.128", "STG.E.128")}
 HOPPER = ("UTMALDG", "HGMMA")
-AMPERE = ("HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS.128")
 
 
 def _norm(name, add, backward=False, total=False, quick=False, dtype="bf16"):

@@ -14,7 +14,7 @@ import torch
 
 from ..config import MobileLLMConfig
 from ..errors import MobileLLMError
-from ..executor import checked_ids
+from ..executor import check_batch, checked_ids
 from ..files import brief
 from ..rope import cos_sin
 from ..sampling import Sampler
@@ -140,13 +140,7 @@ class CudaExecutor:
         all_logits: bool = False,
     ) -> np.ndarray:
         """Append tokens to several caches, see `Executor.forward_batch`."""
-        if not len(sequences) or len(sequences) != len(caches):
-            raise MobileLLMError(
-                f"[forward] sequences must be one or more, each with a cache, "
-                f"got {len(sequences)} and {len(caches)} caches"
-            )
-        if len({id(cache) for cache in caches}) < len(caches):
-            raise MobileLLMError("[forward] caches must be different, got one twice")
+        check_batch(sequences, caches)
         checked = [self._checked(s, c) for s, c in zip(sequences, caches, strict=True)]
         if len(checked) > 1 and all(len(ids) == 1 for ids in checked):
             token_ids = [int(ids[0]) for ids in checked]
