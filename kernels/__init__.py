@@ -1,1 +1,1 @@
-"""Triton GPU kernels, one op per file; installed as `mobilellm_fast.kernels`."""
+"""GPU kernels, one op per file, and their launchers; installed as `mobilellm_fast.kernels`."""

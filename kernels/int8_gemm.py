@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..cuda import wgmma
+from . import wgmma
 from .early_launch import early_options, let_next_start, wait_for_previous
 from .launch import SIZES
 from .tiles import (

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..cuda import wgmma
+from . import wgmma
 from .launch import SIZES, Launch, Tiles
 from .tiles import (
     BAND,

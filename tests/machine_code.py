@@ -6,7 +6,7 @@ from pathlib import Path
 
 import triton
 
-from mobilellm_fast.cuda.cuda_source import compile_source
+from mobilellm_fast.kernels.cuda_source import compile_source
 
 REGISTERS = 65536  # of a multiprocessor
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -9,7 +9,7 @@ import torch
 from emulated_cuda import compile_kernel
 
 from mobilellm_fast import reference
-from mobilellm_fast.cuda import wgmma
+from mobilellm_fast.kernels import wgmma
 
 INCLUDE = Path(__file__).parent / "cpp" / "wgmma"
 SHARED_NBYTES = 227 << 10

@@ -13,8 +13,14 @@ from mobilellm_fast import ops, reference
 
 pytest.importorskip("triton")
 
-from mobilellm_fast.cuda import cluster_attention, hopper, streamed_head
-from mobilellm_fast.kernels import gqa_decode, head_sample, weight_rows
+from mobilellm_fast.kernels import (
+    cluster_attention,
+    gqa_decode,
+    head_sample,
+    hopper,
+    streamed_head,
+    weight_rows,
+)
 
 pytestmark = [pytest.mark.gpu] if HAS_GPU else []
 RUNS = HAS_GPU and hopper.runs_on(torch.device(DEVICE, torch.cuda.current_device()))

@@ -13,8 +13,7 @@ from mobilellm_fast import ops, reference
 
 pytest.importorskip("triton")
 
-from mobilellm_fast.cuda import wgmma
-from mobilellm_fast.kernels import int8_gemm, swiglu, tiles
+from mobilellm_fast.kernels import int8_gemm, swiglu, tiles, wgmma
 
 RUNS = HAS_GPU and wgmma.runs_on(torch.device(DEVICE, torch.cuda.current_device()))
 on_hopper = pytest.mark.skipif(not RUNS, reason="needs a Hopper GPU and NVRTC")

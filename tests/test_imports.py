@@ -5,16 +5,19 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import mobilellm_fast
+import mobilellm_fast.kernels
 
 ROOT = Path(mobilellm_fast.__file__).parent
+KERNELS = Path(mobilellm_fast.kernels.__file__).parent  # may lie elsewhere
 
 
 def modules() -> dict[str, Path]:
-    """Name, with dots, -> file of every module but those of `kernels`, which lie elsewhere."""
+    """Name, with dots, -> file of every module."""
     names = {}
-    for path in ROOT.rglob("*.py"):
-        parts = path.relative_to(ROOT.parent).with_suffix("").parts
-        names[".".join(parts).removesuffix(".__init__")] = path
+    for folder, package in (ROOT, "mobilellm_fast"), (KERNELS, "mobilellm_fast.kernels"):
+        for path in folder.rglob("*.py"):
+            parts = package, *path.relative_to(folder).with_suffix("").parts
+            names[".".join(parts).removesuffix(".__init__")] = path
     return names
 
 
@@ -43,3 +46,12 @@ def test_the_import_graph_has_no_cycles():
     # the package itself imports when asked for a name: whoever imports `_C` from it does not ask
     del graph["mobilellm_fast"]
     assert list(TopologicalSorter(graph).static_order())
+
+
+def test_kernels_import_only_what_is_below_them():
+    known = modules()
+    kernels = {name: path for name, path in known.items() if ".kernels" in name}
+    assert "mobilellm_fast.kernels.wgmma" in kernels
+    found = set().union(*(imported(name, path, known) for name, path in kernels.items()))
+    below = {f"mobilellm_fast.{name}" for name in ("cache", "errors", "files")}
+    assert found <= kernels.keys() | below

@@ -18,9 +18,9 @@ pytest.importorskip("triton")
 from cuda.bindings import driver
 from machine_code import REGISTERS, MachineCode
 
-from mobilellm_fast.cuda import cluster_attention, cuda_source, hopper, streamed_head
-from mobilellm_fast.cuda.cuda_source import Kernel
 from mobilellm_fast.errors import MobileLLMError
+from mobilellm_fast.kernels import cluster_attention, cuda_source, hopper, streamed_head
+from mobilellm_fast.kernels.cuda_source import Kernel
 
 SHARED_NBYTES = 228 << 10  # of a multiprocessor
 OWN_SHARED_NBYTES = 1 << 10  # that each program takes besides

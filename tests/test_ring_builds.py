@@ -13,8 +13,8 @@ from machine_code import MachineCode
 
 from mobilellm_fast.config import MobileLLMConfig
 from mobilellm_fast.cuda import ring
-from mobilellm_fast.cuda.cuda_source import compile_source
 from mobilellm_fast.errors import MobileLLMError
+from mobilellm_fast.kernels.cuda_source import compile_source
 
 SHARED_LIMIT = 227 << 10  # of an H100's multiprocessor, which has one program
 

@@ -16,9 +16,9 @@ pytest.importorskip("triton")
 from cuda.bindings import driver
 from machine_code import MachineCode
 
-from mobilellm_fast.cuda import cuda_source, wgmma
-from mobilellm_fast.cuda.cuda_source import Kernel, compile_source
 from mobilellm_fast.errors import MobileLLMError
+from mobilellm_fast.kernels import cuda_source, wgmma
+from mobilellm_fast.kernels.cuda_source import Kernel, compile_source
 
 SHARED_LIMIT = 227 << 10  # of a multiprocessor, which has one program
 

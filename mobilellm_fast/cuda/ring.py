@@ -10,9 +10,9 @@ import torch
 from .. import kernels
 from ..config import MobileLLMConfig
 from ..errors import MobileLLMError
+from ..kernels.cuda_source import Kernel, kernel
 from ..quant import GROUP
 from .cache import FORMATS, CudaCache
-from .cuda_source import Kernel, kernel
 from .geometry import softmax_scale
 from .steps import NotTaken, Steps
 from .weights import CudaWeights, Matrix

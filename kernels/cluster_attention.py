@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import kernels
 from .hopper import HALVES, loaded, multiprocessors, one_token_on
 
-SOURCE = Path(kernels.__file__).parent / "one_token" / "gqa_decode.cu"
+SOURCE = Path(__file__).parent / "one_token" / "gqa_decode.cu"
 HEAD_DIM, LARGEST_GROUP = 64, 8
 LARGEST_BATCH = 2**16 - 1  # of a grid
 LARGEST_CAPACITY = 2**28  # so that the bytes of a warp's keys are counted in 32 bits

@@ -1,4 +1,4 @@
-"""Matrix products of Hopper's tensor cores, `kernels/wgmma/product.cu`: W8A8, and SwiGLU.
+"""Matrix products of Hopper's tensor cores, `wgmma/product.cu`: W8A8, and SwiGLU.
 
 Triton's kernels take every product; `kernels/int8_gemm.py` and `kernels/swiglu.py` decide which are
 faster here.
@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import kernels
 from ..errors import MobileLLMError
 from .cuda_source import with_context
 from .hopper import HALVES, loaded, multiprocessors, runs_on
 
-SOURCE = Path(kernels.__file__).parent / "wgmma" / "product.cu"
+SOURCE = Path(__file__).parent / "wgmma" / "product.cu"
 __all__ = ["HALVES", "int8_gemm", "runs_on", "swiglu"]
 
 THREADS, CLUSTER = 384, 2

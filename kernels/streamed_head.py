@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import kernels
-from ..kernels.counters import counters_of
+from .counters import counters_of
 from .hopper import HALVES, loaded, multiprocessors, one_token_on
 
-SOURCE = Path(kernels.__file__).parent / "one_token" / "head_sample.cu"
+SOURCE = Path(__file__).parent / "one_token" / "head_sample.cu"
 THREADS = 512
 RING_NBYTES = 100 << 10  # of a program, of which a multiprocessor has room for the next kernel's
 DEEPEST = 16  # rows of a warp that are on their way
