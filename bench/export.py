@@ -24,22 +24,10 @@ from safetensors.numpy import save_file
 
 from mobilellm_fast.cache import cache_directory
 from mobilellm_fast.checkpoint import Checkpoint, open_checkpoint
+from mobilellm_fast.checkpoint.gguf import NAMES
 from mobilellm_fast.quant import QuantizedTensor
 
-GGUF_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-}
+GGUF_NAMES = {ours: theirs for theirs, ours in NAMES.items()}
 # Format -> type of the blocks' matrices, of the embedding and the head. "Q4_0-mixed" is what
 # llama.cpp's own quantizer makes of a small tied model when it is asked for Q4_0.
 GGUF_TYPES = {
