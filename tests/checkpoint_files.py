@@ -1,4 +1,4 @@
-"""Writes tiny models as others publish them: Hugging Face directories and GGUF files."""
+"""Tiny models as others publish them, Hugging Face directories and GGUF files, and reading them."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,10 @@ from safetensors.torch import save_file
 pytest.importorskip("gguf")
 import gguf
 
+from mobilellm_fast.checkpoint import open_checkpoint
 from mobilellm_fast.config import MobileLLMConfig
+from mobilellm_fast.errors import CheckpointError
+from mobilellm_fast.quant import QuantizedTensor
 
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -157,3 +160,31 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
         end = len(data) if rng.random() < 0.5 else min(len(data), 2000)
         changed[rng.integers(end)] = rng.integers(256)
     return bytes(changed)
+
+
+def read_all(source, **arguments) -> dict[str, np.ndarray | QuantizedTensor]:
+    checkpoint = open_checkpoint(source, **arguments)
+    return {name: checkpoint.read(name) for name in checkpoint.names}
+
+
+def values_of(tensor: np.ndarray | QuantizedTensor) -> np.ndarray:
+    return tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
+
+
+def error_of(source, **arguments) -> str:
+    """Open and read a source that must be refused; return the one line that says why."""
+    with pytest.raises(CheckpointError) as error:
+        read_all(source, **arguments)
+    message = str(error.value)
+    assert "\n" not in message
+    assert len(message) < 500
+    return message
+
+
+def assert_same(got: dict, want: dict[str, np.ndarray]) -> None:
+    assert got.keys() == want.keys()
+    for name, values in want.items():
+        read = values_of(got[name])
+        assert read.dtype == np.float32
+        assert read.flags.c_contiguous
+        np.testing.assert_array_equal(read, values, err_msg=name)

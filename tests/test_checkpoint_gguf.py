@@ -7,10 +7,11 @@ import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
+import checkpoint_files
 import numpy as np
 import pytest
 import transformers
-from checkpoint_files import damaged, gguf_name, write_gguf
+from checkpoint_files import assert_same, damaged, gguf_name, read_all, values_of, write_gguf
 from helpers import MODEL_CONFIGS, random_weights, tiny_config
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -23,7 +24,6 @@ from mobilellm_fast.checkpoint.gguf_blocks import can_decode
 from mobilellm_fast.checkpoint.gguf_file import read_gguf
 from mobilellm_fast.config import expected_shapes
 from mobilellm_fast.errors import CheckpointError
-from mobilellm_fast.quant import QuantizedTensor
 from mobilellm_fast.rope import inverse_frequencies
 
 # widths that are multiples of 32, the smallest block
@@ -46,22 +46,9 @@ BLOCK_TYPES = [
 ]
 
 
-def read_all(path: Path) -> dict[str, np.ndarray | QuantizedTensor]:
-    checkpoint = open_checkpoint(path)
-    return {name: checkpoint.read(name) for name in checkpoint.names}
-
-
-def values_of(tensor: np.ndarray | QuantizedTensor) -> np.ndarray:
-    return tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
-
-
 def error_of(path: Path) -> str:
-    """Open and read a file that must be refused; return the one line that says why."""
-    with pytest.raises(CheckpointError) as error:
-        read_all(path)
-    message = str(error.value)
-    assert "\n" not in message
-    assert len(message) < 500
+    """The one line that says why a file is refused; it names the file once."""
+    message = checkpoint_files.error_of(path)
     assert message.count(str(path)) == 1
     return message
 
@@ -76,15 +63,6 @@ def transformers_weights(path: Path) -> dict[str, np.ndarray]:
     )
     read = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)
     return {name: tensor.numpy() for name, tensor in read["tensors"].items()}
-
-
-def assert_same(got: dict, want: dict[str, np.ndarray]) -> None:
-    assert got.keys() == want.keys()
-    for name, values in want.items():
-        read = values_of(got[name])
-        assert read.dtype == np.float32
-        assert read.flags.c_contiguous
-        np.testing.assert_array_equal(read, values, err_msg=name)
 
 
 # --- weights -------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import damaged, write_directory, write_json
+from checkpoint_files import assert_same, damaged, error_of, read_all, write_directory, write_json
 from helpers import MODEL_CONFIGS, random_weights, tiny_config, transformers_model
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import save_file
@@ -25,29 +25,6 @@ CONFIG = tiny_config()
 WEIGHTS = random_weights(CONFIG)
 NORM = "model.norm.weight"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-def error_of(source, **arguments) -> str:
-    """Open and read a source that must be refused; return the one line that says why."""
-    with pytest.raises(CheckpointError) as error:
-        read_all(source, **arguments)
-    message = str(error.value)
-    assert "\n" not in message
-    assert len(message) < 500
-    return message
-
-
-def read_all(source, **arguments) -> dict[str, np.ndarray]:
-    checkpoint = open_checkpoint(source, **arguments)
-    return {name: checkpoint.read(name) for name in checkpoint.names}
-
-
-def assert_same(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
-    assert got.keys() == want.keys()
-    for name, values in want.items():
-        assert got[name].dtype == np.float32
-        assert got[name].flags.c_contiguous
-        np.testing.assert_array_equal(got[name], values, err_msg=name)
 
 
 # --- what is read --------------------------------------------------------------------------------
