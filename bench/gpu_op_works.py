@@ -91,6 +91,11 @@ def _each(sets: list[tuple], call: Callable[..., object]) -> list[Call]:
     return [lambda args=args: call(*args) for args in sets]
 
 
+def _compiled(sets: list[tuple], call: Callable[..., object]) -> list[Call]:
+    torch._dynamo.reset()
+    return _each(sets, torch.compile(call, dynamic=False))
+
+
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -212,10 +217,6 @@ def swiglu_block(sizes: Sizes, rows: int, cols: int, inner: int) -> OpWork:
     def plain(x, gate, up, down):
         return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
-    def compiled() -> list[Call]:
-        torch._dynamo.reset()
-        return _each(sets, torch.compile(plain, dynamic=False))
-
     def compiled_fused() -> list[Call]:
         """With gate and up as one product, as a careful user writes it."""
 
@@ -223,9 +224,7 @@ def swiglu_block(sizes: Sizes, rows: int, cols: int, inner: int) -> OpWork:
             gate, up = F.linear(x, gate_up).chunk(2, -1)
             return F.linear(F.silu(gate) * up, down)
 
-        torch._dynamo.reset()
-        own = [(x, torch.cat((gate, up)), down) for x, gate, up, down in sets]
-        return _each(own, torch.compile(fused, dynamic=False))
+        return _compiled([(x, torch.cat((gate, up)), down) for x, gate, up, down in sets], fused)
 
     def liger() -> list[Call]:
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
@@ -246,7 +245,7 @@ def swiglu_block(sizes: Sizes, rows: int, cols: int, inner: int) -> OpWork:
         {
             "liger": liger,
             "eager": lambda: _each(sets, plain),
-            "compile": compiled,
+            "compile": lambda: _compiled(sets, plain),
             "compile, one product": compiled_fused,
         },
         error,
@@ -277,10 +276,6 @@ def int8_gemm(sizes: Sizes, rows: int, cols: int, outputs: int) -> OpWork:
         products = torch._int_mm(codes, weight.t())
         return (products * x_scales[:, None] * w_scales).to(sizes.dtype)
 
-    def compiled() -> list[Call]:
-        torch._dynamo.reset()
-        return _each(sets, torch.compile(plain, dynamic=False))
-
     def error() -> float:
         codes, x_scales, weight, w_scales = sets[0]
         exact = codes.double() @ weight.double().t() * x_scales.double()[:, None] * w_scales
@@ -292,7 +287,7 @@ def int8_gemm(sizes: Sizes, rows: int, cols: int, outputs: int) -> OpWork:
         {
             "cuBLAS bf16": lambda: _each(wide, F.linear),
             "_int_mm, eager scale": lambda: _each(sets, plain),
-            "_int_mm, compiled scale": compiled,
+            "_int_mm, compiled scale": lambda: _compiled(sets, plain),
         },
         error,
         {

@@ -156,25 +156,8 @@ def takes_block(tensors: list[Tensor]) -> bool:
     return takes_one_half(tensors[:-2]) and takes_floats(tensors[-2:])
 
 
-def decoder_block(
-    x: Tensor,
-    input_norm: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    v_weight: Tensor,
-    o_weight: Tensor,
-    post_norm: Tensor,
-    gate_weight: Tensor,
-    up_weight: Tensor,
-    down_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    head_dim: int,
-    eps: float,
-) -> Tensor:
-    weights = input_norm, q_weight, k_weight, v_weight, o_weight
-    weights += post_norm, gate_weight, up_weight, down_weight
-    return _kernels("decoder_block").decoder_block(x, *weights, cos, sin, head_dim, eps)[0]
+def decoder_block(*arguments: Any) -> Tensor:
+    return _kernels("decoder_block").decoder_block(*arguments)[0]
 
 
 def decoder_block_saving(
