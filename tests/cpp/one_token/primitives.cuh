@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-#include "../cuda/kernel.h"
+#include "../cuda/tiles.h"
 
 #ifndef CLUSTER
 #define CLUSTER 1
@@ -241,16 +241,8 @@ DEVICE int arrive_at(int* counter, Site site = Site::here()) {
 }
 
 DEVICE float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-DEVICE int float_bits(float x) {
-  int bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-DEVICE float bits_float(int bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
+DEVICE int float_bits(float x) { return static_cast<int>(as_bits(x)); }
+DEVICE float bits_float(int bits) { return as_float(static_cast<unsigned>(bits)); }
 DEVICE int shuffle_xor(int value, int mask, Site site = Site::here()) {
   return static_cast<int>(emulator::scheduler->shuffle(static_cast<unsigned>(value), mask, site));
 }
@@ -276,58 +268,11 @@ DEVICE int shuffle_from(int value, int lane, Site site = Site::here()) {
 DEVICE float shuffle_from(float value, int lane, Site site = Site::here()) {
   return bits_float(shuffle_from(float_bits(value), lane, site));
 }
-DEVICE void transpose(void* const* lanes) {
-  unsigned before[32];
-  for (int i = 0; i < 32; ++i) before[i] = *static_cast<unsigned*>(lanes[i]);
-  for (int i = 0; i < 32; ++i) {
-    unsigned after = 0;
-    for (int half = 0; half < 2; ++half) {
-      const int row = i / 4, col = i % 4 * 2 + half;
-      const unsigned from = before[col * 4 + row / 2] >> (row % 2 * 16);
-      after |= (from & 0xffff) << (16 * half);
-    }
-    *static_cast<unsigned*>(lanes[i]) = after;
-  }
-}
-DEVICE unsigned transposed(unsigned value, Site site = Site::here()) {
-  emulator::scheduler->together(&value, transpose, site);
-  return value;
-}
-DEVICE unsigned low_halves(unsigned a, unsigned b) { return (a & 0xffff) | b << 16; }
-DEVICE unsigned high_halves(unsigned a, unsigned b) { return a >> 16 | (b & 0xffff0000u); }
 
 static_assert(HALF_IS_BF16, "float16 is not emulated");
-DEVICE float low_half(unsigned v) { return bits_float(static_cast<int>(v << 16)); }
-DEVICE float high_half(unsigned v) { return bits_float(static_cast<int>(v & 0xffff0000u)); }
-DEVICE unsigned to_half(float x) {
-  const auto bits = static_cast<unsigned>(float_bits(x));
-  return x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-DEVICE unsigned to_halves(float low, float high) { return to_half(low) | to_half(high) << 16; }
-
-struct TileOperands {
-  float* sums;
-  unsigned a[4], b[2];
-};
-DEVICE void multiply_tile_of_warp(void* const* lanes) {
-  auto of = [&](int lane) { return static_cast<const TileOperands*>(lanes[lane]); };
-  auto half = [](unsigned v, int i) { return i ? high_half(v) : low_half(v); };
-  for (int lane = 0; lane < 32; ++lane) {
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
-      for (int k = 0; k < 16; ++k) {
-        const float a = half(of(row % 8 * 4 + k % 8 / 2)->a[row / 8 + k / 8 * 2], k % 2);
-        const float b = half(of(col * 4 + k % 8 / 2)->b[k / 8], k % 2);
-        of(lane)->sums[i] += a * b;
-      }
-    }
-  }
-}
-DEVICE void multiply_tile(float (&sums)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3,
-                          unsigned b0, unsigned b1, Site site = Site::here()) {
-  TileOperands operands = {sums, {a0, a1, a2, a3}, {b0, b1}};
-  emulator::scheduler->together(&operands, multiply_tile_of_warp, site);
-}
+DEVICE float low_half(unsigned v) { return bf16_of(v, 0); }
+DEVICE float high_half(unsigned v) { return bf16_of(v, 1); }
+DEVICE unsigned to_halves(float low, float high) { return pack_bf16(low, high); }
 
 DEVICE unsigned high_product(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<unsigned long long>(a) * b >> 32);

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "../cuda/kernel.h"
+#include "../cuda/tiles.h"
 
 // As the test writes it: a row-major matrix, and boxes of it.
 struct alignas(64) TensorMap {
@@ -205,10 +205,7 @@ DEVICE void wait_for_stores_to_read(Site site = Site::here()) {
 DEVICE float half_at(unsigned address) {
   unsigned short bits;
   std::memcpy(&bits, shared_at(fiber().program, swizzled(address), 2), 2);
-  const unsigned wide = static_cast<unsigned>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, 4);
-  return value;
+  return bf16_of(bits, 0);
 }
 DEVICE int code_at(unsigned address) {
   return static_cast<signed char>(*shared_at(fiber().program, swizzled(address), 1));
@@ -272,9 +269,4 @@ DEVICE float multiply_rounded(float a, float b) { return a * b; }
 DEVICE float fast_exp(float x) { return std::exp(x); }
 DEVICE float fast_quotient(float a, float b) { return a / b; }
 static_assert(HALF_IS_BF16, "float16 is not emulated");
-DEVICE unsigned bf16(float value) {
-  unsigned bits;
-  std::memcpy(&bits, &value, 4);
-  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-DEVICE unsigned to_halves(float low, float high) { return bf16(high) << 16 | bf16(low); }
+DEVICE unsigned to_halves(float low, float high) { return pack_bf16(low, high); }
