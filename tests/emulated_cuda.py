@@ -1,6 +1,7 @@
 """CUDA kernels on machines without a GPU: compiled for the CPU, their threads run as fibers.
 
-The kernels reach the GPU only through `#include <primitives.cuh>`; tests/cpp/cuda/ has it for CPUs.
+The kernels reach the GPU only through `#include <primitives.cuh>`; for CPUs, each folder of
+tests/cpp/ that is named as one of kernels/ has it.
 """
 
 import ctypes
@@ -12,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-INCLUDE = Path(__file__).parent / "cpp" / "cuda"
+INCLUDE = Path(__file__).parent / "cpp" / "ring"
 # No contraction: a product and a sum are fused where the source says so. A fortified longjmp takes
 # a jump to another stack for an error.
 FLAGS = "-std=c++17 -O1 -shared -fPIC -fvisibility=hidden -ffp-contract=off -U_FORTIFY_SOURCE"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from emulated_cuda import compile_kernel
 
-EXAMPLES = Path(__file__).parent / "cpp" / "cuda" / "examples.cu"
+EXAMPLES = Path(__file__).parent / "cpp" / "ring" / "examples.cu"
 THREADS = 128
 SEEDS = range(12)
 FAULTS = (

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from emulated_cuda import compile_kernel
 
-SOURCE = Path(__file__).parent / "cpp" / "cuda" / "digits.cu"
+SOURCE = Path(__file__).parent / "cpp" / "ring" / "digits.cu"
 LARGEST = 32512  # of numbers of two digits
 PIECES = {"INT8": 16, "INT4_G32": 32}  # inputs that are one behind the other
 

@@ -1,4 +1,4 @@
-// What the persistent kernel needs of the machine; `tests/cpp/cuda/primitives.cuh` has it for a CPU.
+// What the persistent kernel needs of the machine; `tests/cpp/ring/primitives.cuh` has it for a CPU.
 #pragma once
 
 #define DEVICE __device__ __forceinline__

@@ -18,8 +18,8 @@
 #include <string>
 #include <vector>
 
+#include "../cuda/scheduler.h"
 #include "clocks.h"
-#include "scheduler.h"
 
 namespace emulator {
 namespace {

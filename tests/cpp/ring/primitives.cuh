@@ -1,12 +1,12 @@
-// What the kernels of kernels/ring/ use of a GPU, on a CPU: scheduler.h runs the threads, copies.h
-// has what copies do to shared memory.
+// What the kernels of kernels/ring/ use of a GPU, on a CPU: ../cuda/scheduler.h runs the threads,
+// copies.h has what copies do to shared memory.
 #pragma once
 
 #include <cmath>
 #include <vector>
 
+#include "../cuda/tiles.h"
 #include "copies.h"
-#include "tiles.h"
 
 struct Machine {
   explicit Machine(int programs = 0, unsigned seed = 0)
