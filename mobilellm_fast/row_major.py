@@ -34,14 +34,3 @@ def to_row_major(tensor: QuantizedTensor) -> tuple[np.ndarray, np.ndarray]:
     low, high = codes[..., : GROUP // 2], codes[..., GROUP // 2 :]
     scales = np.stack((tensor.scales, tensor.minimums.astype(np.float16)), axis=-1)
     return (low | high << 4).reshape(rows, -1), scales
-
-
-def from_row_major(codes: np.ndarray, scales: np.ndarray, cols: int) -> QuantizedTensor:
-    """Undo `to_row_major` for a matrix with that many columns."""
-    if codes.dtype == np.int8:
-        return QuantizedTensor("int8" if scales.ndim == 1 else "int8_g32", codes, scales)
-    pairs = codes.reshape(len(codes), -1, GROUP // 2)
-    values = np.concatenate((pairs & 15, pairs >> 4), axis=-1).reshape(len(codes), -1)
-    return QuantizedTensor(
-        "int4_g32", np.ascontiguousarray(values[:, :cols]), scales[..., 0], scales[..., 1]
-    )
