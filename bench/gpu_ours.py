@@ -58,10 +58,8 @@ def cuda_weights(config: MobileLLMConfig, weights: Weights, kind: str):
         return matrix(torch.stack([block(index, *paths) for index in blocks]), body)
 
     def norms(path: str) -> Tensor:
-        return stack_norms([block(index, path) for index in range(config.num_hidden_layers)])
-
-    def stack_norms(rows: list[Tensor]) -> Tensor:
-        return torch.stack(rows).float()
+        blocks = range(config.num_hidden_layers)
+        return torch.stack([block(index, path) for index in blocks]).float()
 
     body, ends = {"int4": ("int4_g32", "int8")}.get(kind, (kind, kind))
     embedding = matrix(weights["model.embed_tokens.weight"], ends)

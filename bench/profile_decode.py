@@ -71,16 +71,10 @@ def main() -> None:
 
 def ring_times(executor: CudaExecutor, context: int) -> dict[str, float]:
     """Return microseconds of program 0's stages in a layer, of the kernel that stores the clock."""
-    layers, names = (
-        len(executor.config.schedule),
-        [
-            f"{stage}, {part}"
-            for stage in ("query", "output", "gate and up", "down")
-            for part in ("inputs", "product", "results")
-        ],
-    )
+    stages, parts = ("query", "output", "gate and up", "down"), ("inputs", "product", "results")
+    names = [f"{stage}, {part}" for stage in stages for part in parts]
     names.insert(3, "attention")
-    constants = {"CLOCKED": len(names) * layers}
+    constants = {"CLOCKED": len(names) * len(executor.config.schedule)}
     clocked = CudaExecutor(executor.config, executor.weights, "ring", constants=constants)
     cache = random_cuda_cache(clocked, context, STEPS + 1)
     for _ in range(2):  # the first compiles
