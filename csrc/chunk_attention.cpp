@@ -47,6 +47,7 @@ ChunkAttention::ChunkAttention(const Model& model, const KernelTable& kernels, i
       kernels_(kernels),
       group_(model.group()),
       padded_dim_(round_up(model.head_dim, 16)),
+      scale_(1.0f / std::sqrt(static_cast<float>(model.head_dim))),
       qkv_(rows * model.qkv_size()),
       out_(rows * model.q_size()),
       next_task_(model.schedule.size()),
@@ -178,8 +179,7 @@ void ChunkAttention::attend_one(int thread, const AttentionTask& task, const Pag
   float* state =
       partials_.data() + (span.partials * model_.kv_heads + kv_head * pages + page) * state_size;
   kernels_.attend_page(queries, view, scratch.visible.data(),
-                       attention_state(state, group_, padded_dim_), group_,
-                       1.0f / std::sqrt(static_cast<float>(dim)));
+                       attention_state(state, group_, padded_dim_), group_, scale_);
   ++scratch.pages_done[kv_head];
 }
 
@@ -213,7 +213,6 @@ void ChunkAttention::attend_many(int thread, const AttentionTask& task, int posi
   Scratch& scratch = scratch_[thread];
   const Span& span = *task.span;
   const int dim = model_.head_dim, kv_head = task.kv_head;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
   const int64_t first = task.part, rows = std::min<int64_t>(kAttentionRows, span.rows - first);
   scratch.forget_queries();
   const int64_t queries = rows * group_, start = span.start + first;
@@ -236,7 +235,7 @@ void ChunkAttention::attend_many(int thread, const AttentionTask& task, int posi
     view.ahead.distance = view.nbytes();
     if (page + 1 < pages) view.ahead.next = span.cache->view(position, page + 1, kv_head).data;
     kernels_.attend_page(prepared, view, scratch.visible.data(), page ? page_state : state, queries,
-                         scale);
+                         scale_);
     if (page) kernels_.attend_merge(state, page_state, 1, 0, queries, padded_dim_);
   }
   for (int64_t row = 0; row < rows; ++row) {

@@ -48,6 +48,7 @@ class ChunkAttention {
   const KernelTable& kernels_;
   const int group_;  // query heads of a KV head
   const int64_t padded_dim_;
+  const float scale_;                             // of scores
   int threads_ = 1;                               // of this chunk
   std::vector<float> qkv_;                        // (chunk, qkv_size)
   std::vector<float> out_;                        // (chunk, q_size)

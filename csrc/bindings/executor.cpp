@@ -91,6 +91,12 @@ BoundExecutor make_executor(int64_t hidden, int64_t intermediate, int64_t vocab,
   return bound;
 }
 
+void check_made_by(const Model& model, const KVCache& cache) {
+  if (!cache.fits(static_cast<int>(model.schedule.size()), model.kv_heads, model.head_dim,
+                  model.kv_kind))
+    throw py::value_error("cache was made by another model");
+}
+
 // Tokens of all sequences one after another; counts[i] of them belong to caches[i], and the last
 // logit_counts[i] of those want logits.
 py::array forward(BoundExecutor& self, const std::vector<BoundCache*>& caches,
@@ -120,9 +126,7 @@ py::array forward(BoundExecutor& self, const std::vector<BoundCache*>& caches,
       throw py::value_error("caches must differ from each other");
     in_use.emplace_back(caches[i]->in_use);
     KVCache* cache = &caches[i]->cache;
-    if (!cache->fits(static_cast<int>(model.schedule.size()), model.kv_heads, model.head_dim,
-                     model.kv_kind))
-      throw py::value_error("cache was made by another model");
+    check_made_by(model, *cache);
     if (counts[i] < 1 || counts[i] > rows - first || logit_counts[i] < 0 ||
         logit_counts[i] > counts[i])
       throw py::value_error("counts must be positive and sum to the tokens");
@@ -150,9 +154,7 @@ py::tuple next_token(BoundExecutor& self, BoundCache& bound, int64_t token, cons
   const Using using_cache(bound.in_use), using_sampler(sampler.in_use);
   KVCache& cache = bound.cache;
   const int64_t half = model.head_dim / 2, position = cache.length();
-  if (!cache.fits(static_cast<int>(model.schedule.size()), model.kv_heads, model.head_dim,
-                  model.kv_kind))
-    throw py::value_error("cache was made by another model");
+  check_made_by(model, cache);
   if (token < 0 || token >= model.vocab)
     throw py::value_error("token must be in 0.." + std::to_string(model.vocab - 1) + ", got " +
                           std::to_string(token));
