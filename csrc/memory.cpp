@@ -17,8 +17,6 @@
 namespace mlf {
 namespace {
 
-constexpr int64_t kHugePage = int64_t{2} << 20;
-
 void ask_for_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t nbytes) {
 #ifdef MADV_HUGEPAGE
   madvise(memory, nbytes, MADV_HUGEPAGE);

@@ -23,7 +23,6 @@ bool is_fresh(int64_t changed, int64_t now) {
 namespace mlf {
 namespace {
 
-constexpr int64_t kHugePage = int64_t{2} << 20;
 constexpr int64_t kSmallPage = 4096;
 
 void touch(const uint8_t* at) { static_cast<void>(*static_cast<const volatile uint8_t*>(at)); }

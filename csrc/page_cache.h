@@ -5,6 +5,8 @@
 
 namespace mlf {
 
+constexpr int64_t kHugePage = int64_t{2} << 20;
+
 // Whether anything is cached of a mapping of a file, which nobody touched yet. Linux tells it to
 // who may write to the file; for others this is true.
 bool is_cached(uint8_t* begin, int64_t nbytes);

@@ -66,6 +66,16 @@ def ops_on_gpu():
     return ops_with_kernels()
 
 
+@pytest.fixture(scope="session")
+def default_model_by_transformers():
+    """Read the file of the default model, see `gguf_by_transformers`, which takes it seconds."""
+    from gguf_by_transformers import read_by_transformers
+
+    from mobilellm_fast.checkpoint.default_model import default_model
+
+    return read_by_transformers(default_model())
+
+
 @pytest.fixture
 def poisoned():
     """Fresh tensors are full of NaN, or of the largest integer, so that what is left is seen."""

@@ -5,15 +5,13 @@ import math
 import struct
 import tracemalloc
 from pathlib import Path
-from types import SimpleNamespace
 
 import checkpoint_files
 import numpy as np
 import pytest
-import transformers
 from checkpoint_files import assert_same, damaged, gguf_name, read_all, values_of, write_gguf
+from gguf_by_transformers import read_by_transformers
 from helpers import MODEL_CONFIGS, random_weights, tiny_config
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 pytest.importorskip("gguf")
 import gguf
@@ -22,7 +20,6 @@ from mobilellm_fast.checkpoint import open_checkpoint
 from mobilellm_fast.checkpoint.default_model import default_model
 from mobilellm_fast.checkpoint.gguf_blocks import can_decode
 from mobilellm_fast.checkpoint.gguf_file import read_gguf
-from mobilellm_fast.config import expected_shapes
 from mobilellm_fast.errors import CheckpointError
 from mobilellm_fast.rope import inverse_frequencies
 
@@ -55,14 +52,7 @@ def error_of(path: Path) -> str:
 
 def transformers_weights(path: Path) -> dict[str, np.ndarray]:
     """What transformers reads from the file, by its own names and with its own permutation."""
-    config = open_checkpoint(path).config
-    model = SimpleNamespace(  # all it asks of a model are the names of its parameters
-        config=transformers.LlamaConfig(**config.to_hf()),
-        state_dict=lambda: expected_shapes(config),
-        named_children=list,
-    )
-    read = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)
-    return {name: tensor.numpy() for name, tensor in read["tensors"].items()}
+    return {name: tensor.numpy() for name, tensor in read_by_transformers(path)["tensors"].items()}
 
 
 # --- weights -------------------------------------------------------------------------------------
@@ -163,9 +153,9 @@ def test_reading_holds_one_tensor(tmp_path):
 
 
 @pytest.mark.model
-def test_default_model_equals_transformers():
-    path = default_model()
-    assert_same(read_all(path), transformers_weights(path))
+def test_default_model_equals_transformers(default_model_by_transformers):
+    theirs = default_model_by_transformers["tensors"]
+    assert_same(read_all(default_model()), {name: t.numpy() for name, t in theirs.items()})
 
 
 # --- configuration -------------------------------------------------------------------------------

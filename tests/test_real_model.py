@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mobilellm_fast.checkpoint.default_model import default_model
 from mobilellm_fast.engine import Engine
@@ -64,7 +65,7 @@ def distribution(load, english):
     """Log-probabilities (tokens, vocab) of each format on the English text."""
     memory = {}
 
-    def get(format: str) -> np.ndarray:
+    def get(format: str) -> torch.Tensor:
         if format not in memory:
             memory[format] = log_probabilities(load(format), english)
         return memory[format]
@@ -72,14 +73,12 @@ def distribution(load, english):
     return get
 
 
-def test_greedy_tokens_equal_transformers(load):
-    """transformers reads the GGUF file with its own code: an independent oracle."""
-    torch = pytest.importorskip("torch")
-    from transformers import AutoModelForCausalLM
+def test_greedy_tokens_equal_transformers(load, default_model_by_transformers):
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    path = default_model()
-    oracle = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
+    read = default_model_by_transformers
+    oracle = LlamaForCausalLM.from_pretrained(
+        None, config=LlamaConfig(**read["config"]), state_dict=read["tensors"]
     )
     engine = load("fp32")
     for prompt in PROMPTS:
@@ -124,18 +123,16 @@ def test_quality_of_int8_keys_and_values(distribution, load, english):
         assert_quality(distribution("fp32"), got, english, ratio, divergence)
 
 
-def log_probabilities(engine: Engine, ids: list[int]) -> np.ndarray:
+def log_probabilities(engine: Engine, ids: list[int]) -> torch.Tensor:
     logits = engine.forward(ids, engine.new_cache(), all_logits=True)
-    logits -= logits.max(axis=-1, keepdims=True)
-    logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True, dtype=np.float64))
-    return logits
+    return torch.from_numpy(logits).log_softmax(-1)
 
 
 def assert_quality(exact, rounded, english, ratio, divergence):
-    after = np.arange(len(english) - 1), english[1:]
-    difference = exact[after].mean(dtype=np.float64) - rounded[after].mean(dtype=np.float64)
-    assert np.exp(difference) <= ratio
-    kl = (np.exp(exact) * (exact - rounded)).sum(axis=-1, dtype=np.float64).mean()
+    after = range(len(english) - 1), english[1:]
+    difference = exact[after].double().mean() - rounded[after].double().mean()
+    assert difference.exp() <= ratio
+    kl = (exact.exp() * (exact - rounded)).sum(-1, dtype=torch.float64).mean()
     assert kl <= divergence
 
 
@@ -238,7 +235,6 @@ def test_damaged_default_model_is_refused(tmp_path, monkeypatch):
 
 def test_readme_python_runs(monkeypatch):
     """Every Python block of README.md, in order, as a reader would paste them."""
-    pytest.importorskip("torch")
     readme = Path(__file__).parents[1] / "README.md"
     blocks = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
     assert blocks

@@ -32,9 +32,9 @@ std::vector<double> kept(KVKind kind, const float* x, int64_t dim, int64_t terms
   if (!is_coded(kind)) return values;
   float largest = 0;
   for (int64_t i = 0; i < dim; ++i) largest = std::fmax(largest, std::fabs(x[i]));
-  const float inverse = largest > 0 ? limit(kind, terms) / largest : 0;
+  const float most = limit(kind, terms), inverse = largest > 0 ? most / largest : 0;
   for (int64_t i = 0; i < dim; ++i)
-    values[i] = static_cast<double>(largest / limit(kind, terms)) * std::nearbyintf(x[i] * inverse);
+    values[i] = static_cast<double>(largest / most) * std::nearbyintf(x[i] * inverse);
   return values;
 }
 
