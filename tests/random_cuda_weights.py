@@ -29,17 +29,19 @@ def random_cuda_weights(
     def table() -> Matrix:
         return random_cuda_matrix(ends, (config.vocab_size, hidden), std, generator)
 
+    def norms(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device=device).uniform_(0.75, 1.25, generator=generator)
+
     embedding = table()
-    norms = torch.ones(blocks, hidden, device=device)
     return CudaWeights(
         config,
         qkv=draw(queries + 2 * keys, hidden),
         output=draw(hidden, queries),
         gate_up=draw(2 * inner, hidden),
         down=draw(hidden, inner),
-        attention_norms=norms,
-        ffn_norms=norms.clone(),
-        final_norm=torch.ones(hidden, device=device),
+        attention_norms=norms(blocks, hidden),
+        ffn_norms=norms(blocks, hidden),
+        final_norm=norms(hidden),
         embedding=embedding,
         head=embedding if config.tie_word_embeddings else table(),
     )
