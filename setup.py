@@ -49,8 +49,9 @@ class CMakeBuild(build_ext):
             subprocess.run(["cmake", "--build", tree, "--parallel", jobs], check=True)
 
 
+kernels = (f"mobilellm_fast.{name}" for name in find_packages(include=["kernels*"]))
 setup(
-    packages=[*find_packages(include=["mobilellm_fast*"]), "mobilellm_fast.kernels"],
+    packages=[*find_packages(include=["mobilellm_fast*"]), *kernels],
     package_dir={"mobilellm_fast.kernels": "kernels"},
     ext_modules=[Extension("mobilellm_fast._C", [])],
     cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},

@@ -106,16 +106,16 @@ def stage_times(executor: CudaExecutor, context: int) -> dict[str, float]:
     if STEPS * (length + 1) * FIELDS > 65536:
         raise SystemExit("too many layers to watch")
     counter = torch.zeros(64 + room, dtype=torch.int32, device=executor.weights.device)
-    plain, executor._steps._counter = steps.decode_persistent, counter
+    plain, executor._steps._counter = steps.persistent, counter
     with tempfile.TemporaryDirectory() as folder:
-        steps.decode_persistent = marked(plain, Path(folder))
+        steps.persistent = marked(plain, Path(folder))
         try:
             cache = random_cuda_cache(executor, context, STEPS + 1)
             for _ in range(2):
                 cache.truncate(context)
                 executor.decode(cache, 5, STEPS)
         finally:
-            steps.decode_persistent = plain
+            steps.persistent = plain
     marks = counter[64:].view(-1, 65536)[:, : STEPS * (length + 1) * FIELDS]
     marks = marks.view(-1, STEPS, length + 1, FIELDS).cpu().double()[:, 2:] / 1e3
     layers, head = marks[:, :, :length], marks[:, :, length]
@@ -141,7 +141,7 @@ def marked(module, folder: Path):
         text = text.replace(line, f"{indent}_mark(counter, program, {index})\n{line}")
     text = text.replace("@triton.jit(do_not", MARK.format(watched=WATCHED), 1)
     name = f"{module.__name__}_marked"
-    path = folder / "decode_persistent_marked.py"
+    path = folder / "persistent_marked.py"
     path.write_text(text)
     spec = importlib.util.spec_from_file_location(name, path)
     made = importlib.util.module_from_spec(spec)

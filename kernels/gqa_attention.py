@@ -37,7 +37,7 @@ class Tile(NamedTuple):
         warps: of a program.
         stages: tiles in flight.
         descriptors: load keys and values through tensor descriptors (TMA on Hopper).
-        specialized: use the kernel of `gqa_attention_hopper`, where it can run.
+        specialized: use the kernel of `hopper/prefill_attention.py`, where it can run.
     """
 
     rows: int
@@ -387,11 +387,11 @@ def forward(
         descriptors = tile.descriptors and _describable(k) and _describable(v)
         fits = head_dim in (64, 128) and q.dtype != torch.float32
         if tile.specialized and fits and descriptors and backend_of(q.device) == "hopper":
-            from . import gqa_attention_hopper
+            from .hopper import prefill_attention
 
             sizes = tile.rows, tile.keys, tile.stages
             chunk = _chunk(k.shape, k.dtype)
-            gqa_attention_hopper.launch(q, k, v, scale * LOG2_E.value, out, lse, chunk, *sizes)
+            prefill_attention.launch(q, k, v, scale * LOG2_E.value, out, lse, chunk, *sizes)
             return out, lse
         if descriptors:
             grid = (batch * kv_heads * triton.cdiv(seq * group, tile.rows),)

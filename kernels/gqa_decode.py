@@ -4,7 +4,7 @@ A sequence's keys are cut into spans, each program attends one span for the quer
 key/value head (packed into the rows of a tile, so keys and values are read once), and the program
 that finishes last merges the spans, in order. How a sequence is cut depends on its length alone, so
 its result is the same bits in every run and in every batch. On Hopper clusters in CUDA C++ do the
-same, `cluster_attention.py`, with bits of their own.
+same, `hopper/cluster_attention.py`, with bits of their own.
 
 Lengths are read on the device and the grid covers the cache's capacity, so a captured CUDA graph
 serves every step. Reference: Dao et al., https://crfm.stanford.edu/2023/10/12/flashdecoding.html
@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import cluster_attention
 from .counters import counters_of
 from .early_launch import early_options, let_next_start, wait_for_previous
+from .hopper import cluster_attention
 
 LOG2_E = 1.4426950408889634
 

@@ -4,7 +4,7 @@ Logits never go to memory. Each program keeps, of its share of the vocabulary an
 best row by logit (or, to sample, by logit / temperature + Gumbel noise, which draws from the
 softmax) and what the softmax's sum needs. Of one token, the program that finishes last joins the
 shares; of more, a second kernel does. On Hopper one token with float weights is taken by CUDA C++,
-`streamed_head.py`.
+`hopper/streamed_head.py`.
 """
 
 import torch
@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import streamed_head
 from .counters import counters_of
 from .early_launch import early_options, let_next_start, wait_for_previous
+from .hopper import streamed_head
 from .tiles import depth, processors
 from .weight_rows import VectorShape, kind_of, times_matrix, times_vector, vector_shape
 

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import wgmma
 from .early_launch import early_options, let_next_start, wait_for_previous
+from .hopper import products
 from .launch import SIZES
 from .tiles import (
     BAND,
@@ -38,7 +38,9 @@ WITH_COPY_ENGINE = (LARGE, MEDIUM, SMALL, TINY, FEW)
 WITHOUT = (SMALL, TINY, FEW)
 # Of CUDA C++: a cluster's tiles, on two multiprocessors, whose speed is that of both. Measured from
 # 1024 rows on, 1.18 to 1.25 times MEDIUM's; few rows are not its trade.
-CLUSTER = Tiling(wgmma.CLUSTER_ROWS, wgmma.INT8_WIDTH, wgmma.STEP_NBYTES, 12, 4, 1, 2 * 1.2)
+CLUSTER = Tiling(
+    products.CLUSTER_ROWS, products.INT8_WIDTH, products.STEP_NBYTES, 12, 4, 1, 2 * 1.2
+)
 CLUSTER_ROWS_FROM = 512
 
 
@@ -80,7 +82,7 @@ def int8_gemm(
     if (
         for_clusters
         and _by_clusters(rows, outputs, x.device)
-        and wgmma.int8_gemm(inputs, x_scales, weight, weight_scales, result)
+        and products.int8_gemm(inputs, x_scales, weight, weight_scales, result)
     ):
         return out
     count = processors(x.device)
@@ -111,11 +113,11 @@ def int8_gemm(
 @functools.lru_cache(SIZES)
 def _by_clusters(rows: int, outputs: int, device: torch.device) -> bool:
     """Whether clusters should be faster than the best of Triton's tilings."""
-    if rows < CLUSTER_ROWS_FROM or not wgmma.runs_on(device):
+    if rows < CLUSTER_ROWS_FROM or not products.runs_on(device):
         return False
     count = processors(device)
     best = choose(WITH_COPY_ENGINE, rows, outputs, count)
-    clusters = count // wgmma.CLUSTER
+    clusters = count // products.CLUSTER
     return CLUSTER.cost(rows, outputs, clusters) < best.cost(rows, outputs, count)
 
 

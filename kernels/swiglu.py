@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import wgmma
+from .hopper import products
 from .launch import SIZES, Launch, Tiles
 from .tiles import (
     BAND,
@@ -41,7 +41,7 @@ WITHOUT = (PLAIN, SMALL, FEW)  # addresses need registers, too
 # Of CUDA C++: a cluster's tiles, on two multiprocessors, whose speed is that of both. It gained
 # 2% to 5% of a block of 36 million results, for which it is 1.07 times as fast as LARGE, and lost
 # 2% of one of 3 million.
-CLUSTER = Tiling(wgmma.CLUSTER_ROWS, wgmma.SWIGLU_WIDTH, 64, 12, 4, 1, 2 * 1.07)
+CLUSTER = Tiling(products.CLUSTER_ROWS, products.SWIGLU_WIDTH, 64, 12, 4, 1, 2 * 1.07)
 CLUSTER_RESULTS_FROM = 1 << 25
 
 
@@ -114,7 +114,7 @@ def _launch(x, gate_weight, up_weight, tiling, save: bool) -> tuple[Tensor, ...]
     for_clusters = store_tma and tiling is None and not save
     if for_clusters and _by_clusters(*sizes[:2], x.device):
         matrices = x.view(-1, cols), gate_weight, up_weight, outputs[0].view(-1, inner)
-        if wgmma.swiglu(*matrices):
+        if products.swiglu(*matrices):
             return outputs
     launch = _launch_of(sizes, tiling, save, tma, store_tma, x.dtype, x.device)
     launch(x, gate_weight, up_weight, *(outputs if save else outputs * 3))
@@ -124,11 +124,11 @@ def _launch(x, gate_weight, up_weight, tiling, save: bool) -> tuple[Tensor, ...]
 @functools.lru_cache(SIZES)
 def _by_clusters(rows: int, inner: int, device: torch.device) -> bool:
     """Whether clusters should be faster than the best of Triton's tilings."""
-    if rows * inner < CLUSTER_RESULTS_FROM or not wgmma.runs_on(device):
+    if rows * inner < CLUSTER_RESULTS_FROM or not products.runs_on(device):
         return False
     count = processors(device)
     best = choose(WITH_COPY_ENGINE, rows, inner, count)
-    clusters = count // wgmma.CLUSTER
+    clusters = count // products.CLUSTER
     return CLUSTER.cost(rows, inner, clusters) < best.cost(rows, inner, count)
 
 

@@ -94,7 +94,7 @@ def _attention(
 def _specialized(dtype="bf16", head_dim=64, group=3, **options):
     from triton.experimental.gluon import language as gl
 
-    from mobilellm_fast.kernels import gqa_attention_hopper
+    from mobilellm_fast.kernels.hopper import prefill_attention
 
     keys, stages = 128 if head_dim <= 64 else 64, 2
     strides = _strides("q", "out")
@@ -103,9 +103,9 @@ def _specialized(dtype="bf16", head_dim=64, group=3, **options):
     block = f"tensordesc<{dtype}[1, {keys}, 1, {head_dim}],{layout!r}>"
     return Build(
         f"gqa_attention-specialized-{dtype}-{head_dim}-{group}",
-        "gqa_attention_hopper:_forward",
+        "hopper.prefill_attention:_forward",
         _types(names, dtype, SIZES, k=block, v=block),
-        gqa_attention_hopper.constants(head_dim, group, 128, keys, stages),
+        prefill_attention.constants(head_dim, group, 128, keys, stages),
         registers=168,  # 12 warps: what two groups of 4 leave is taken from the others
         needs={"sm_90": ("HGMMA", "UTMALDG.4D", "USETMAXREG", "STG.E.128")},
         arches=("sm_90",),

@@ -45,7 +45,7 @@ def stage_builds(model: str, kind: str, wait: str = "none") -> list[Build]:
 
     def build(kernel: str, types: dict, constants: dict, warps: int = 4, needs=WIDE_LOAD) -> Build:
         name = f"decode_{kernel}-{model}-{kind}{'-early' * early}"
-        place = f"decode_step:{kernel}_kernel"
+        place = f"decode.step:{kernel}_kernel"
         return Build(
             *(name, place, types, constants, warps),
             needs=needs,
@@ -146,7 +146,7 @@ def persistent(model: str, kind: str) -> Build:
     floats = ("logprobs", "candidates", "logits", "cos", "sin")
     return Build(
         f"persistent-{model}-{kind}",
-        "decode_persistent:persistent_kernel",
+        "decode.persistent:persistent_kernel",
         {
             **dict.fromkeys(("steps", "length", "first_epoch"), "i32"),
             **dict.fromkeys(integers, INTEGERS),

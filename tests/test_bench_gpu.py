@@ -343,7 +343,7 @@ def test_a_tier_that_hung_in_a_process_of_its_own_is_not_run_here(tmp_path):
 
 def test_the_profile_finds_the_stages_of_the_persistent_kernel(tmp_path):
     profile_decode = importlib.import_module("profile_decode")
-    kernels = importlib.import_module("mobilellm_fast.kernels.decode_persistent")
+    kernels = importlib.import_module("mobilellm_fast.kernels.decode.persistent")
     copy = profile_decode.marked(kernels, tmp_path)
     assert Path(copy.__file__).read_text().count("_mark(") == len(profile_decode.ENDS) + 3
     assert copy.persistent_kernel.arg_names == kernels.persistent_kernel.arg_names

@@ -28,7 +28,7 @@ from mobilellm_fast.cuda import geometry, ring, steps
 from mobilellm_fast.cuda.engine import CudaEngine
 from mobilellm_fast.cuda.executor import CudaExecutor, best_tiers
 from mobilellm_fast.cuda.weights import CudaWeights, Matrix
-from mobilellm_fast.kernels import decode_attention, decode_step, grid_sync
+from mobilellm_fast.kernels.decode import attention, grid_sync, step
 
 TINY = MobileLLMConfig(
     vocab_size=62,
@@ -454,13 +454,13 @@ def _launch_attention(cache, new, length, partial, parts, block, dim):
     def numbers(value, dtype):
         return torch.tensor([value], dtype=dtype, device=DEVICE)
 
-    decode_step.attention_kernel[(parts, 1)](
+    step.attention_kernel[(parts, 1)](
         numbers(length - 1, torch.int32),
         numbers(cache.data_ptr(), torch.int64),
         numbers(length, torch.int32),
         0,
         new,
-        1 / decode_attention.LOG2_E.value,
+        1 / attention.LOG2_E.value,
         partial,
         torch.zeros(dim, device=DEVICE),
         KV=tl.float32,

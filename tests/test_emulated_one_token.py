@@ -11,7 +11,7 @@ import torch
 from emulated_cuda import compile_kernel
 
 from mobilellm_fast import reference
-from mobilellm_fast.kernels import cluster_attention, streamed_head
+from mobilellm_fast.kernels.hopper import cluster_attention, streamed_head
 
 INCLUDE = Path(__file__).parent / "cpp" / "one_token"
 SHARED_NBYTES = 227 << 10

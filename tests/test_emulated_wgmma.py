@@ -9,7 +9,7 @@ import torch
 from emulated_cuda import compile_kernel
 
 from mobilellm_fast import reference
-from mobilellm_fast.kernels import wgmma
+from mobilellm_fast.kernels.hopper import products
 
 INCLUDE = Path(__file__).parent / "cpp" / "wgmma"
 SHARED_NBYTES = 227 << 10
@@ -37,15 +37,15 @@ def emulated(monkeypatch):
 
         return SimpleNamespace(launch_clusters=launch_clusters)
 
-    monkeypatch.setattr(wgmma, "_driver", lambda: SimpleNamespace(cuTensorMapEncodeTiled=encode))
-    monkeypatch.setattr(wgmma, "loaded", loaded)
-    monkeypatch.setattr(wgmma, "_clusters", lambda device: said.clusters)
+    monkeypatch.setattr(products, "_driver", lambda: SimpleNamespace(cuTensorMapEncodeTiled=encode))
+    monkeypatch.setattr(products, "loaded", loaded)
+    monkeypatch.setattr(products, "_clusters", lambda device: said.clusters)
     stream = SimpleNamespace(cuda_stream=0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    for cached in (wgmma._arguments, wgmma.tensor_map):
+    for cached in (products._arguments, products.tensor_map):
         cached.cache_clear()
     yield said
-    for cached in (wgmma._arguments, wgmma.tensor_map):
+    for cached in (products._arguments, products.tensor_map):
         cached.cache_clear()
 
 
@@ -62,7 +62,7 @@ def test_int8_gemm(sizes, clusters, seed, emulated):
     )
     x_scales, weight_scales = (torch.rand(n, generator=generator) for n in (rows, outputs))
     out = torch.full((rows, outputs), torch.nan, dtype=BF16)
-    assert wgmma.int8_gemm(x, x_scales, weight, weight_scales, out)
+    assert products.int8_gemm(x, x_scales, weight, weight_scales, out)
     want = reference.int8_gemm(x, x_scales, weight, weight_scales, dtype=BF16)
     assert torch.equal(out, want)
 
@@ -78,6 +78,6 @@ def test_swiglu(sizes, clusters, seed, emulated):
         for n, spread in ((rows, 1), (inner, cols**-0.5), (inner, cols**-0.5))
     )
     out = torch.full((rows, inner), torch.nan, dtype=BF16)
-    assert wgmma.swiglu(x, gate, up, out)
+    assert products.swiglu(x, gate, up, out)
     want = reference.swiglu(*(t.double() for t in (x, gate, up)))
     assert ((out.double() - want).abs() <= 2**-8 * want.abs() + 1e-5).all()

@@ -13,26 +13,20 @@ from mobilellm_fast import ops, reference
 
 pytest.importorskip("triton")
 
-from mobilellm_fast.kernels import (
-    cluster_attention,
-    gqa_decode,
-    head_sample,
-    hopper,
-    streamed_head,
-    weight_rows,
-)
+from mobilellm_fast.kernels import gqa_decode, head_sample, weight_rows
+from mobilellm_fast.kernels.hopper import cluster_attention, loader, streamed_head
 
 pytestmark = [pytest.mark.gpu] if HAS_GPU else []
-RUNS = HAS_GPU and hopper.runs_on(torch.device(DEVICE, torch.cuda.current_device()))
+RUNS = HAS_GPU and loader.runs_on(torch.device(DEVICE, torch.cuda.current_device()))
 on_hopper = pytest.mark.skipif(not RUNS, reason="needs a Hopper GPU and NVRTC")
-HALVES = pytest.mark.parametrize("dtype", hopper.HALVES, ids=lambda dtype: str(dtype)[6:])
+HALVES = pytest.mark.parametrize("dtype", loader.HALVES, ids=lambda dtype: str(dtype)[6:])
 BF16 = torch.bfloat16
 LENGTHS = (1, 17, 64, 129, 1000, 2047, 4096, 0, 3333)
 
 
 @pytest.fixture(autouse=True)
 def asked_for(monkeypatch):
-    monkeypatch.setenv(hopper.ONE_TOKEN, "1")
+    monkeypatch.setenv(loader.ONE_TOKEN, "1")
 
 
 # ---- dispatch ----

@@ -13,11 +13,12 @@ from mobilellm_fast import ops, reference
 
 pytest.importorskip("triton")
 
-from mobilellm_fast.kernels import int8_gemm, swiglu, tiles, wgmma
+from mobilellm_fast.kernels import int8_gemm, swiglu, tiles
+from mobilellm_fast.kernels.hopper import products
 
-RUNS = HAS_GPU and wgmma.runs_on(torch.device(DEVICE, torch.cuda.current_device()))
+RUNS = HAS_GPU and products.runs_on(torch.device(DEVICE, torch.cuda.current_device()))
 on_hopper = pytest.mark.skipif(not RUNS, reason="needs a Hopper GPU and NVRTC")
-HALVES = pytest.mark.parametrize("dtype", wgmma.HALVES, ids=lambda dtype: str(dtype)[6:])
+HALVES = pytest.mark.parametrize("dtype", products.HALVES, ids=lambda dtype: str(dtype)[6:])
 # rows, outputs, cols: less than a tile, a bit more than tiles, no multiple of anything but 16
 ODD = [(1, 16, 16), (80, 464, 1600), (208, 208, 304), (257, 200, 144), (1300, 1000, 1168)]
 MANY = [(1024, 3072, 1152), (2048, 4352, 1600)]  # of which int8_gemm takes clusters
@@ -45,11 +46,11 @@ def taken(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **options: calls.append("triton")
 
-    monkeypatch.setattr(wgmma, "runs_on", lambda device: True)
+    monkeypatch.setattr(products, "runs_on", lambda device: True)
     monkeypatch.setattr(tiles, "_has_copy_engine", lambda device: True)
     for module, name in ((int8_gemm, "int8_gemm"), (swiglu, "swiglu")):
         monkeypatch.setattr(module, "processors", lambda device: 132)
-        monkeypatch.setattr(wgmma, name, note("clusters", True))
+        monkeypatch.setattr(products, name, note("clusters", True))
         module._by_clusters.cache_clear()
     monkeypatch.setattr(int8_gemm, "_int8_gemm", NotingKernel())
     monkeypatch.setattr(swiglu, "_launch_of", lambda *args: note("triton", None))
@@ -87,7 +88,7 @@ def test_who_takes_int8_gemm(sizes, options, who, taken):
 
 
 def test_what_clusters_refuse_is_left_to_triton(taken, monkeypatch):
-    monkeypatch.setattr(wgmma, "int8_gemm", lambda *args: False)
+    monkeypatch.setattr(products, "int8_gemm", lambda *args: False)
     multiply(*MANY[0])
     assert taken == ["triton"]
 
@@ -115,14 +116,14 @@ def test_who_takes_swiglu(sizes, options, who, taken):
 
 
 def test_without_a_hopper_gpu_triton_takes_everything(taken, monkeypatch):
-    monkeypatch.setattr(wgmma, "runs_on", lambda device: False)
+    monkeypatch.setattr(products, "runs_on", lambda device: False)
     multiply(*MANY[0])
     gate(8192, 4352, 64)
     assert taken == ["triton", "triton"]
 
 
 def test_a_cpu_does_not_run_them():
-    assert not wgmma.runs_on(torch.device("cpu"))
+    assert not products.runs_on(torch.device("cpu"))
 
 
 # ---- results ----
@@ -155,7 +156,7 @@ def test_int8_gemm_has_the_bits_of_tritons(sizes, dtype, poisoned):
     args = int8_args(*sizes)
     want = int8_gemm.int8_gemm(*args, dtype=dtype, tiling=int8_gemm.SMALL)
     for _ in range(3):
-        got = by_clusters(wgmma.int8_gemm, args, sizes[1], dtype)
+        got = by_clusters(products.int8_gemm, args, sizes[1], dtype)
         assert torch.equal(got, want)
     if sizes in ODD:
         reference_args = [t.cpu() for t in args]
@@ -168,11 +169,11 @@ def test_int8_gemm_has_the_bits_of_tritons(sizes, dtype, poisoned):
 @pytest.mark.parametrize("sizes", [*ODD, (2048, 1536, 576)], ids=str)
 def test_swiglu_is_the_reference(sizes, dtype, poisoned):
     args = swiglu_args(dtype, *sizes)
-    got = by_clusters(wgmma.swiglu, args, sizes[1], dtype)
+    got = by_clusters(products.swiglu, args, sizes[1], dtype)
     exact = [t.double().cpu() for t in args]
     assert_within(got, reference.swiglu(*exact), gpu_bounds.swiglu(*exact), dtype)
     for _ in range(3):
-        assert torch.equal(by_clusters(wgmma.swiglu, args, sizes[1], dtype), got)
+        assert torch.equal(by_clusters(products.swiglu, args, sizes[1], dtype), got)
 
 
 @pytest.mark.gpu
@@ -181,7 +182,7 @@ def test_swiglu_is_the_reference(sizes, dtype, poisoned):
 def test_swiglu_is_near_tritons(dtype, poisoned):
     args = swiglu_args(dtype, *LONG)
     got, want = swiglu.swiglu(*args), swiglu.swiglu(*args, tiling=swiglu.LARGE)
-    assert torch.equal(got, by_clusters(wgmma.swiglu, args, LONG[1], dtype)), "not by clusters"
+    assert torch.equal(got, by_clusters(products.swiglu, args, LONG[1], dtype)), "not by clusters"
     assert (got.float() - want.float()).norm() <= 2**-8 * want.float().norm()
 
 
@@ -191,7 +192,7 @@ def test_large_gates_do_not_overflow():
     x = torch.full((128, 16), 100.0, dtype=BF16, device=DEVICE)
     x[1::2] *= -1
     weights = torch.full((2, 128, 16), 1e17, dtype=BF16, device=DEVICE)
-    got = by_clusters(wgmma.swiglu, (x, *weights), 128, BF16)
+    got = by_clusters(products.swiglu, (x, *weights), 128, BF16)
     assert got[::2].isinf().all() and (got[1::2] == 0).all()
 
 
@@ -244,9 +245,9 @@ def test_a_thread_that_has_not_used_the_gpu():
     """torch has made no context its own, as nothing is allocated there."""
     args = int8_args(208, 208, 304)
     outs = [torch.full((208, 208), torch.nan, dtype=BF16, device=DEVICE) for _ in range(2)]
-    assert wgmma.int8_gemm(*args, outs[0])
+    assert products.int8_gemm(*args, outs[0])
     taken = []
-    thread = threading.Thread(target=lambda: taken.append(wgmma.int8_gemm(*args, outs[1])))
+    thread = threading.Thread(target=lambda: taken.append(products.int8_gemm(*args, outs[1])))
     thread.start()
     thread.join()
     assert taken == [True] and torch.equal(*outs)

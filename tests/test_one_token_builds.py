@@ -19,8 +19,9 @@ from cuda.bindings import driver
 from machine_code import REGISTERS, MachineCode
 
 from mobilellm_fast.errors import MobileLLMError
-from mobilellm_fast.kernels import cluster_attention, cuda_source, hopper, streamed_head
+from mobilellm_fast.kernels import cuda_source
 from mobilellm_fast.kernels.cuda_source import Kernel
+from mobilellm_fast.kernels.hopper import cluster_attention, loader, streamed_head
 
 SHARED_NBYTES = 228 << 10  # of a multiprocessor
 OWN_SHARED_NBYTES = 1 << 10  # that each program takes besides
@@ -284,24 +285,24 @@ def test_heads_that_are_left_to_triton(launcher):
 
 
 def test_a_cpu_runs_neither(monkeypatch):
-    assert not hopper.runs_on(torch.device("cpu"))
-    monkeypatch.setenv(hopper.ONE_TOKEN, "1")
-    assert not hopper.one_token_on(torch.device("cpu"))
+    assert not loader.runs_on(torch.device("cpu"))
+    monkeypatch.setenv(loader.ONE_TOKEN, "1")
+    assert not loader.one_token_on(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("asked, taken", [(None, False), ("0", False), ("1", True)])
 def test_they_are_taken_where_the_environment_asks(monkeypatch, asked, taken):
-    monkeypatch.setattr(hopper, "runs_on", lambda device: True)
-    monkeypatch.delenv(hopper.ONE_TOKEN, raising=False)
+    monkeypatch.setattr(loader, "runs_on", lambda device: True)
+    monkeypatch.delenv(loader.ONE_TOKEN, raising=False)
     if asked is not None:
-        monkeypatch.setenv(hopper.ONE_TOKEN, asked)
-    assert hopper.one_token_on(torch.device("cuda")) is taken
+        monkeypatch.setenv(loader.ONE_TOKEN, asked)
+    assert loader.one_token_on(torch.device("cuda")) is taken
 
 
 def test_nothing_is_loaded_while_a_graph_is_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(hopper, "kernel", None)
-    assert hopper.loaded(cluster_attention.SOURCE, (), 99) is None
+    monkeypatch.setattr(loader, "kernel", None)
+    assert loader.loaded(cluster_attention.SOURCE, (), 99) is None
     tensors = [torch.empty(1, 1, 1, 64, dtype=BF16)] * 2
     q, lengths = tensors[0][0], torch.ones(1, dtype=torch.int32)
     monkeypatch.setattr(cluster_attention, "multiprocessors", lambda device: 132)
@@ -315,10 +316,10 @@ def test_each_gpu_loads_what_is_compiled_for_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, device))
     monkeypatch.setattr(cuda_source, "compile_source", lambda source, constants, arch: arch)
     monkeypatch.setattr(cuda_source, "Kernel", lambda code, name: SimpleNamespace(code=code))
-    monkeypatch.setattr(hopper, "_loaded", {})
+    monkeypatch.setattr(loader, "_loaded", {})
     cuda_source.kernel.cache_clear()
     try:
-        found = [hopper.loaded(Path("a.cu"), (), *key) for key in ((0,), (1,), (0, "a"), (0,))]
+        found = [loader.loaded(Path("a.cu"), (), *key) for key in ((0,), (1,), (0, "a"), (0,))]
     finally:
         cuda_source.kernel.cache_clear()
     assert [kernel.code for kernel in found] == ["sm_90", "sm_91", "sm_90a", "sm_90"]
@@ -334,9 +335,9 @@ def test_a_kernel_that_cannot_be_loaded_now_may_be_later(monkeypatch, status):
         return "kernel"
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(hopper, "kernel", load)
-    monkeypatch.setattr(hopper, "_loaded", {})
-    found = [hopper.loaded(cluster_attention.SOURCE, (), 99) for _ in range(3)]
+    monkeypatch.setattr(loader, "kernel", load)
+    monkeypatch.setattr(loader, "_loaded", {})
+    found = [loader.loaded(cluster_attention.SOURCE, (), 99) for _ in range(3)]
     assert found == [None, "kernel", "kernel"]
 
 
@@ -345,10 +346,10 @@ def test_a_kernel_that_cannot_be_loaded_is_told_of_once(monkeypatch):
         raise MobileLLMError("[cuda] driver failed: CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(hopper, "kernel", refuse)
-    monkeypatch.setattr(hopper, "_loaded", {})
+    monkeypatch.setattr(loader, "kernel", refuse)
+    monkeypatch.setattr(loader, "_loaded", {})
     with pytest.warns(UserWarning, match="Triton's kernel is taken: .*UNSUPPORTED_PTX"):
-        assert hopper.loaded(cluster_attention.SOURCE, (), 99) is None
+        assert loader.loaded(cluster_attention.SOURCE, (), 99) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert hopper.loaded(cluster_attention.SOURCE, (), 99) is None
+        assert loader.loaded(cluster_attention.SOURCE, (), 99) is None

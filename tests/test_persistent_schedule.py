@@ -4,7 +4,7 @@ A program polls vectors of words, each with the epoch of the stage that wrote it
 back. Two things could go wrong in some order of events: a word is written again before somebody
 has seen it, who then polls for ever; or what was stored without an epoch, keys and values, is read
 before it is safe. The simulation moves one program at a time, chosen by an adversary, and checks
-both. It follows the order of calls in `kernels/decode_persistent.py`.
+both. It follows the order of calls in `kernels/decode/persistent.py`.
 """
 
 import random

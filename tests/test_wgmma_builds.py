@@ -17,8 +17,9 @@ from cuda.bindings import driver
 from machine_code import MachineCode
 
 from mobilellm_fast.errors import MobileLLMError
-from mobilellm_fast.kernels import cuda_source, wgmma
+from mobilellm_fast.kernels import cuda_source
 from mobilellm_fast.kernels.cuda_source import Kernel, compile_source
+from mobilellm_fast.kernels.hopper import products
 
 SHARED_LIMIT = 227 << 10  # of a multiprocessor, which has one program
 
@@ -34,13 +35,13 @@ SHARED_LIMIT = 227 << 10  # of a multiprocessor, which has one program
 )
 def test_nothing_spills_and_products_stay_under_way(int8, dtype, product, monkeypatch, tmp_path):
     monkeypatch.setenv("MOBILELLM_FAST_CACHE", str(tmp_path))
-    made = MachineCode(wgmma.SOURCE, wgmma.constants(int8, dtype), "sm_90a", tmp_path)
-    made.check_registers(wgmma.THREADS)
+    made = MachineCode(products.SOURCE, products.constants(int8, dtype), "sm_90a", tmp_path)
+    made.check_registers(products.THREADS)
     assert 128 << 10 < made.shared_nbytes <= SHARED_LIMIT
     # the launch copies as many bytes of arguments as the kernel takes
-    assert made.arguments_nbytes == [ctypes.sizeof(wgmma.Arguments)]
+    assert made.arguments_nbytes == [ctypes.sizeof(products.Arguments)]
     lines, names = made.instructions, made.names
-    assert [n for n in names if "GMMA" in n] == [product] * (wgmma.STEP_NBYTES // 32)
+    assert [n for n in names if "GMMA" in n] == [product] * (products.STEP_NBYTES // 32)
     # of a loop over inputs, and behind it: else products would wait for each other
     waits = [rest for name, rest in lines if name == "WARPGROUP.DEPBAR.LE"]
     assert [re.search(r"gsb0, (\w+)", rest)[1] for rest in waits] == ["0x1", "0x0"]
@@ -49,7 +50,7 @@ def test_nothing_spills_and_products_stay_under_way(int8, dtype, product, monkey
     # groups that want more registers than there are would wait for them forever
     asked = [re.search(r"(0x\w+|\d+) ;", rest)[1] for name, rest in lines if "SETMAXREG" in name]
     few, many = sorted(int(number, 0) for number in asked)
-    groups = wgmma.THREADS // 128
+    groups = products.THREADS // 128
     assert few + (groups - 1) * many <= made.used["REG"] * groups
     early = names[: names.index("ACQBULK")]
     assert not [n for n in early if n.split(".")[0] in ("LDG", "STG", "UTMALDG", "UTMASTG")]
@@ -60,7 +61,7 @@ def test_nothing_spills_and_products_stay_under_way(int8, dtype, product, monkey
 def test_older_gpus_are_refused_by_the_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("MOBILELLM_FAST_CACHE", str(tmp_path))
     with pytest.raises(MobileLLMError, match="product.cu does not compile"):
-        compile_source(wgmma.SOURCE, wgmma.constants(True, torch.float16), "sm_90")
+        compile_source(products.SOURCE, products.constants(True, torch.float16), "sm_90")
 
 
 class Driver:
@@ -71,7 +72,7 @@ class Driver:
 
     def cuLaunchKernelEx(self, config, function, addresses, extra):
         place = ctypes.cast(addresses, ctypes.POINTER(ctypes.c_void_p))[0]
-        self.launches.append((config, ctypes.cast(place, ctypes.POINTER(wgmma.Arguments))[0]))
+        self.launches.append((config, ctypes.cast(place, ctypes.POINTER(products.Arguments))[0]))
         return (0,)
 
 
@@ -90,15 +91,15 @@ def launches(monkeypatch):
         ctypes.memset(place.value, len(maps), 128)
         return 0
 
-    monkeypatch.setattr(wgmma, "_driver", lambda: SimpleNamespace(cuTensorMapEncodeTiled=encode))
-    monkeypatch.setattr(wgmma, "loaded", lambda *key: product)
-    monkeypatch.setattr(wgmma, "_clusters", lambda device: 66)
+    monkeypatch.setattr(products, "_driver", lambda: SimpleNamespace(cuTensorMapEncodeTiled=encode))
+    monkeypatch.setattr(products, "loaded", lambda *key: product)
+    monkeypatch.setattr(products, "_clusters", lambda device: 66)
     stream = SimpleNamespace(cuda_stream=77)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    for cached in (wgmma._arguments, wgmma.tensor_map):
+    for cached in (products._arguments, products.tensor_map):
         cached.cache_clear()
     yield noting.launches, maps
-    for cached in (wgmma._arguments, wgmma.tensor_map):
+    for cached in (products._arguments, products.tensor_map):
         cached.cache_clear()
 
 
@@ -120,7 +121,7 @@ def test_int8_gemm_is_launched_with_its_matrices(launches):
         torch.empty(1000, 3080).half(),
     )
     for _ in range(2):
-        assert wgmma.int8_gemm(x, x_scales, weight, weight_scales, out)
+        assert products.int8_gemm(x, x_scales, weight, weight_scales, out)
     (config, arguments), (again, _) = noted
     assert again is config, "made anew"
     assert (config.gridDimX, config.gridDimY, config.gridDimZ) == (2 * 4 * 17 - 4, 1, 1)
@@ -142,7 +143,7 @@ def test_swiglu_is_launched_with_its_matrices(launches):
     noted, maps = launches
     x, gate, up = (torch.ones(n, 72, dtype=torch.bfloat16) for n in (300, 136, 136))
     out = torch.empty(300, 136, dtype=torch.bfloat16)
-    assert wgmma.swiglu(x, gate, up, out)
+    assert products.swiglu(x, gate, up, out)
     ((config, arguments),) = noted
     assert config.gridDimX == 2 * 2 * 2 and not attributes(config)
     assert sorted(m[1] for m in maps) == sorted(t.data_ptr() for t in (x, gate, up, out))
@@ -152,31 +153,31 @@ def test_swiglu_is_launched_with_its_matrices(launches):
 
 def test_what_the_kernel_does_not_take(launches):
     x, weight, scales = torch.ones(4, 16).char(), torch.ones(8, 16).char(), torch.ones(9)
-    assert not wgmma.int8_gemm(x, scales[:4], weight, scales[:8], torch.empty(4, 8))
-    assert not wgmma.int8_gemm(x, scales[:4], weight, scales[1:], torch.empty(4, 8).half())
-    assert not wgmma.swiglu(torch.ones(4, 16), *[torch.ones(8, 16)] * 2, torch.empty(4, 8))
+    assert not products.int8_gemm(x, scales[:4], weight, scales[:8], torch.empty(4, 8))
+    assert not products.int8_gemm(x, scales[:4], weight, scales[1:], torch.empty(4, 8).half())
+    assert not products.swiglu(torch.ones(4, 16), *[torch.ones(8, 16)] * 2, torch.empty(4, 8))
     assert not launches[0]
 
 
 def test_a_driver_that_refuses_is_heard(launches, monkeypatch):
     refusing = SimpleNamespace(cuTensorMapEncodeTiled=lambda *_: 1)
-    monkeypatch.setattr(wgmma, "_driver", lambda: refusing)
+    monkeypatch.setattr(products, "_driver", lambda: refusing)
     with pytest.raises(MobileLLMError, match="cuTensorMapEncodeTiled failed: 1"):
-        wgmma.tensor_map(16, (4, 16), (4, 16), torch.int8)
+        products.tensor_map(16, (4, 16), (4, 16), torch.int8)
 
 
 def test_matrices_are_described_in_a_thread_without_a_context(launches, monkeypatch):
     current = []
     status = driver.CUresult.CUDA_ERROR_INVALID_CONTEXT
     asking = SimpleNamespace(cuTensorMapEncodeTiled=lambda *_: 0 if current else int(status))
-    monkeypatch.setattr(wgmma, "_driver", lambda: asking)
+    monkeypatch.setattr(products, "_driver", lambda: asking)
     monkeypatch.setattr(cuda_source, "use_context", lambda: current.append("one"))
-    assert len(wgmma.tensor_map(16, (4, 16), (4, 16), torch.int8)) == 128
+    assert len(products.tensor_map(16, (4, 16), (4, 16), torch.int8)) == 128
 
 
 def test_what_cannot_be_loaded_is_left_to_triton(launches, monkeypatch):
     """As while a graph is captured, see `hopper.loaded`."""
-    monkeypatch.setattr(wgmma, "loaded", lambda *key: None)
+    monkeypatch.setattr(products, "loaded", lambda *key: None)
     x, weight = (torch.zeros(rows, 64, dtype=torch.int8) for rows in (512, 192))
     scales = torch.ones(512), torch.ones(192)
-    assert not wgmma.int8_gemm(x, scales[0], weight, scales[1], torch.zeros(512, 192).bfloat16())
+    assert not products.int8_gemm(x, scales[0], weight, scales[1], torch.zeros(512, 192).bfloat16())

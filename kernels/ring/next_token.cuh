@@ -1,4 +1,4 @@
-// From logits to the next token; the same draws as `kernels/next_token.py`.
+// From logits to the next token; the same draws as `kernels/decode/next_token.py`.
 #pragma once
 #include "attention_by_tiles.cuh"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import decode_step
+from ..kernels.decode import step
 from .cache import CudaCache
 from .geometry import Geometry, softmax_scale
 from .layers import hidden_states, logits
@@ -84,7 +84,7 @@ class BatchStep:
         size = len(self._ids)
         heads = sizes["HEADS"] + 2 * sizes["KV_HEADS"]
         place = (self._addresses, self._capacities, slot)
-        decode_step.rotate_kernel[(size, heads)](
+        step.rotate_kernel[(size, heads)](
             self._positions,
             *self._rotary,
             *place,
@@ -95,7 +95,7 @@ class BatchStep:
             HEAD_DIM=sizes["HEAD_DIM"],
             BLOCK=sizes["DIM"],
         )
-        decode_step.attention_kernel[(sizes["HEADS"] * sizes["SPLITS"], size)](
+        step.attention_kernel[(sizes["HEADS"] * sizes["SPLITS"], size)](
             self._positions,
             *place,
             qkv,
@@ -108,7 +108,7 @@ class BatchStep:
             num_warps=ATTENTION_WARPS,
             **sizes,
         )
-        decode_step.merge_kernel[(-(-self._attended.shape[1] // MERGE_SIZE), size)](
+        step.merge_kernel[(-(-self._attended.shape[1] // MERGE_SIZE), size)](
             self._positions,
             self._partial,
             self._attended,

@@ -247,7 +247,7 @@ def best_tiers(device: torch.device, config: MobileLLMConfig) -> list[str]:
     """Say how this GPU can decode, the fastest first; the last takes every model."""
     if device.type != "cuda" or torch.version.hip:
         return ["graph"]
-    from ..kernels import grid_sync
+    from ..kernels.decode import grid_sync
     from .geometry import vector_size
 
     generation, _ = torch.cuda.get_device_capability(device)

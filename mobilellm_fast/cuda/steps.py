@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MobileLLMError
-from ..kernels import decode_persistent, decode_step, grid_sync
+from ..kernels.decode import grid_sync, persistent, step
 from .cache import FORMATS, CudaCache
 from .geometry import Geometry, power_of_two, scales_of, softmax_scale, vector_size
 from .recording import recorded
@@ -113,7 +113,7 @@ class StagedSteps(Steps):
         self._temperature.fill_(temperature)
         self._seed.fill_(seed)
         embedding = self.weights.embedding
-        decode_step.embed_kernel[(1,)](
+        step.embed_kernel[(1,)](
             self._token,
             embedding.codes,
             scales_of(embedding),
@@ -153,7 +153,7 @@ class StagedSteps(Steps):
         gate_up, down = weights.gate_up[block], weights.down[block]
         cache_place = (self._address, self._capacity, slot)
         programs = _programs(qkv.rows // 2)
-        decode_step.query_kernel[(programs,)](
+        step.query_kernel[(programs,)](
             qkv.codes,
             scales_of(qkv),
             self._x,
@@ -177,7 +177,7 @@ class StagedSteps(Steps):
             WAIT=self._wait,
             **self._launch,
         )
-        decode_step.attention_kernel[(attention["HEADS"] * attention["SPLITS"], 1)](
+        step.attention_kernel[(attention["HEADS"] * attention["SPLITS"], 1)](
             self._position,
             *cache_place,
             self._qkv,
@@ -190,7 +190,7 @@ class StagedSteps(Steps):
             **attention,
             **(self._launch | {"num_warps": ATTENTION_WARPS}),
         )
-        decode_step.output_kernel[(self._output_programs,)](
+        step.output_kernel[(self._output_programs,)](
             output.codes,
             scales_of(output),
             self._partial,
@@ -215,7 +215,7 @@ class StagedSteps(Steps):
         gate_up, down = weights.gate_up[block], weights.down[block]
         inner = weights.config.intermediate_size
         programs = _programs(inner)
-        decode_step.gate_up_kernel[(programs,)](
+        step.gate_up_kernel[(programs,)](
             gate_up.codes,
             scales_of(gate_up),
             self._middle,
@@ -232,7 +232,7 @@ class StagedSteps(Steps):
             WAIT=self._wait,
             **self._launch,
         )
-        decode_step.project_kernel[(self._output_programs,)](
+        step.project_kernel[(self._output_programs,)](
             down.codes,
             scales_of(down),
             self._inner,
@@ -251,7 +251,7 @@ class StagedSteps(Steps):
         """The head, and the choice of the next token from what it gives."""
         weights = self.weights
         head, embedding = weights.head, weights.embedding
-        decode_step.candidate_kernel[(self._head_programs,)](
+        step.candidate_kernel[(self._head_programs,)](
             head.codes,
             scales_of(head),
             self._x,
@@ -270,7 +270,7 @@ class StagedSteps(Steps):
             WAIT=self._wait,
             **self._launch,
         )
-        decode_step.finish_kernel[(1,)](
+        step.finish_kernel[(1,)](
             self._candidates,
             self._position,
             self._step,
@@ -351,7 +351,7 @@ class PersistentSteps(Steps):
             for name in ("qkv", "output", "gate_up", "down", "embedding", "head")
         ]
         operands = [t for matrix in matrices for t in (matrix.codes, scales_of(matrix))]
-        decode_persistent.persistent_kernel[(self.programs,)](
+        persistent.persistent_kernel[(self.programs,)](
             count,
             self._state,
             self.schedule,

@@ -1,4 +1,4 @@
-// What kernels/one_token/ uses of a GPU, on a CPU: ../cuda/scheduler.h runs the threads. CLUSTER
+// What kernels/hopper/one_token/ uses of a GPU, on a CPU: ../cuda/scheduler.h runs the threads. CLUSTER
 // programs that follow each other are a cluster, and KV_HEADS clusters a sequence.
 //
 // What goes on by itself there is as late here as it may be: copies come when they are waited for,

@@ -1,4 +1,4 @@
-// What kernels/wgmma/ uses of a GPU, on a CPU: ../cuda/scheduler.h runs the threads; two programs
+// What kernels/hopper/wgmma/ uses of a GPU, on a CPU: ../cuda/scheduler.h runs the threads; two programs
 // that follow each other are a cluster.
 //
 // What goes on by itself there is as late here as it may be: copies come while somebody waits for

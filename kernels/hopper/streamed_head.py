@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .counters import counters_of
-from .hopper import HALVES, loaded, multiprocessors, one_token_on
+from ..counters import counters_of
+from .loader import HALVES, loaded, multiprocessors, one_token_on
 
 SOURCE = Path(__file__).parent / "one_token" / "head_sample.cu"
 THREADS = 512

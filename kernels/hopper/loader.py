@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from ..errors import MobileLLMError
-from .cuda_source import Kernel, NotNow, kernel
+from ...errors import MobileLLMError
+from ..cuda_source import Kernel, NotNow, kernel
 
 HALVES = (torch.bfloat16, torch.float16)
-ONE_TOKEN = "MOBILELLM_FAST_ONE_TOKEN"  # 1 takes the kernels of kernels/one_token
+ONE_TOKEN = "MOBILELLM_FAST_ONE_TOKEN"  # 1 takes the kernels of one_token/
 
 _loaded: dict[tuple, Kernel | None] = {}
 
@@ -35,7 +35,7 @@ def runs_on(device: torch.device) -> bool:
 
 
 def one_token_on(device: torch.device) -> bool:
-    """Whether the kernels of kernels/one_token are taken: `runs_on`, and the environment asks.
+    """Whether the kernels of one_token/ are taken: `runs_on`, and the environment asks.
 
     As they are, they ran as drafts and on a CPU alone (docs/gpu.md); tests on a GPU ask for them.
     """

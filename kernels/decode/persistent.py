@@ -13,11 +13,11 @@ speed. The grid must be on the GPU all at once, hence the cooperative launch.
 import triton
 import triton.language as tl
 
-from .decode_attention import attend, split_plan
-from .decode_stages import embed, gate_up, output, project, query
+from .attention import attend, split_plan
 from .gemv import row_stride
 from .grid_sync import COPY_STRIDE, arrive, copies, recomputed, wait_for_all
 from .next_token import candidate, choose
+from .stages import embed, gate_up, output, project, query
 
 
 @triton.constexpr_function

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import MobileLLMError
-from .cuda_source import with_context
-from .hopper import HALVES, loaded, multiprocessors, runs_on
+from ...errors import MobileLLMError
+from ..cuda_source import with_context
+from .loader import HALVES, loaded, multiprocessors, runs_on
 
 SOURCE = Path(__file__).parent / "wgmma" / "product.cu"
 __all__ = ["HALVES", "int8_gemm", "runs_on", "swiglu"]

@@ -8,7 +8,7 @@
     project    down projection, + middle                    -> x
 
 Each stage first requests its weights, then waits for its inputs, so the weights travel while the
-stage before it ends. `decode_step.py` launches one kernel per stage; `decode_persistent.py` runs
+stage before it ends. `step.py` launches one kernel per stage; `persistent.py` runs
 all of them in one kernel. How they wait is `grid_sync.py`'s matter; nothing here is a barrier, so
 that Triton's interpreter runs it all.
 
@@ -19,7 +19,7 @@ the stage before wrote `epoch - 1`.
 import triton
 import triton.language as tl
 
-from .decode_attention import receive_attended, split_plan
+from .attention import receive_attended, split_plan
 from .gemv import (
     deal,
     load_norm,

@@ -1,6 +1,6 @@
 """One kernel per stage of a decode step; `WAIT="pdl"` lets each start while the one before ends.
 
-`decode_stages.py` has the maths. A step is a fixed sequence of launches on fixed buffers, so it can
+`stages.py` has the maths. A step is a fixed sequence of launches on fixed buffers, so it can
 be recorded as a CUDA graph and replayed: token, position and place of the KV cache are read from
 device memory, and `finish_kernel` writes those of the next step.
 
@@ -11,10 +11,10 @@ busy while attention and launches are not.
 import triton
 import triton.language as tl
 
-from .decode_attention import attend, merge, split_plan
-from .decode_stages import embed, gate_up, output, project, query, store_in_cache
+from .attention import attend, merge, split_plan
 from .grid_sync import allow_next, prefetch_part, wait_for_launch
 from .next_token import candidate, choose
+from .stages import embed, gate_up, output, project, query, store_in_cache
 
 
 @triton.jit

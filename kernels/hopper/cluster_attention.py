@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .hopper import HALVES, loaded, multiprocessors, one_token_on
+from .loader import HALVES, loaded, multiprocessors, one_token_on
 
 SOURCE = Path(__file__).parent / "one_token" / "gqa_decode.cu"
 HEAD_DIM, LARGEST_GROUP = 64, 8
