@@ -8,7 +8,8 @@
 #   BUILD_SECONDS=120  TESTS_SECONDS=120  BENCH_SECONDS=240  SANITIZE_SECONDS=0  SWEEP_SECONDS=0
 #   TRAIN_SECONDS=0: bench/training_step.py, which takes about 90
 # Without a build, the extension of the tree is used, which must be of the same Python.
-# SWEEPS="ops attention ring" says which tilings and forms are timed, each with SWEEP_SECONDS.
+# SWEEPS="ops attention ring" says which tilings and forms are timed, each with SWEEP_SECONDS;
+# SWEEP_ARGS go to it.
 # TESTS_ARGS, BENCH_ARGS and SANITIZE_ARGS go to pytest: BENCH_ARGS="-k 'not peer' --ungated". With a
 # -k, the compiled peers are prepared only if WARM=1 says so.
 # DRY=1 runs the benchmark on tiny models, to try this script out without a GPU.
@@ -22,7 +23,7 @@ site=$(mktemp -d)
 export PYTHONPATH=$site PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PATH=$("$python" -c 'import os, sys; print(os.path.dirname(sys.executable))'):$PATH
 [ -f .gpu/commit ] && MLF_COMMIT=$(cat .gpu/commit) && export MLF_COMMIT
-eval "tests_args=(${TESTS_ARGS:-}) bench_args=(${BENCH_ARGS:-}) sanitize_args=(${SANITIZE_ARGS:--k persistent})"
+eval "tests_args=(${TESTS_ARGS:-}) bench_args=(${BENCH_ARGS:-}) sanitize_args=(${SANITIZE_ARGS:--k persistent}) sweep_args=(${SWEEP_ARGS:-})"
 limited() { timeout --signal=INT --kill-after=10 "$@"; }
 say() { printf '\n== %ds: %s\n' "$SECONDS" "$*" | tee -a "$out/summary.txt"; }
 
@@ -89,7 +90,7 @@ fi
 if [ "${SWEEP_SECONDS:-0}" != 0 ]; then
   for sweep in ${SWEEPS:-ops attention}; do
     say "sweep of $sweep"
-    limited "$SWEEP_SECONDS" "$python" "bench/sweep_$sweep.py" --json "$out/sweep_$sweep.json" \
+    limited "$SWEEP_SECONDS" "$python" "bench/sweep_$sweep.py" --json "$out/sweep_$sweep.json" "${sweep_args[@]}" \
       >"$out/sweep_$sweep.log" 2>&1
     say "sweep of $sweep ended with status $?"
     grep -E "chosen|cuBLAS|compiled|^[a-z]| us \(|tokens:" "$out/sweep_$sweep.log" | cut -c1-120

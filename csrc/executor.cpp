@@ -42,7 +42,7 @@ Plan plan_of(const Model& model, int64_t cache_nbytes, bool fetch_ahead) {
 
 // Are the inputs of some matrices rounded more finely in wide groups? Weights of 4 bits take it:
 // without, predictions of some tokens change visibly. Weights of 8 bits do without (measured, see
-// docs/performance.md) and save a sixth of a prompt's time.
+// docs/performance-decisions.md) and save a sixth of a prompt's time.
 bool wide_before(std::initializer_list<const Weight*> matrices) {
   return std::any_of(matrices.begin(), matrices.end(),
                      [](const Weight* matrix) { return is_int4(matrix->kind); });
@@ -141,7 +141,7 @@ void Executor::sync(const Part& part) {
 
 // Have waits from here on fetch the thread's share of some matrices, which are read next.
 // Of four streams, although decode reads two to six: what is fetched lies in the share anyway,
-// and fetching the very streams was no faster (docs/performance.md).
+// and fetching the very streams was no faster (docs/performance-decisions.md).
 void Executor::expect(const Part& part, std::initializer_list<const Weight*> matrices, int unit) {
   IdleFetch& idle = scratch_[part.thread].idle;
   constexpr int64_t kStreams = 4;

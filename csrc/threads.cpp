@@ -19,7 +19,7 @@ inline void pause() {
 // them as much as the barrier does. They take 3 to 50 ns each, so no number of them is a time.
 constexpr int kSpins = 200;
 // Nanoseconds between two calls, longer than a program takes from one step to the next: to wake a
-// worker takes 25 us (measured, docs/performance.md).
+// worker takes 25 us (measured, docs/performance-decisions.md).
 constexpr int64_t kAwakeBetweenCalls = 150'000;
 
 int64_t now() {  // in nanoseconds

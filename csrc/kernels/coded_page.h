@@ -200,7 +200,7 @@ struct CodedPage {
   // p[i] = scale * q[i] . keys: the exact sum of codes, times the scales of query and key. A few
   // queries wait for memory: here and in mix(), tiles are read in the order in which they lie.
   // Where two were read side by side, hardware prefetchers did less, and less in the next stages,
-  // too (docs/performance.md).
+  // too (docs/performance-decisions.md).
   template <int Q>
   void scores(const Queries& q, int tokens, float scale, float (*p)[kPageTokens]) const {
     scores_beside<Q, 1>(q, tokens, scale, p, ahead);

@@ -37,7 +37,8 @@ def runs_on(device: torch.device) -> bool:
 def one_token_on(device: torch.device) -> bool:
     """Whether the kernels of one_token/ are taken: `runs_on`, and the environment asks.
 
-    As they are, they ran as drafts and on a CPU alone (docs/gpu.md); tests on a GPU ask for them.
+    As they are, they ran as drafts and on a CPU alone (docs/gpu-decisions.md); tests on a GPU ask
+    for them.
     """
     return os.environ.get(ONE_TOKEN) == "1" and runs_on(device)
 

@@ -23,7 +23,8 @@ from .cache import FORMATS, CudaCache
 from .weights import CudaWeights
 
 TIERS = ("graph", "pdl", "persistent", "ring")
-PERSISTENT_WIDTH = 960  # below it one Triton kernel is faster than one per stage (docs/gpu.md)
+# Below it one Triton kernel is faster than one per stage (docs/gpu-decisions.md).
+PERSISTENT_WIDTH = 960
 PIECE = 2048  # tokens of a prompt at once: bounds the memory of activations
 
 
