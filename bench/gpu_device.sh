@@ -9,7 +9,7 @@
 #   TRAIN_SECONDS=0: bench/training_step.py, which takes about 90
 # Without a build, the extension of the tree is used, which must be of the same Python.
 # SWEEPS="ops attention ring" says which tilings and forms are timed, each with SWEEP_SECONDS;
-# SWEEP_ARGS go to it.
+# SWEEP_ARGS go to each of them: SWEEPS=ring SWEEP_ARGS='--forms "as it is"'.
 # TESTS_ARGS, BENCH_ARGS and SANITIZE_ARGS go to pytest: BENCH_ARGS="-k 'not peer' --ungated". With a
 # -k, the compiled peers are prepared only if WARM=1 says so.
 # DRY=1 runs the benchmark on tiny models, to try this script out without a GPU.

@@ -51,7 +51,8 @@ def main() -> None:
 
 
 def commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
+    command = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}"]
+    command += ["describe", "--always", "--dirty", "--abbrev=10"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # a copy without its history

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know a model's characters
     if hasattr(sys.stdin, "reconfigure"):
-        # a pipe is UTF-8 in any locale, with or without a byte order mark
+        # a pipe is UTF-8 in any locale, as files are, with or without a byte order mark
         encoding = None if sys.stdin.isatty() else "utf-8-sig"
         sys.stdin.reconfigure(encoding=encoding, errors="strict")
     try:

@@ -286,7 +286,7 @@ class MobileLLM(nn.Module):
         """
         if not self.config.tie_word_embeddings:
             return
-        if not isinstance(self.model.embed_tokens.weight, Tensor):
+        if not isinstance(getattr(self.model.embed_tokens, "weight", None), Tensor):
             raise MobileLLMError("[untie] the embedding must be float, got a quantized one")
         config = replace(self.config, tie_word_embeddings=False)
         table = self.model.embed_tokens.weight.detach()

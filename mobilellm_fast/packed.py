@@ -14,6 +14,7 @@ from .weights import Weights
 
 # What a layer does that its weight says all about; a class of somebody else's may inherit it.
 FORWARDS = (nn.Linear.forward, nn.Embedding.forward, RMSNorm.forward)
+COMPILED = "_orig_mod."  # before the names of what `torch.compile` wraps
 
 
 class PackedLinear(nn.Module):
@@ -114,6 +115,14 @@ def floats(model: nn.Module, names: Iterable[str]) -> Weights:
     return collect(model, [name for name in names if name in parameters])
 
 
+def _beside_weight(layer: nn.Module) -> list[str]:
+    """Return the names of parameters that a layer computes with beside its weight."""
+    if type(layer).forward in FORWARDS:  # whatever makes its weight, as parametrizations do
+        return [] if getattr(layer, "bias", None) is None else ["bias"]
+    names = (name.removeprefix(COMPILED) for name, _ in layer.named_parameters())
+    return [name for name in names if name != "weight"]
+
+
 def collect(model: nn.Module, names: Iterable[str]) -> Weights:
     """Return a model's weights as `install` takes them, sharing the memory of matrices.
 
@@ -135,10 +144,10 @@ def collect(model: nn.Module, names: Iterable[str]) -> Weights:
             raise MobileLLMError(
                 f"[weights] {name} must be float, or packed for a CPU, got it quantized for a GPU"
             )
-        if type(layer).forward not in FORWARDS or getattr(layer, "bias", None) is not None:
+        if more := _beside_weight(layer):
             raise MobileLLMError(
-                f"[weights] {name} must be all that its layer computes with, got a "
-                f"{type(layer).__name__} that does more: adapters must be merged, biases removed"
+                f"[weights] {name} must be all that its layer computes with, got {', '.join(more)} "
+                "beside it: adapters must be merged and unloaded, biases removed"
             )
         tensor = layer.weight.detach()
         if tensor.device.type == "cuda":

@@ -3,7 +3,9 @@
 import functools
 import importlib.metadata
 import importlib.util
+import re
 
+NAMES = ("triton", "pytorch-triton-rocm", "pytorch-triton")  # under which it is installed
 LEAST = (3, 5)  # with `constexpr_function` and `tensor_descriptor`; torch brings it from 2.9 on
 
 
@@ -12,8 +14,11 @@ def has_triton() -> bool:
     """Tell whether the kernels can be compiled; torch 2.6 to 2.8 bring a Triton that is too old."""
     if importlib.util.find_spec("triton") is None:
         return False
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:  # it comes under other names, too
-        return True
-    return tuple(int(number) for number in version.split(".")[:2]) >= LEAST
+    for name in NAMES:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        numbers = re.match(r"(\d+)\.(\d+)", version)
+        return numbers is None or tuple(map(int, numbers.groups())) >= LEAST
+    return True

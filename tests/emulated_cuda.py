@@ -1,7 +1,7 @@
 """CUDA kernels on machines without a GPU: compiled for the CPU, their threads run as fibers.
 
-The kernels reach the GPU only through `#include <primitives.cuh>`; for CPUs, each folder of
-tests/cpp/ that is named as one of kernels/ has it.
+The kernels reach the GPU only through `#include <primitives.cuh>`; for CPUs, the folder of
+tests/cpp/ that is named as the kernel's has it.
 """
 
 import ctypes

@@ -160,7 +160,8 @@ def test_texts_packed_into_one_row_are_refused(grad):
         got = ours(ids, attention_mask=mask, position_ids=left_padded).logits
         assert torch.equal(got, want)
         assert torch.equal(ours(ids, position_ids=torch.arange(6)[None]).logits, ours(ids).logits)
-        for packed in ([[0, 1, 2, 0, 1, 2]], [[1, 2, 3, 4, 5, 6]], [[0, 1, 2]]):
+        three = [list(range(6))] * 3
+        for packed in ([[0, 1, 2, 0, 1, 2]], [[1, 2, 3, 4, 5, 6]], [[0, 1, 2]], three):
             with pytest.raises(MobileLLMError, match="position_ids must count"):
                 ours(ids, position_ids=torch.tensor(packed))
     with torch.no_grad():
@@ -168,6 +169,8 @@ def test_texts_packed_into_one_row_are_refused(grad):
         ours(ids[:, 4:], past_key_values=cache, position_ids=torch.tensor([[4, 5]]))
         with pytest.raises(MobileLLMError, match="position_ids must count"):
             ours(ids[:, 4:], past_key_values=cache, position_ids=torch.tensor([[0, 1]]))
+        cache = ours(ids[:, :4], attention_mask=mask[:, :4]).past_key_values  # one is padded
+        ours(ids[:, 4:], past_key_values=cache, position_ids=torch.tensor([[4, 5], [2, 3]]))
 
 
 def test_only_the_logits_to_keep_come_with_gradients_too():
@@ -183,6 +186,8 @@ def test_a_refused_resize_leaves_the_model_as_it_was():
     ours, _ = both()
     ids = torch.tensor([[1, 2, 3]])
     want = ours(ids).logits
+    for same in (None, ours.lm.config.vocab_size):
+        assert ours.resize_token_embeddings(same) is ours.get_input_embeddings()
     with pytest.raises(MobileLLMError, match="vocabulary of a model is fixed"):
         ours.resize_token_embeddings(ours.lm.config.vocab_size + 3)
     assert torch.equal(ours(ids).logits, want)

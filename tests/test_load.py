@@ -112,15 +112,23 @@ def test_auto_takes_the_cpu_for_what_the_gpu_cannot(folder, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "version, enough",
-    [("3.2.0", False), ("3.4.0", False), ("3.5.0", True), ("3.10.0+git1", True), (None, True)],
+    ("name", "version", "enough"),
+    [
+        ("triton", "3.4.0", False),
+        ("triton", "3.5.0", True),
+        ("triton", "3.5rc1", True),
+        ("triton", "3.10.1+git0", True),
+        ("pytorch-triton-rocm", "3.4.0", False),
+        ("pytorch-triton", "3.6.0", True),
+        ("some-other-triton", "1.0", True),
+    ],
 )
-def test_an_old_triton_is_none(version, enough, monkeypatch):
+def test_an_old_triton_is_none(name, version, enough, monkeypatch):
     """torch 2.6 to 2.8 bring versions in which the kernels cannot even be imported."""
 
-    def known(name):
-        if version is None:  # of a package with another name
-            raise importlib.metadata.PackageNotFoundError(name)
+    def known(asked):
+        if asked != name:
+            raise importlib.metadata.PackageNotFoundError(asked)
         return version
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())

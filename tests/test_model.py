@@ -359,6 +359,24 @@ class Adapter(torch.nn.Module):
         return self.base_layer(x) + self.added(x)
 
 
+class Rounded(torch.nn.Linear):
+    """As other libraries' layers: a product of their own, by the weight alone."""
+
+    def forward(self, x):
+        return super().forward(x.bfloat16().float())
+
+
+def test_layers_of_others_that_compute_with_their_weight_alone_generate():
+    model = build_fresh()
+    want = list(model.generate([1, 2], max_new_tokens=8).token_ids)
+    mlp = model.model.layers[0].mlp
+    rounded = Rounded(mlp.up_proj.in_features, mlp.up_proj.out_features, bias=False)
+    rounded.weight = mlp.up_proj.weight
+    mlp.up_proj, mlp.down_proj = rounded, torch.compile(mlp.down_proj)
+    model.train().eval()
+    assert list(model.generate([1, 2], max_new_tokens=8).token_ids) == want
+
+
 @pytest.mark.parametrize("change", [Adapter, "bias", "parametrization"])
 def test_layers_that_compute_more_than_their_weight_are_refused(change, tmp_path):
     """Generation and saving would leave out what an adapter or a bias adds."""

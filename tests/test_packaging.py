@@ -50,7 +50,14 @@ def test_metadata():
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     assert (importlib.resources.files("mobilellm_fast") / "py.typed").is_file()
-    importlib.import_module("mobilellm_fast.kernels")
+    kernels = importlib.resources.files("mobilellm_fast.kernels")
+    for name in (
+        "decode/step.py",
+        "ring/decode.cu",
+        "hopper/wgmma/product.cu",
+        "hopper/one_token/primitives.cuh",
+    ):
+        assert (kernels / name).is_file(), name
 
 
 def test_types_of_the_public_names_are_visible():

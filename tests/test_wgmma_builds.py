@@ -176,7 +176,7 @@ def test_matrices_are_described_in_a_thread_without_a_context(launches, monkeypa
 
 
 def test_what_cannot_be_loaded_is_left_to_triton(launches, monkeypatch):
-    """As while a graph is captured, see `hopper.loaded`."""
+    """As while a graph is captured, see `loader.loaded`."""
     monkeypatch.setattr(products, "loaded", lambda *key: None)
     x, weight = (torch.zeros(rows, 64, dtype=torch.int8) for rows in (512, 192))
     scales = torch.ones(512), torch.ones(192)

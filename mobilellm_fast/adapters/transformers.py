@@ -79,8 +79,12 @@ class TransformersModel(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.lm.model.embed_tokens
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        """Refuse: transformers' own would change the embedding, and then fail at the rest."""
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> torch.nn.Module:
+        """Refuse another size: transformers' own would change the embedding, and then fail."""
+        if new_num_tokens in (None, self.lm.config.vocab_size):
+            return self.get_input_embeddings()
         raise MobileLLMError("[resize_token_embeddings] the vocabulary of a model is fixed")
 
     def prepare_inputs_for_generation(
@@ -152,7 +156,7 @@ class TransformersModel(PreTrainedModel, GenerationMixin):
                 f"included, got {tuple(attention_mask.shape)}"
             )
         if position_ids is not None:
-            _expect_plain_positions(position_ids, attention_mask, wanted, new)
+            _expect_plain_positions(position_ids, attention_mask, cache, (rows, new))
         if labels is not None or (torch.is_grad_enabled() and cache is None):
             if use_cache:
                 raise MobileLLMError(
@@ -228,21 +232,26 @@ class TransformersModel(PreTrainedModel, GenerationMixin):
 
 
 def _expect_plain_positions(
-    position_ids: Tensor, mask: Tensor | None, shape: tuple[int, int], new: int
+    position_ids: Tensor, mask: Tensor | None, cache: EngineCache | None, shape: tuple[int, int]
 ) -> None:
     """Refuse positions of several texts in one row: they would see each other.
 
     Args:
         position_ids: (batch or 1, new).
-        mask: (batch, columns) or None, which pads nothing.
-        shape: (batch, columns), those read before included.
-        new: how many of the columns are new.
+        mask: (batch, columns), those read before included, or None: nothing new is padding.
+        cache: what was read before.
+        shape: (batch, new).
     """
-    real = torch.ones(shape, dtype=torch.long) if mask is None else mask.long().cpu()
-    own = (real.cumsum(1) - 1)[:, -new:]
-    counts = real[:, -new:] != 0  # what stands at padding is nobody's position
+    rows, new = shape
+    if mask is None:
+        read = [row.length if row else 0 for row in cache.rows] if cache else [0] * rows
+        own = torch.tensor(read)[:, None] + torch.arange(new)
+        counts = torch.ones(shape, dtype=torch.bool)
+    else:
+        own = (mask.long().cpu().cumsum(1) - 1)[:, -new:]
+        counts = mask[:, -new:].cpu() != 0  # what stands at padding is nobody's position
     got = position_ids.detach().cpu()
-    if got.ndim != 2 or got.shape[1] != new or bool(((got != own) & counts).any()):
+    if tuple(got.shape) not in ((1, new), shape) or bool(((got != own) & counts).any()):
         raise MobileLLMError(
             "[forward] position_ids must count each row's tokens from 0: texts packed into one row "
             "are not kept apart"

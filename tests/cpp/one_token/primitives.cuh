@@ -1,5 +1,5 @@
-// What kernels/hopper/one_token/ uses of a GPU, on a CPU: ../cuda/scheduler.h runs the threads. CLUSTER
-// programs that follow each other are a cluster, and KV_HEADS clusters a sequence.
+// What kernels/hopper/one_token/ uses of a GPU, on a CPU: ../cuda/scheduler.h runs the threads.
+// CLUSTER programs that follow each other are a cluster, and KV_HEADS clusters a sequence.
 //
 // What goes on by itself there is as late here as it may be: copies come when they are waited for,
 // what is sent to another program while somebody waits, in any order. Lengths are others before

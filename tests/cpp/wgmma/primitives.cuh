@@ -1,5 +1,5 @@
-// What kernels/hopper/wgmma/ uses of a GPU, on a CPU: ../cuda/scheduler.h runs the threads; two programs
-// that follow each other are a cluster.
+// What kernels/hopper/wgmma/ uses of a GPU, on a CPU: ../cuda/scheduler.h runs the threads; two
+// programs that follow each other are a cluster.
 //
 // What goes on by itself there is as late here as it may be: copies come while somebody waits for
 // them, in any order; products and stores read shared memory when their thread waits for them; and
