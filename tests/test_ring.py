@@ -1,4 +1,4 @@
-"""The kernel of the tier `ring`, its threads run as fibers in many orders, against other tiers.
+"""The kernel of the tier `ring`, its threads run as fibers in many orders, against a plain model.
 
 `test_cuda_decode.py` holds it to the CPU engine, too.
 """
